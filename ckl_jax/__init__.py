@@ -1,0 +1,1 @@
+"""Prioritized KL for RL fine-tuning of language models, in JAX."""

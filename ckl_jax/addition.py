@@ -1,0 +1,218 @@
+"""The task: adding two integers with a scratchpad, one character per token (paper, section 3.1 and appendix A).
+
+An episode is a prompt (``Input:⏎357+68⏎Target:``) and an answer that starts and ends with a newline. The texts equal
+the ones of the authors' template character by character, and so do the critical tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+PAD = "%"
+VOCABULARY = PAD + "\n +,-/0123456789:<=>ACDEINT[]aceghnprstu"
+VOCAB_SIZE = len(VOCABULARY)
+PAD_ID = 0
+NEWLINE_ID = VOCABULARY.index("\n")
+RESULT_MARK = "</scratch>\n"
+EXTRA_LENGTH = 100
+MAX_DIGITS = 18
+
+_ID_OF = {character: index for index, character in enumerate(VOCABULARY)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An addition ``a + b`` of two non-negative integers."""
+
+    a: int
+    b: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("a", self.a), ("b", self.b)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 10**MAX_DIGITS:
+                raise ValueError(
+                    f"{name}: got {value!r}, allowed are integers from 0 to below 10^{MAX_DIGITS} ({MAX_DIGITS} digits)"
+                )
+
+
+@dataclass(frozen=True)
+class CriticalToken:
+    """One critical token of a right answer (paper, section 3.3; authors' code, steps 1 to 3).
+
+    Attributes:
+      step: scratchpad line, counted from 1.
+      operand: 1 or 2.
+      name: ``n+k_comma`` or ``n+k_digit``.
+      gap_index: that k; the list's last element is the gap-th beyond the pre-training length.
+      index: position in ``answer_text(a, b)``.
+      character: the right character at that position.
+      position_in_list: position inside the bracketed list, the opening bracket being 0.
+    """
+
+    step: int
+    operand: int
+    name: str
+    gap_index: int
+    index: int
+    character: str
+    position_in_list: int
+
+
+def encode(text: str) -> np.ndarray:
+    """Characters to tokens: uint8 [len(text)]. Raises ValueError for a character outside ``VOCABULARY``."""
+    unknown = sorted(set(text) - set(VOCABULARY))
+    if unknown:
+        raise ValueError(f"text: has the characters {unknown}, allowed are {VOCABULARY!r}")
+    return np.array([_ID_OF[character] for character in text], np.uint8)
+
+
+def decode(tokens: Sequence[int] | np.ndarray) -> str:
+    """Tokens [T] to characters. Raises ValueError for a token outside ``0..VOCAB_SIZE-1``."""
+    tokens_T = np.asarray(tokens)
+    if tokens_T.ndim != 1 or (tokens_T.size and not np.issubdtype(tokens_T.dtype, np.integer)):
+        raise ValueError(f"tokens: got shape {tokens_T.shape} of {tokens_T.dtype}, allowed is one axis of integers")
+    if tokens_T.size and not (tokens_T.min() >= 0 and tokens_T.max() < VOCAB_SIZE):
+        raise ValueError(
+            f"tokens: range {tokens_T.min()}..{tokens_T.max()}, allowed is 0..{VOCAB_SIZE - 1} (the vocabulary)"
+        )
+    return "".join(VOCABULARY[token] for token in tokens_T)
+
+
+def prompt_text(a: int, b: int) -> str:
+    """What the policy is given; it ends right after the colon of ``Target:``."""
+    Problem(a, b)
+    return f"Input:\n{a}+{b}\nTarget:"
+
+
+def answer_text(a: int, b: int) -> str:
+    """The right answer: a scratchpad line per digit of the longer operand, then the result's digits."""
+    Problem(a, b)
+    lines, _ = _scratchpad(a, b)
+    result = " ".join(str(a + b))
+    return "\n<scratch>\n" + "".join(line + "\n" for line in lines) + RESULT_MARK + result + "\n"
+
+
+def result_text(a: int, b: int) -> str:
+    """The line that decides the reward: the result's digits separated by spaces, without the newline."""
+    return " ".join(str(a + b))
+
+
+def _bracket(digits: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, digits)) + "]"
+
+
+def _scratchpad(a: int, b: int) -> tuple[list[str], list[tuple[str, str]]]:
+    """The scratchpad's lines, and each step's two operand lists as they are printed at the line's start."""
+    digits_a, digits_b = [int(c) for c in str(a)], [int(c) for c in str(b)]
+    total: list[int] = []
+    carry, lines, lists = 0, [], []
+    while digits_a or digits_b:
+        last_a, last_b = (digits_a[-1] if digits_a else 0), (digits_b[-1] if digits_b else 0)
+        column = last_a + last_b + carry
+        lists.append((_bracket(digits_a), _bracket(digits_b)))
+        lines.append(
+            f"{lists[-1][0]} + {lists[-1][1]} , A={_bracket(total)} , C={carry} , "
+            f"{last_a}+{last_b}+{carry}={column} , A->{column % 10} , C->{column // 10}"
+        )
+        total = [column % 10, *total]
+        carry, digits_a, digits_b = column // 10, digits_a[:-1], digits_b[:-1]
+    lines.append(f"[] + [] , A={_bracket(total)} C={carry} , END")
+    return lines, lists
+
+
+def operand_lists(a: int, b: int) -> list[tuple[str, str]]:
+    """The two bracketed digit lists that each scratchpad step starts with, the closing line left out."""
+    return _scratchpad(a, b)[1]
+
+
+def critical_tokens(a: int, b: int, max_pretrain_digits: int) -> list[CriticalToken]:
+    """The critical tokens of the right answer for a model pre-trained on up to ``max_pretrain_digits`` digits.
+
+    In steps 1, 2 and 3, for each operand longer than that by ``gap`` > 0: the last ``2 * gap`` characters before the
+    closing bracket of the operand's list, ordered from the bracket backwards.
+    """
+    if max_pretrain_digits < 1:
+        raise ValueError(f"max_pretrain_digits: got {max_pretrain_digits}, allowed is 1 or more")
+    lines, lists = _scratchpad(a, b)
+    found = []
+    line_start = len("\n<scratch>\n")
+    for step, (line, (list_a, list_b)) in enumerate(zip(lines[:3], lists[:3], strict=False), start=1):
+        list_starts = (line_start, line_start + len(list_a) + len(" + "))
+        for operand, (value, text, start) in enumerate(zip((a, b), (list_a, list_b), list_starts, strict=True), 1):
+            gap = len(str(value)) - max_pretrain_digits
+            for back in range(max(0, 2 * gap)):
+                position = len(text) - 2 - back
+                if position < 1:
+                    break
+                k = gap - back // 2
+                name = f"n+{k}_{'comma' if back % 2 else 'digit'}"
+                found.append(CriticalToken(step, operand, name, k, start + position, text[position], position))
+        line_start += len(line) + 1
+    return found
+
+
+def max_prompt_length(digits: int) -> int:
+    """Characters of the longest prompt with operands of up to ``digits`` digits."""
+    return len(prompt_text(10**digits - 1, 10**digits - 1))
+
+
+def max_answer_length(digits: int, extra: int = EXTRA_LENGTH) -> int:
+    """The length limit of an episode: the longest right answer for ``digits`` digits plus ``extra`` characters."""
+    return len(answer_text(10**digits - 1, 10**digits - 1)) + extra
+
+
+def _draw(rng: np.random.Generator, digits: int) -> int:
+    return int(rng.integers(0 if digits == 1 else 10 ** (digits - 1), 10**digits))
+
+
+def problem_of_lengths(rng: np.random.Generator, digits_a: int, digits_b: int) -> Problem:
+    """A problem whose operands have exactly those lengths; only a 1-digit number may start with 0."""
+    return Problem(_draw(rng, digits_a), _draw(rng, digits_b))
+
+
+def _check_counts(count: int, digits: int) -> None:
+    if count < 1:
+        raise ValueError(f"count: got {count}, allowed is 1 or more")
+    if not 1 <= digits <= MAX_DIGITS:
+        raise ValueError(f"digits: got {digits}, allowed is 1..{MAX_DIGITS}")
+
+
+def identical_problems(rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
+    """Evaluation problems whose operands both have ``digits`` digits (Table 4)."""
+    _check_counts(count, digits)
+    return [problem_of_lengths(rng, digits, digits) for _ in range(count)]
+
+
+def varying_problems(rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
+    """Evaluation problems with one operand of ``digits`` digits, the other of 1..``digits`` (Table 5)."""
+    _check_counts(count, digits)
+    return [_place(rng, digits, int(rng.integers(1, digits + 1))) for _ in range(count)]
+
+
+def short_problems(rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
+    """Problems with both lengths uniform in 1..``digits``: is the old skill kept? (authors' code)."""
+    _check_counts(count, digits)
+    lengths = rng.integers(1, digits + 1, (count, 2))
+    return [problem_of_lengths(rng, int(m), int(n)) for m, n in lengths]
+
+
+def rl_problems(rng: np.random.Generator, count: int, digits: int, max_pretrain_digits: int) -> list[Problem]:
+    """RL problems (authors' sampling): one operand, on either side, has ``digits`` digits; the other's length is,
+    with probability 1/2, uniform in 1..``max_pretrain_digits``, else in ``max_pretrain_digits + 1``..``digits``.
+    """
+    _check_counts(count, digits)
+    if not 1 <= max_pretrain_digits < digits:
+        raise ValueError(f"max_pretrain_digits: got {max_pretrain_digits}, allowed is 1..{digits - 1} (below digits)")
+    problems = []
+    for _ in range(count):
+        low, high = (1, max_pretrain_digits) if rng.random() < 0.5 else (max_pretrain_digits + 1, digits)
+        problems.append(_place(rng, digits, int(rng.integers(low, high + 1))))
+    return problems
+
+
+def _place(rng: np.random.Generator, digits: int, other_digits: int) -> Problem:
+    lengths = (digits, other_digits)
+    return problem_of_lengths(rng, *(lengths if rng.random() < 0.5 else lengths[::-1]))

@@ -1,0 +1,159 @@
+"""Orbax checkpoints: the whole train state while a run goes on, parameters alone when it is done.
+
+A SHA-256 manifest is written beside every checkpoint after it is complete and verified before it is read, because
+damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from ckl_jax.config import ConfigError, ModelConfig, require
+from ckl_jax.model import GPT2
+
+Params = Any
+SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _manifest(directory: pathlib.Path) -> dict[str, str]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _manifest_path(directory: pathlib.Path) -> pathlib.Path:
+    return directory.parent / f"{directory.name}.sha256.json"
+
+
+def _verify(directory: pathlib.Path) -> None:
+    expected = json.loads(_manifest_path(directory).read_text())
+    found = _manifest(directory)
+    damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if damaged:
+        raise ConfigError(f"checkpoint: {directory} is damaged, these files differ from the manifest: {damaged[:3]}")
+
+
+class StateCheckpoints:
+    """Numbered checkpoints of a train state under ``directory``; the newest two are kept."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory.resolve()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes a checkpoint and its manifest; returns when both are on disk."""
+        path = self.directory / str(step)
+        if path.exists():
+            self.manager.delete(step)
+        self.manager.save(step, args=ocp.args.StandardSave(state))
+        self.manager.wait_until_finished()
+        write_json(_manifest_path(path), _manifest(path))
+        kept = {str(kept_step) for kept_step in self.manager.all_steps()}
+        for stale in self.directory.glob("*.sha256.json"):
+            if stale.name.split(".")[0] not in kept:
+                stale.unlink()
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """The newest complete checkpoint as (step, state), or None.
+
+        Args:
+          abstract_state: shapes, types and shardings, as ``jax.eval_shape`` gives them.
+
+        Raises:
+          ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            path = self.directory / str(step)
+            if not _manifest_path(path).exists():
+                continue
+            _verify(path)
+            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        return None
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+class Model(NamedTuple):
+    """A language model as a directory holds it: its shape, N (digits it was pre-trained on) and its parameters."""
+
+    config: ModelConfig
+    max_pretrain_digits: int
+    params: Params
+
+
+def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
+    """Writes ``directory/params``, its manifest and ``model.json``, replacing what is there.
+
+    Args:
+      made_by: what a reader needs to make it again: command, seed, config.
+    """
+    directory = directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, model.params, force=True)
+    write_json(_manifest_path(path), _manifest(path))
+    description = {
+        "max_pretrain_digits": model.max_pretrain_digits,
+        "model": dataclasses.asdict(model.config),
+        "made_by": made_by,
+    }
+    write_json(directory / "model.json", description)
+
+
+def load_model(directory: pathlib.Path) -> Model:
+    """Reads what ``save_model`` wrote.
+
+    Raises:
+      ConfigError: missing, damaged, or parameters of other names, shapes or types than model.json says.
+    """
+    directory = directory.resolve()
+    path = directory / "params"
+    needed = (directory / "model.json", _manifest_path(path), path)
+    complete = all(file.exists() for file in needed)
+    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
+    config, max_pretrain_digits = _read_description(directory / "model.json")
+    _verify(path)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    wanted = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored_shapes = _shapes(checkpointer.metadata(path).item_metadata.tree)
+        wanted_shapes = _shapes(wanted)
+        for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
+            stored, expected = stored_shapes.get(name), wanted_shapes.get(name)
+            if stored != expected:
+                raise ConfigError(
+                    f"checkpoint: {directory} has {stored} for {name}, allowed is {expected} (model.json)"
+                )
+        return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
+
+
+def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
+    try:
+        description = json.loads(path.read_text())
+        return ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(key): (tuple(leaf.shape), str(leaf.dtype)) for key, leaf in leaves}

@@ -1,0 +1,233 @@
+"""Every number of a run: frozen dataclasses, the named scales, and the checks that refuse what cannot work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckl_jax import addition
+
+Scale = Literal["tiny", "small", "gpt2"]
+Recipe = Literal["ours"]
+CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
+
+
+class ConfigError(ValueError):
+    """What a user asked for cannot work; the message is one line that names the field and what is allowed."""
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raises a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{name}: got {value!r}, allowed is {allowed}")
+
+
+def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    require(getattr(config, name) in choices, name, getattr(config, name), " | ".join(choices))
+
+
+def _require_number(config: Any, names: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
+    bound = f"{'above' if exclusive else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
+    for name in names.split():
+        value = getattr(config, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        require(number and (low < value if exclusive else low <= value) and value <= high, name, value, bound)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """GPT-2's shape."""
+
+    num_layers: int = 12
+    num_heads: int = 12
+    width: int = 768
+    block_size: int = 1024
+    """Positions the model has; prompt + answer must fit."""
+    vocab_size: int = addition.VOCAB_SIZE
+    use_bias: bool = True
+    """Biases in the dense layers and layer norms (Lee et al. pre-train without)."""
+    dropout: float = 0.0
+    """Dropout rate in pre-training; reinforcement learning and evaluation run without."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations; parameters, logits and losses are float32 always."""
+    precision: Literal["default", "high", "highest"] = "highest"
+    """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
+    attention_chunk: int = 256
+    """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
+
+    def __post_init__(self) -> None:
+        _require_number(self, "num_layers num_heads width block_size vocab_size attention_chunk", 1)
+        require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads = {self.num_heads}")
+        _require_number(self, "dropout", 0, high=0.99)
+        _require_choice(self, "dtype", ("float32", "bfloat16"))
+        _require_choice(self, "precision", ("default", "high", "highest"))
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Next-character pre-training on scratchpads of operands of 1 to `max_digits` digits (paper, section 3.2)."""
+
+    scale: Scale = "tiny"
+    """Preset that the other fields start from."""
+    seed: int = 0
+    max_digits: int = 7
+    """N: operand lengths are balanced over 1..N."""
+    num_documents: int = 100_000
+    """Training problems in the dataset (the test split has a twentieth)."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream`: windows of block_size start anywhere in the concatenated documents and attention crosses documents
+    (Lee et al.). `documents`: windows of the longest document's length start with a document, at a random position of
+    the block, and attention stays inside documents: several times cheaper per learned character."""
+    batch_size: int = 40
+    """Windows per step."""
+    num_steps: int = 20_000
+    warmup_steps: int = 100
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the layers, AdamW for the rest (optax.contrib.muon)."""
+    learning_rate: float = 1e-3
+    """Peak of a linear warm-up and cosine decay to a tenth."""
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints, metric lines and greedy evaluations."""
+    eval_problems: int = 100
+    """Problems per cell of the evaluations on the way."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        _require_number(self, "seed warmup_steps weight_decay", 0)
+        _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
+        _require_number(self, "num_documents", self.max_digits**2)
+        _require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
+        _require_choice(self, "packing", ("stream", "documents"))
+        _require_choice(self, "optimizer", ("adamw", "muon"))
+        _require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
+        _require_number(self, "adam_beta2", 0, high=0.9999)
+        longest = addition.max_prompt_length(self.max_digits) + addition.max_answer_length(self.max_digits, extra=0)
+        require(
+            self.model.block_size >= longest,
+            "model.block_size",
+            self.model.block_size,
+            f"at least {longest}, the longest document of max_digits = {self.max_digits}",
+        )
+
+
+def pretrain_preset(scale: str) -> PretrainConfig:
+    """The pre-training of a named scale. Raises ValueError for another name."""
+    presets = {
+        "tiny": PretrainConfig(
+            scale="tiny",
+            max_digits=5,
+            packing="documents",
+            batch_size=16,
+            num_steps=8_000,
+            optimizer="muon",
+            learning_rate=4e-3,
+            weight_decay=0.05,
+            checkpoint_every=500,
+            model=ModelConfig(num_layers=3, num_heads=2, width=96, block_size=768, attention_chunk=208),
+        ),
+        "small": PretrainConfig(
+            scale="small",
+            packing="documents",
+            batch_size=64,
+            num_steps=10_000,
+            optimizer="muon",
+            learning_rate=2e-3,
+            model=ModelConfig(num_layers=6, num_heads=6, width=384, block_size=1024),
+        ),
+        "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
+    }
+    require(scale in presets, "scale", scale, " | ".join(presets))
+    return presets[scale]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """RL fine-tuning of a pre-trained model on operands of `extra_digits` more digits (paper, section 5)."""
+
+    scale: Scale = "tiny"
+    """Preset of the budget that the other fields start from; the model comes from the checkpoint."""
+    recipe: Recipe = "ours"
+    """`ours`: what learns well here (lambda 1, advantages normalized over the round, minibatches of whole episodes)."""
+    seed: int = 0
+    """First seed; run k of an experiment has seed + k."""
+    extra_digits: int = 1
+    """Target length beyond the pre-training length N: N + 1 or N + 2 digits."""
+    rounds: int = 20
+    """Collect-update rounds."""
+    episodes: int = 64
+    """Episodes collected per round."""
+    minibatch_episodes: int = 8
+    """Whole episodes per Adam step; divides `episodes`."""
+    epochs: int = 1
+    """Passes over a round's episodes."""
+    extra_length: int = 100
+    """Characters that an answer may be longer than the longest right one."""
+    temperature: float = 1.0
+    """Of sampling, log-probs, entropy and reference log-probs, in training and in tests."""
+    learning_rate: float = 3e-4
+    adam_epsilon: float = 1e-8
+    discount: float = 1.0
+    gae_lambda: float = 1.0
+    normalize_advantages: bool = True
+    """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0."""
+    reward_right: float = 1.0
+    reward_wrong: float = 0.0
+    value_coefficient: float = 0.1
+    detach_critic: bool = False
+    """Keep the value loss's gradient out of the trunk."""
+    entropy_coefficient: float = 0.0005
+    kl_coefficient: float = 5.0
+    """alpha, on the mean over tokens of J^beta * KL."""
+    kl: Literal["k1", "k2", "k3", "exact"] = "k2"
+    """Per-token estimate of the KL to the pre-trained model. k1 has no gradient in expectation."""
+    beta: float = 150.0
+    """Exponent of the certainty J; 0 is the standard KL penalty."""
+    certainty: CertaintyKind = "negentropy"
+    certainty_temperature: float = 1.0
+    """Temperature of the reference's distribution inside J."""
+    test_every: int = 2
+    """Rounds between tests and checkpoints; divides `rounds`."""
+    test_problems: int = 128
+    """Problems of each test within the learning curve (the same for all runs)."""
+    final_problems: int = 1000
+    """Problems of the tests before the first and after the last round."""
+    diagnostic_episodes: int = 4
+    """Episodes of each round on which the gradient norm of each loss term is measured."""
+    runs_at_once: int = 1
+    """Runs (arms x seeds) that are computed side by side by vmap; more are done group after group."""
+
+    def __post_init__(self) -> None:
+        _require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        _require_choice(self, "recipe", ("ours",))
+        _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
+        _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
+        _require_number(self, "seed extra_length value_coefficient entropy_coefficient kl_coefficient beta", 0)
+        _require_number(self, "rounds episodes minibatch_episodes epochs test_every test_problems", 1)
+        _require_number(self, "final_problems runs_at_once", 1)
+        _require_number(self, "temperature certainty_temperature learning_rate adam_epsilon", 0, exclusive=True)
+        _require_number(self, "discount gae_lambda", 0, high=1)
+        _require_number(self, "extra_digits", 1, high=2)
+        _require_number(self, "diagnostic_episodes", 1, high=self.episodes)
+        divides = self.episodes % self.minibatch_episodes == 0
+        require(divides, "minibatch_episodes", self.minibatch_episodes, f"a divisor of episodes = {self.episodes}")
+        require(
+            self.rounds % self.test_every == 0, "test_every", self.test_every, f"a divisor of rounds = {self.rounds}"
+        )
+
+
+def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
+    """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
+    require(recipe in ("ours",), "recipe", recipe, "ours")
+    presets = {
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20),
+        "small": FinetuneConfig(scale="small", episodes=128, minibatch_episodes=16, learning_rate=1e-4, runs_at_once=4),
+        "gpt2": FinetuneConfig(scale="gpt2", episodes=128, minibatch_episodes=16, learning_rate=1e-5),
+    }
+    require(scale in presets, "scale", scale, " | ".join(presets))
+    return presets[scale]

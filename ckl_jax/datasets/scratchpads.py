@@ -1,0 +1,99 @@
+"""TFDS builder of scratchpads, written and read as array_record: TensorFlow is not needed.
+
+The lengths of both operands are balanced over 1..N: example i has the i-th cell of the N x N grid of lengths. A
+problem belongs to the test split if the hash of its two operands, in either order, says so: no problem, nor its
+mirror image, is in both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ckl_jax import addition
+from ckl_jax.config import require
+
+TEST_SHARE = 0.05
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScratchpadsConfig(tfds.core.BuilderConfig):
+    """What determines the examples; all of it is in the config's name, so other settings never reuse stale files."""
+
+    max_digits: int
+    num_examples: int
+    seed: int = 0
+
+
+class Scratchpads(tfds.core.GeneratorBasedBuilder):
+    """Additions of operands of 1..``max_digits`` digits with their prompts and right answers.
+
+    Splits: ``train`` with ``num_examples``, ``test`` with a twentieth of that. Features: ``a`` and ``b`` (int64),
+    ``prompt`` and ``answer`` (text).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+
+    def __init__(self, *, max_digits: int, num_examples: int, seed: int = 0, data_dir: str | None = None):
+        require(1 <= max_digits < addition.MAX_DIGITS, "max_digits", max_digits, f"1..{addition.MAX_DIGITS - 1}")
+        require(num_examples >= max_digits**2, "num_examples", num_examples, f"at least max_digits^2 = {max_digits**2}")
+        config = ScratchpadsConfig(
+            name=f"digits{max_digits}_examples{num_examples}_seed{seed}",
+            description=f"{num_examples} additions of 1 to {max_digits} digits",
+            max_digits=max_digits,
+            num_examples=num_examples,
+            seed=seed,
+        )
+        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "a": tfds.features.Scalar(np.int64),
+                "b": tfds.features.Scalar(np.int64),
+                "prompt": tfds.features.Text(),
+                "answer": tfds.features.Text(),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, description=__doc__)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        count = self.builder_config.num_examples
+        tests = max(1, round(TEST_SHARE * count))
+        return {"train": self._generate_examples("train", count), "test": self._generate_examples("test", tests)}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        config = self.builder_config
+        rng = np.random.default_rng([config.seed, split == "test"])
+        for index in range(count):
+            cell = index % config.max_digits**2
+            problem = _draw_of_split(rng, split, cell // config.max_digits + 1, cell % config.max_digits + 1)
+            yield (
+                index,
+                {
+                    "a": problem.a,
+                    "b": problem.b,
+                    "prompt": addition.prompt_text(problem.a, problem.b),
+                    "answer": addition.answer_text(problem.a, problem.b),
+                },
+            )
+
+
+def _draw_of_split(rng: np.random.Generator, split: str, digits_a: int, digits_b: int) -> addition.Problem:
+    while True:
+        problem = addition.problem_of_lengths(rng, digits_a, digits_b)
+        if split_of(problem) == split:
+            return problem
+
+
+def split_of(problem: addition.Problem) -> str:
+    """``train`` or ``test``: a function of the unordered pair of operands alone."""
+    low, high = sorted((int(problem.a), int(problem.b)))
+    digest = hashlib.sha256(f"{low}+{high}".encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"

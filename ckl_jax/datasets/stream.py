@@ -1,0 +1,77 @@
+"""The dataset read once into one flat token stream, and windows of it as a pure function of a key, on the device."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckl_jax import addition
+from ckl_jax.config import require
+from ckl_jax.datasets.scratchpads import Scratchpads
+
+
+class TokenStream(NamedTuple):
+    """``tokens_N`` uint8: all documents (prompt + answer) back to back; ``starts_E`` int32: where each starts."""
+
+    tokens_N: jax.Array
+    starts_E: jax.Array
+
+
+class Windows(NamedTuple):
+    """A pre-training batch: inputs, targets (the next characters), positions, segments, and the loss mask."""
+
+    inputs_BxT: jax.Array
+    targets_BxT: jax.Array
+    positions_BxT: jax.Array
+    segments_BxT: jax.Array
+    mask_BxT: jax.Array
+
+
+def load_stream(
+    max_digits: int, num_examples: int, seed: int = 0, split: str = "train", data_dir: str | pathlib.Path | None = None
+) -> TokenStream:
+    """Prepares the TFDS dataset if it is not there yet and reads a split into host memory."""
+    require(split in ("train", "test"), "split", split, "train | test")
+    directory = None if data_dir is None else str(data_dir)
+    builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, data_dir=directory)
+    builder.download_and_prepare()
+    examples = builder.as_data_source(split=split)
+    documents = [addition.encode(_text(e["prompt"]) + _text(e["answer"])) for e in examples]
+    lengths = np.array([len(document) for document in documents])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return TokenStream(np.concatenate(documents), starts.astype(np.int32))
+
+
+def _text(feature: bytes | str) -> str:
+    return feature.decode() if isinstance(feature, bytes) else feature
+
+
+def sample_stream(stream: TokenStream, key: jax.Array, batch: int, window: int) -> Windows:
+    """Windows [batch, window] that start anywhere in the stream, at position 0, attending across documents."""
+    last = stream.tokens_N.shape[0] - window
+    offsets_B = jax.random.randint(key, (batch,), 0, last)
+    text_BxT = stream.tokens_N[offsets_B[:, None] + jnp.arange(window + 1)[None]].astype(jnp.int32)
+    positions_BxT = jnp.broadcast_to(jnp.arange(window)[None], (batch, window))
+    zeros_BxT = jnp.zeros((batch, window), jnp.int32)
+    return Windows(text_BxT[:, :-1], text_BxT[:, 1:], positions_BxT, zeros_BxT, zeros_BxT == 0)
+
+
+def sample_documents(stream: TokenStream, key: jax.Array, batch: int, window: int, block: int) -> Windows:
+    """Windows [batch, window] that start with a document, each at a random position of the block.
+
+    Every document is a segment of its own, and the first character of the next document is not predicted.
+    """
+    document_key, position_key = jax.random.split(key)
+    usable = jnp.searchsorted(stream.starts_E, stream.tokens_N.shape[0] - window)
+    documents_B = jax.random.randint(document_key, (batch,), 0, usable)
+    index_BxT = stream.starts_E[documents_B][:, None] + jnp.arange(window + 1)[None]
+    text_BxT = stream.tokens_N[index_BxT].astype(jnp.int32)
+    segments_BxT = jnp.searchsorted(stream.starts_E, index_BxT, side="right").astype(jnp.int32)
+    offsets_B = jax.random.randint(position_key, (batch,), 0, block - window + 1)
+    positions_BxT = offsets_B[:, None] + jnp.arange(window)[None]
+    mask_BxT = segments_BxT[:, 1:] == segments_BxT[:, :-1]
+    return Windows(text_BxT[:, :-1], text_BxT[:, 1:], positions_BxT, segments_BxT[:, :-1], mask_BxT)

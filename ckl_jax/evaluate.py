@@ -1,0 +1,106 @@
+"""Accuracy per operand length with bootstrap intervals (paper, Fig. 2, Tables 4 and 5).
+
+python -m ckl_jax.evaluate --checkpoint runs/tiny
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckl_jax import addition, cli
+from ckl_jax import problems as problems_lib
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import ModelConfig, require
+from ckl_jax.problems import Problems
+from ckl_jax.rollout import rollout
+
+BATCH = 250
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
+def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
+    sampling = {"temperature": temperature, "greedy": greedy}
+    return rollout(config, params, problems, key, max_length=max_length, **sampling).reward_B
+
+
+def judge(
+    model: Model,
+    problems: Sequence[addition.Problem],
+    digits: int,
+    *,
+    temperature: float | None = None,
+    seed: int = 0,
+    extra_length: int = addition.EXTRA_LENGTH,
+) -> np.ndarray:
+    """1 for each problem of up to ``digits`` digits that the model solves, else 0: float32 [B].
+
+    Args:
+      temperature: of sampling; None takes the likeliest character.
+      extra_length: characters that an answer may be longer than the longest right one.
+    """
+    packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
+    rewards = [
+        _rewards(
+            model.config,
+            model.params,
+            jax.tree.map(lambda x, start=start: x[start : start + BATCH], packed),
+            jax.random.key(seed),
+            max_length=addition.max_answer_length(digits, extra_length),
+            temperature=1.0 if temperature is None else temperature,
+            greedy=temperature is None,
+        )
+        for start in range(0, len(problems), BATCH)
+    ]
+    return np.concatenate(rewards)
+
+
+def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of ``values`` [n] under resampling with replacement."""
+    require(len(values) > 0, "values", len(values), "1 or more")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy of a checkpoint on N to N+3 digits, identical and varying operand lengths."""
+
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Directory with params/ and model.json; default: the tiny checkpoint that ships with the package."""
+    problems: int = 1000
+    """Problems per cell."""
+    temperature: float | None = None
+    """Sampling temperature; none: the likeliest character (greedy)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.problems >= 1, "problems", self.problems, "at least 1")
+        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or none")
+
+
+def main(config: EvaluateConfig) -> None:
+    model = load_model(config.checkpoint)
+    base = model.max_pretrain_digits
+    print(f"N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval")
+    print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
+    for digits in range(base, base + 4):
+        cells = []
+        for draw in (addition.identical_problems, addition.varying_problems):
+            problems = draw(np.random.default_rng([config.seed, digits]), config.problems, digits)
+            solved = judge(model, problems, digits, temperature=config.temperature, seed=config.seed)
+            low, high = bootstrap_interval(solved)
+            cells.append(f"{100 * solved.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        print(f"{digits:>8} {cells[0]:>24} {cells[1]:>24}", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, EvaluateConfig)

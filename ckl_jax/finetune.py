@@ -1,0 +1,233 @@
+"""RL fine-tuning of a checkpoint, one or several runs (arms x seeds) as one program.
+
+    python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
+
+An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from ckl_jax import addition, cli
+from ckl_jax import problems as problems_lib
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model, save_model
+from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.episodes import Task
+from ckl_jax.problems import Problems
+from ckl_jax.rollout import rollout
+from ckl_jax.runs import RunDirectory
+from ckl_jax.updates import RUNS, Hyper, RunState, init_run, map_runs, train_rounds
+
+Arms = Mapping[str, Mapping[str, Any]]
+TEST_SEED = 10**6
+TEST_BATCH = 250
+
+
+class Run(NamedTuple):
+    """One run of a program: an arm's name and a seed."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/seed_{self.seed}"
+
+
+def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
+    """All arms x seeds and what differs between them, as arrays [runs].
+
+    Args:
+      arms: name -> overrides of ``learning_rate``, ``kl_coefficient`` and ``beta``.
+
+    Raises:
+      ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
+    """
+    require(seeds >= 1, "seeds", seeds, "at least 1")
+    require(len(arms) >= 1, "arms", dict(arms), "at least one")
+    traced = tuple(name for name in Hyper._fields if name != "seed")
+    runs, rows = [], []
+    for arm, overrides in arms.items():
+        require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
+        of_arm = dataclasses.replace(config, **overrides)
+        for seed in range(config.seed, config.seed + seeds):
+            runs.append(Run(arm, seed))
+            rows.append((seed, *(float(getattr(of_arm, name)) for name in traced)))
+    seed_R, *columns = zip(*rows, strict=True)
+    return runs, Hyper(jnp.array(seed_R, jnp.uint32), *(jnp.array(column, jnp.float32) for column in columns))
+
+
+def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
+    """The problems of one round: the same for all arms of a seed."""
+    rng = np.random.default_rng([seed, round_index])
+    drawn = addition.rl_problems(rng, task.config.episodes, task.digits, task.max_pretrain_digits)
+    return problems_lib.pack(drawn, task.digits, task.max_pretrain_digits)
+
+
+def _stack(items: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _test_batch(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
+    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
+
+    def test(params):
+        key, temperature = jax.random.key(TEST_SEED), task.config.temperature
+        return rollout(
+            task.model, params, problems, key, max_length=max_length, temperature=temperature, axis_name=RUNS
+        ).reward_B
+
+    return map_runs(task, test, (policies,))
+
+
+def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
+    """Accuracy of every run on ``count`` common problems of the target length, and on as many of the old lengths.
+
+    Args:
+      policies: parameters with a leading axis of runs R.
+
+    Returns:
+      ``target`` and ``old``: float [R].
+    """
+    base, extra = task.max_pretrain_digits, task.config.extra_length
+    rng = np.random.default_rng(TEST_SEED)
+    sets = {
+        "target": (addition.rl_problems(rng, count, task.digits, base), task.digits),
+        "old": (addition.short_problems(rng, count, base), base),
+    }
+    accuracy = {}
+    for name, (drawn, digits) in sets.items():
+        packed = problems_lib.pack(drawn, digits, base)
+        length = addition.max_answer_length(digits, extra)
+        rewards = [
+            np.asarray(_test_batch(task, policies, jax.tree.map(lambda x, i=i: x[i : i + TEST_BATCH], packed), length))
+            for i in range(0, count, TEST_BATCH)
+        ]
+        accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
+    return accuracy
+
+
+def finetune(
+    config: FinetuneConfig,
+    model: Model,
+    directory: RunDirectory,
+    arms: Arms,
+    seeds: int,
+    progress: Callable[[str], None] = print,
+) -> list[Run]:
+    """Trains all arms x seeds, logging every round and test, and saves every run's policy.
+
+    The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
+    ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
+    """
+    task = Task(model.config, config, model.max_pretrain_digits)
+    runs, hypers = make_runs(config, arms, seeds)
+    total = addition.max_prompt_length(task.digits) + task.max_length
+    fits = total <= model.config.block_size
+    require(fits, "extra_digits", config.extra_digits, f"what fits the model: prompt + answer = {total} characters, "
+            f"block_size = {model.config.block_size}")  # fmt: skip
+    create = jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))
+    abstract = jax.eval_shape(create, model.params, hypers)
+    restored = directory.checkpoints.restore_latest(abstract)
+    done, states = restored if restored else (0, create(model.params, hypers))
+    directory.rewind_metrics(done if restored else -1)
+    start, first = time.monotonic(), done
+
+    def run_test(step: int, states: RunState) -> np.ndarray:
+        count = config.final_problems if step in (0, config.rounds) else config.test_problems
+        policies = states.params["policy"]
+        if step == 0:
+            policies = jax.tree.map(lambda x: x[:1], policies)
+        accuracy = test(task, policies, count)
+        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in accuracy.items()}
+        directory.log(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
+                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
+                for index, run in enumerate(runs)
+            ]
+        )
+        return per_run["target"]
+
+    if not restored:
+        target = run_test(0, states)
+        progress(f"before: {100 * target.mean():.1f}% on {task.digits} digits ({time.monotonic() - start:.0f} s)")
+        directory.checkpoints.save(0, states)
+    while done < config.rounds:
+        rounds = range(done, done + config.test_every)
+        problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
+        states, metrics = train_rounds(task, model.params, states, hypers, problems)
+        directory.log(_round_records(runs, done, jax.tree.map(np.asarray, metrics)))
+        done += config.test_every
+        target = run_test(done, states)
+        directory.checkpoints.save(done, states)
+        elapsed = time.monotonic() - start
+        left = elapsed / (done - first) * (config.rounds - done)
+        by_arm = {arm: np.mean([t for t, run in zip(target, runs, strict=True) if run.arm == arm]) for arm in arms}
+        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in by_arm.items())
+        progress(f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)")
+    for index, run in enumerate(runs):
+        policy = jax.tree.map(lambda x, index=index: np.asarray(x[index]), states.params["policy"])
+        made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
+        save_model(directory.path / run.name, Model(model.config, model.max_pretrain_digits, policy), made_by)
+    return runs
+
+
+def _round_records(runs: list[Run], done: int, metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    rounds = next(iter(metrics.values())).shape[1]
+    return [
+        {"step": done + r + 1, "arm": run.arm, "seed": run.seed}
+        | {name: values[index, r].tolist() for name, values in metrics.items()}
+        for r in range(rounds)
+        for index, run in enumerate(runs)
+    ]
+
+
+@dataclass(frozen=True)
+class FinetuneCommand:
+    """RL fine-tuning of a checkpoint with the prioritized KL penalty (beta 0: the standard one)."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    out: pathlib.Path = pathlib.Path("runs/finetuned")
+    """Directory of the run: new, empty, or of the same command interrupted."""
+    seeds: int = 1
+    """Runs with seeds seed, seed + 1, ..."""
+
+
+def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
+    return FinetuneCommand(finetune_preset(scale, recipe))
+
+
+def main(command: FinetuneCommand) -> None:
+    model = load_model(command.checkpoint)
+    make_runs(command.config, {"run": {}}, command.seeds)
+    directory = RunDirectory(command.out, {"command": "finetune", **as_dict(command)})
+    runs = finetune(command.config, model, directory, {"run": {}}, command.seeds)
+    print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
+
+
+def as_dict(command: Any) -> dict[str, Any]:
+    """A command as JSON-able values."""
+    return {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in dataclasses.asdict(command).items()
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, FinetuneCommand, preset)

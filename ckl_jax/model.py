@@ -1,0 +1,209 @@
+"""GPT-2 in Flax Linen with a key-value cache that is a plain pytree, and the value head.
+
+Tensor names carry their shape: B batch, T new positions, S cached positions, H heads, K width per head, D width,
+V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/attn/c_attn``, ...).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ckl_jax.config import ModelConfig
+
+LAYER_NORM_EPSILON = 1e-5
+MASKED = -1e30
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far.
+
+    Attributes:
+      keys_BxHxSxK, values_BxHxSxK: one array per layer.
+      segments_BxS: int32 segment of each cached position.
+      length: int32 [], how many of the S slots are filled.
+    """
+
+    keys_BxHxSxK: tuple[jax.Array, ...]
+    values_BxHxSxK: tuple[jax.Array, ...]
+    segments_BxS: jax.Array
+    length: jax.Array
+
+
+class Output(NamedTuple):
+    """``logits_BxTxV`` and ``hidden_BxTxD`` (after the final layer norm) in float32, and the extended cache."""
+
+    logits_BxTxV: jax.Array
+    hidden_BxTxD: jax.Array
+    cache: Cache | None
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache for ``batch`` rows of up to ``slots`` positions."""
+    shape = (batch, config.num_heads, slots, config.width // config.num_heads)
+    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    return Cache(layers, layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout):
+    scores = jnp.where(mask_Bx1xTxS, scores_BxHxTxS.astype(jnp.float32), MASKED)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    weights = dropout(weights).astype(values_BxHxSxK.dtype)
+    return jnp.einsum("bhts,bhsk->bhtk", weights, values_BxHxSxK) / total.astype(values_BxHxSxK.dtype)
+
+
+def _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, chunk, dropout):
+    """Causal attention inside segments, a chunk of queries at a time against the keys up to the chunk's end."""
+    num_positions = q_BxHxTxK.shape[2]
+    outputs = []
+    for start in range(0, num_positions, chunk):
+        end = min(start + chunk, num_positions)
+        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK[:, :, start:end], k_BxHxTxK[:, :, :end])
+        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        same_segment = segments_BxT[:, start:end, None] == segments_BxT[:, None, :end]
+        mask = (causal[None] & same_segment)[:, None]
+        outputs.append(_softmax_values(scores, mask, v_BxHxTxK[:, :, :end], dropout))
+    return jnp.concatenate(outputs, axis=2)
+
+
+def _cached_attention(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropout):
+    scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK)
+    return _softmax_values(scores, mask_BxTxS[:, None], values_BxHxSxK, dropout)
+
+
+def _append(buffer_BxHxSxK: jax.Array, new_BxHxTxK: jax.Array, length: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(buffer_BxHxSxK, new_BxHxTxK, length, axis=2)
+
+
+class Block(nn.Module):
+    """A pre-LN transformer layer on rows flattened to [B * T, D], which keeps XLA's CPU backward in fast layouts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic):
+        config = self.config
+        batch, num_positions = segments_BxT.shape
+        scale = 0.02 / (2 * config.num_layers) ** 0.5
+
+        def dense(features, name, stddev=0.02):
+            return nn.Dense(
+                features,
+                use_bias=config.use_bias,
+                dtype=config.dtype,
+                precision=config.precision,
+                kernel_init=nn.initializers.normal(stddev),
+                name=name,
+            )
+
+        def dropout(x):
+            return nn.Dropout(config.dropout)(x, deterministic=deterministic)
+
+        h_BTxD = _layer_norm(config, "ln_1")(x_BTxD)
+        qkv = dense(3 * config.width, "c_attn")(h_BTxD)
+        heads = (batch, num_positions, 3, config.num_heads, config.width // config.num_heads)
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv.reshape(heads).transpose(2, 0, 3, 1, 4)
+        q_BxHxTxK = q_BxHxTxK * (config.width // config.num_heads) ** -0.5
+        if layer_cache is None:
+            attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, config.attention_chunk, dropout)
+        else:
+            keys, values, length = layer_cache
+            keys, values = _append(keys, k_BxHxTxK, length), _append(values, v_BxHxTxK, length)
+            layer_cache = (keys, values)
+            attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout)
+        attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_positions, config.width)
+        x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
+        h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)
+        h_BTx4D = nn.gelu(dense(4 * config.width, "c_fc")(h_BTxD), approximate=True)
+        x_BTxD = x_BTxD + dropout(dense(config.width, "mlp_c_proj", scale)(h_BTx4D))
+        return x_BTxD, layer_cache
+
+
+def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(LAYER_NORM_EPSILON, use_bias=config.use_bias, dtype=config.dtype, name=name)
+
+
+class GPT2(nn.Module):
+    """The language model. One ``__call__`` serves training (``cache=None``) and decoding.
+
+    Args of ``__call__``:
+      tokens_BxT: integers in 0..V-1.
+      positions_BxT: absolute positions, each row its own; default 0..T-1.
+      segments_BxT: attention stays inside equal segments (documents, or padding against text); default all 0.
+      cache: what the T new positions are appended to; ``cache.length + T`` must not exceed its slots.
+      deterministic: False applies dropout and needs a "dropout" rng.
+
+    Returns: ``Output``.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None, deterministic=True):
+        config = self.config
+        batch, num_positions = tokens_BxT.shape
+        if positions_BxT is None:
+            start = 0 if cache is None else cache.length
+            positions_BxT = jnp.broadcast_to(start + jnp.arange(num_positions)[None], tokens_BxT.shape)
+        if segments_BxT is None:
+            segments_BxT = jnp.zeros(tokens_BxT.shape, jnp.int32)
+
+        def embed(rows, name):
+            init = nn.initializers.normal(0.02)
+            return nn.Embed(rows, config.width, dtype=config.dtype, embedding_init=init, name=name)
+
+        wte = embed(config.vocab_size, "wte")
+        x_BxTxD = wte(tokens_BxT) + embed(config.block_size, "wpe")(positions_BxT)
+        x_BTxD = x_BxTxD.reshape(batch * num_positions, config.width)
+        x_BTxD = nn.Dropout(config.dropout)(x_BTxD, deterministic=deterministic)
+
+        mask_BxTxS = None
+        if cache is not None:
+            slots = jnp.arange(cache.segments_BxS.shape[1])
+            segments_BxS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segments_BxT, cache.length, axis=1)
+            causal = slots[None, :] <= (cache.length + jnp.arange(num_positions))[:, None]
+            mask_BxTxS = causal[None] & (segments_BxT[:, :, None] == segments_BxS[:, None, :])
+        layers = []
+        for index in range(config.num_layers):
+            layer_cache = (
+                None if cache is None else (cache.keys_BxHxSxK[index], cache.values_BxHxSxK[index], cache.length)
+            )
+            x_BTxD, layer_cache = Block(config, name=f"h_{index}")(
+                x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic
+            )
+            layers.append(layer_cache)
+        if cache is not None:
+            keys, values = zip(*layers, strict=True)
+            cache = Cache(keys, values, segments_BxS, cache.length + num_positions)
+
+        hidden_BTxD = _layer_norm(config, "ln_f")(x_BTxD).astype(jnp.float32)
+        logits_BTxV = jnp.dot(hidden_BTxD, wte.embedding.T, precision=config.precision)
+        shape = (batch, num_positions, -1)
+        return Output(logits_BTxV.reshape(shape), hidden_BTxD.reshape(shape), cache)
+
+
+def forward(config: ModelConfig, params: Any, tokens_BxT: jax.Array, *inputs: Any, **options: Any) -> Output:
+    """``GPT2(config)`` applied; arguments as its ``__call__``."""
+    return cast(Output, GPT2(config).apply(params, tokens_BxT, *inputs, **options))
+
+
+class ValueHead(nn.Module):
+    """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code)."""
+
+    features: int = 128
+
+    @nn.compact
+    def __call__(self, hidden_BxTxD):
+        x = hidden_BxTxD
+        for name in ("fc_1", "fc_2"):
+            x = nn.relu(nn.Dense(self.features, name=name)(x))
+        return nn.Dense(1, name="out")(x)[..., 0]
+
+
+def values(params: Any, hidden_BxTxD: jax.Array) -> jax.Array:
+    """The critic's value of the state before each token: float32 [B, T]."""
+    return cast(jax.Array, ValueHead().apply(params, hidden_BxTxD))

@@ -1,0 +1,191 @@
+"""Next-character pre-training (paper, section 3.2; Lee et al. 2024).
+
+    python -m ckl_jax.pretrain --scale tiny --out runs/tiny
+
+An interrupted run goes on from its last checkpoint with the same command and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from ckl_jax import addition, cli
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import PretrainConfig, pretrain_preset
+from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
+from ckl_jax.evaluate import judge
+from ckl_jax.model import GPT2, forward
+from ckl_jax.runs import RunDirectory
+
+
+class PretrainState(NamedTuple):
+    """Everything that a run needs to go on: the step, the parameters and the optimizer's state."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
+    """AdamW or Muon under a linear warm-up and a cosine decay to a tenth, after clipping the global norm."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, config.num_steps, 0.1 * config.learning_rate
+    )
+    decays = functools.partial(jax.tree.map, lambda p: p.ndim >= 2)
+    if config.optimizer == "adamw":
+        update = optax.adamw(schedule, b2=config.adam_beta2, weight_decay=config.weight_decay, mask=decays)
+    else:
+        update = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b2=config.adam_beta2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Muon for the layers' matrices; embeddings, biases and norms get AdamW."""
+
+    def dimensions(path, leaf):
+        in_layer = leaf.ndim == 2 and any(str(getattr(key, "key", "")).startswith("h_") for key in path)
+        return optax.contrib.MuonDimensionNumbers() if in_layer else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def init_params(config: PretrainConfig) -> Any:
+    """Random parameters from the config's seed."""
+    return GPT2(config.model).init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))
+
+
+def init_state(config: PretrainConfig) -> PretrainState:
+    """The state before the first step; call it under jit."""
+    params = init_params(config)
+    return PretrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+
+
+def next_token_loss(config: PretrainConfig, params: Any, windows: Windows, dropout_key: jax.Array) -> jax.Array:
+    """Mean of -log p(next character) over the unmasked positions, in nats."""
+    logits_BxTxV = forward(
+        config.model,
+        params,
+        windows.inputs_BxT,
+        windows.positions_BxT,
+        windows.segments_BxT,
+        deterministic=config.model.dropout == 0,
+        rngs={"dropout": dropout_key},
+    ).logits_BxTxV
+    losses_BxT = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, windows.targets_BxT)
+    return (losses_BxT * windows.mask_BxT).sum() / windows.mask_BxT.sum()
+
+
+def window_length(config: PretrainConfig) -> int:
+    """Characters a window predicts: the block (`stream`) or the longest document (`documents`)."""
+    if config.packing == "stream":
+        return config.model.block_size
+    return addition.max_prompt_length(config.max_digits) + addition.max_answer_length(config.max_digits, extra=0)
+
+
+def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream) -> tuple[PretrainState, dict]:
+    """One update. The batch is a function of (seed, step) alone, so a resumed run sees the same ones."""
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    sample_key, dropout_key = jax.random.split(key)
+    window = window_length(config)
+    if config.packing == "stream":
+        windows = sample_stream(stream, sample_key, config.batch_size, window)
+    else:
+        windows = sample_documents(stream, sample_key, config.batch_size, window, config.model.block_size)
+    loss, grads = jax.value_and_grad(functools.partial(next_token_loss, config), argnums=0)(
+        state.params, windows, dropout_key
+    )
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return PretrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=1)
+def train_steps(
+    config: PretrainConfig, state: PretrainState, stream: TokenStream, count: int
+) -> tuple[PretrainState, dict[str, jax.Array]]:
+    """``count`` updates as one program; metrics are means over them."""
+
+    def body(state, _):
+        return train_step(config, state, stream)
+
+    state, metrics = jax.lax.scan(body, state, length=count)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def pretrain(
+    config: PretrainConfig,
+    directory: RunDirectory,
+    data_dir: pathlib.Path | None = None,
+    progress: Callable[[str], None] = print,
+) -> Model:
+    """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory."""
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    stream = jax.tree.map(jnp.asarray, stream)
+    create = jax.jit(functools.partial(init_state, config))
+    restored = directory.checkpoints.restore_latest(jax.eval_shape(create))
+    done, state = restored if restored else (0, create())
+    directory.rewind_metrics(done)
+    start, first = time.monotonic(), done
+    while done < config.num_steps:
+        count = min(config.checkpoint_every, config.num_steps - done)
+        state, metrics = train_steps(config, state, stream, count)
+        done += count
+        record: dict[str, Any] = {"step": done, **{name: float(value) for name, value in metrics.items()}}
+        model = Model(config.model, config.max_digits, state.params)
+        for digits in (config.max_digits, config.max_digits + 1):
+            rng = np.random.default_rng([config.seed, digits])
+            problems = addition.varying_problems(rng, config.eval_problems, digits)
+            record[f"accuracy_varying_{digits}"] = float(judge(model, problems, digits).mean())
+        directory.log([record])
+        directory.checkpoints.save(done, state)
+        elapsed = time.monotonic() - start
+        left = elapsed / (done - first) * (config.num_steps - done)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+        progress(f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s, {left:.0f} s left)")
+    model = Model(config.model, config.max_digits, state.params)
+    save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
+    return model
+
+
+@dataclass(frozen=True)
+class PretrainCommand:
+    """Next-character pre-training on scratchpads of additions."""
+
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    out: pathlib.Path = pathlib.Path("runs/pretrained")
+    """Directory of the run: new, empty, or of the same command interrupted."""
+    data_dir: pathlib.Path | None = None
+    """Where TFDS keeps the dataset; default: TFDS's own default directory."""
+
+
+def preset(scale: str = "tiny") -> PretrainCommand:
+    return PretrainCommand(pretrain_preset(scale))
+
+
+def main(command: PretrainCommand) -> None:
+    directory = RunDirectory(command.out, {"command": "pretrain", **dataclasses.asdict(command.config)})
+    model = pretrain(command.config, directory, command.data_dir)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    print(f"saved: {directory.path} ({parameters:,} parameters)")
+
+
+if __name__ == "__main__":
+    cli.run(main, PretrainCommand, preset)
