@@ -20,6 +20,7 @@ from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import rollout
+from ckl_jax.statistics import bootstrap_interval
 
 BATCH = 250
 
@@ -59,15 +60,6 @@ def judge(
         for start in range(0, len(problems), BATCH)
     ]
     return np.concatenate(rewards)
-
-
-def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of ``values`` [n] under resampling with replacement."""
-    require(len(values) > 0, "values", len(values), "1 or more")
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,9 @@ def finetune(
         target = run_test(0, states)
         progress(f"before: {100 * target.mean():.1f}% on {task.digits} digits ({time.monotonic() - start:.0f} s)")
         directory.checkpoints.save(0, states)
+        directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
+        chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
         states, metrics = train_rounds(task, model.params, states, hypers, problems)
@@ -174,6 +176,7 @@ def finetune(
         done += config.test_every
         target = run_test(done, states)
         directory.checkpoints.save(done, states)
+        directory.log_seconds(done, time.monotonic() - chunk_start)
         elapsed = time.monotonic() - start
         left = elapsed / (done - first) * (config.rounds - done)
         by_arm = {arm: np.mean([t for t, run in zip(target, runs, strict=True) if run.arm == arm]) for arm in arms}

@@ -61,7 +61,7 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "
         return log_ratio
     if kind == "k2":
         return 0.5 * jnp.square(log_ratio)
-    return jnp.exp(-log_ratio) - 1.0 + log_ratio
+    return jnp.expm1(-log_ratio) + log_ratio
 
 
 def exact_kl(logits: jax.Array, ref_logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:

@@ -121,7 +121,7 @@ def rollout(
     def decode_step(state: _Decoding) -> _Decoding:
         step = state.step
         scaled_BxV = state.logits_BxV / temperature
-        noise_BxV = 0.0 if greedy else gumbel_noise(key, problems.episodes_B, step, config.vocab_size)
+        noise_BxV = 0.0 if greedy else gumbel_noise(key, jnp.asarray(problems.episodes_B), step, config.vocab_size)
         sampled_B = jnp.argmax(scaled_BxV + noise_BxV, axis=1)
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(scaled_BxV), sampled_B[:, None], axis=1)[:, 0]
         tokens_B = jnp.where(state.done_B, addition.PAD_ID, sampled_B).astype(jnp.int32)

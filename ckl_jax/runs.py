@@ -59,6 +59,16 @@ class RunDirectory:
         with self.metrics_path.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
 
+    def log_seconds(self, step: int, seconds: float) -> None:
+        """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
+        with (self.path / "seconds.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
+
+    def seconds(self) -> float:
+        """Wall seconds of the run so far, those of interrupted attempts included."""
+        path = self.path / "seconds.jsonl"
+        return sum(json.loads(line)["seconds"] for line in path.read_text().splitlines()) if path.exists() else 0.0
+
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far."""
         if not self.metrics_path.exists():

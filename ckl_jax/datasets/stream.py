@@ -17,8 +17,8 @@ from ckl_jax.datasets.scratchpads import Scratchpads
 class TokenStream(NamedTuple):
     """``tokens_N`` uint8: all documents (prompt + answer) back to back; ``starts_E`` int32: where each starts."""
 
-    tokens_N: jax.Array
-    starts_E: jax.Array
+    tokens_N: jax.Array | np.ndarray
+    starts_E: jax.Array | np.ndarray
 
 
 class Windows(NamedTuple):
@@ -54,7 +54,7 @@ def sample_stream(stream: TokenStream, key: jax.Array, batch: int, window: int) 
     """Windows [batch, window] that start anywhere in the stream, at position 0, attending across documents."""
     last = stream.tokens_N.shape[0] - window
     offsets_B = jax.random.randint(key, (batch,), 0, last)
-    text_BxT = stream.tokens_N[offsets_B[:, None] + jnp.arange(window + 1)[None]].astype(jnp.int32)
+    text_BxT = jnp.asarray(stream.tokens_N)[offsets_B[:, None] + jnp.arange(window + 1)[None]].astype(jnp.int32)
     positions_BxT = jnp.broadcast_to(jnp.arange(window)[None], (batch, window))
     zeros_BxT = jnp.zeros((batch, window), jnp.int32)
     return Windows(text_BxT[:, :-1], text_BxT[:, 1:], positions_BxT, zeros_BxT, zeros_BxT == 0)
@@ -66,11 +66,11 @@ def sample_documents(stream: TokenStream, key: jax.Array, batch: int, window: in
     Every document is a segment of its own, and the first character of the next document is not predicted.
     """
     document_key, position_key = jax.random.split(key)
-    usable = jnp.searchsorted(stream.starts_E, stream.tokens_N.shape[0] - window)
+    usable = jnp.searchsorted(jnp.asarray(stream.starts_E), stream.tokens_N.shape[0] - window)
     documents_B = jax.random.randint(document_key, (batch,), 0, usable)
-    index_BxT = stream.starts_E[documents_B][:, None] + jnp.arange(window + 1)[None]
-    text_BxT = stream.tokens_N[index_BxT].astype(jnp.int32)
-    segments_BxT = jnp.searchsorted(stream.starts_E, index_BxT, side="right").astype(jnp.int32)
+    index_BxT = jnp.asarray(stream.starts_E)[documents_B][:, None] + jnp.arange(window + 1)[None]
+    text_BxT = jnp.asarray(stream.tokens_N)[index_BxT].astype(jnp.int32)
+    segments_BxT = jnp.searchsorted(jnp.asarray(stream.starts_E), index_BxT, side="right").astype(jnp.int32)
     offsets_B = jax.random.randint(position_key, (batch,), 0, block - window + 1)
     positions_BxT = offsets_B[:, None] + jnp.arange(window)[None]
     mask_BxT = segments_BxT[:, 1:] == segments_BxT[:, :-1]

@@ -1,0 +1,38 @@
+"""Figures with matplotlib: they read results and never train."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ckl_jax.statistics import mean_interval
+
+COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
+
+
+def curves(axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0) -> None:
+    """Mean over seeds with its 95% interval as a band: ``by_arm`` has arrays [seeds, len(x)], NaN where unmeasured."""
+    for arm, values in by_arm.items():
+        points = [mean_interval(column[~np.isnan(column)]) for column in values.T]
+        mean, low, high = (scale * np.array(part) for part in zip(*points, strict=True))
+        color = COLORS.get(arm)
+        (line,) = axes.plot(x, mean, label=arm, color=color, linewidth=2)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
+    """Writes ``name.png`` and ``name.svg`` and closes the figure."""
+    for suffix in ("png", "svg"):
+        figure.savefig(directory / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
+    plt.close(figure)

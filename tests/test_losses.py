@@ -1,0 +1,260 @@
+"""The loss terms against numbers worked out by hand, exact enumeration, and a plain loop."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from ckl_jax import losses
+from ckl_jax.config import ConfigError
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture
+def debug_nans():
+    with jax.debug_nans(True):
+        yield
+
+
+@pytest.mark.usefixtures("debug_nans")
+class HandComputedLossesTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(
+        ("k1", [0.693147, -0.693147, 0.0]),
+        ("k2", [0.240227, 0.240227, 0.0]),
+        ("k3", [0.193147, 0.306853, 0.0]),
+    )
+    def test_kl_estimates_of_a_token_twice_half_and_equally_as_likely(self, kind, expected):
+        log_probs, ref_log_probs = jnp.log(jnp.array([[0.5, 0.25, 0.125], [0.25, 0.5, 0.125]]))
+        found = self.variant(lambda p, q: losses.kl_estimate(p, q, kind))(log_probs, ref_log_probs)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(([4.0, 2.0, 2.0], [1.0, 1.0, 2.0], 1.0), ([4.0, 1.0, 1.0], [1.0, 1.0, 4.0], 2.0))
+    def test_exact_kl_is_a_quarter_of_log_two(self, weights, ref_weights, temperature):
+        logits, ref_logits = jnp.log(jnp.array([weights, ref_weights]))
+        found = self.variant(losses.exact_kl)(logits, ref_logits, temperature)
+        np.testing.assert_allclose(found, 0.173287, atol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(
+        (2.0, [True, True, True], 0.833333),
+        (2.0, [True, True, False], 1.0),
+        (1.0, [True, False, True], 1.0),
+        (0.0, [True, True, True], 2.333333),
+        (150.0, [True, True, True], 0.333333),
+        (2.0, [False, False, False], 0.0),
+    )
+    def test_prioritized_kl_is_divided_by_the_number_of_tokens(self, beta, mask, expected):
+        kl, sure = jnp.array([4.0, 1.0, 2.0]), jnp.array([0.5, 1.0, 0.0])
+        found = self.variant(losses.prioritized_kl)(kl, sure, beta, jnp.array(mask))
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_token_log_probs_and_entropy_of_a_batch(self):
+        logits, tokens = jnp.log(jnp.array([[2.0, 1.0, 1.0], [1.0, 4.0, 3.0]])), jnp.array([0, 2])
+        np.testing.assert_allclose(self.variant(losses.token_log_probs)(logits, tokens), [-0.693147, -0.980829], 1e-5)
+        np.testing.assert_allclose(self.variant(losses.entropy)(logits), [1.039721, 0.974315], 1e-5)
+        np.testing.assert_allclose(self.variant(losses.token_log_probs)(2 * logits, tokens, 2.0)[0], -0.693147, 1e-5)
+        np.testing.assert_allclose(self.variant(losses.entropy)(2 * logits, 2.0)[0], 1.039721, 1e-5)
+
+
+def test_k3_is_accurate_and_positive_where_the_policy_has_hardly_moved():
+    log_ratio = jnp.array([1e-5, -1e-4, 1e-3])
+    found = losses.kl_estimate(log_ratio, jnp.zeros(3), "k3")
+    np.testing.assert_allclose(found, [5e-11, 5.000167e-9, 4.998334e-7], rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_estimates_are_float32_and_give_the_reference_no_gradient(kind):
+    log_probs, ref_log_probs = jnp.array([-1.0, -2.0], jnp.bfloat16), jnp.array([-2.0, -1.0], jnp.bfloat16)
+    chex.assert_type(losses.kl_estimate(log_probs, ref_log_probs, kind), jnp.float32)
+    gradient = jax.grad(lambda q: losses.kl_estimate(log_probs, q, kind).sum())(ref_log_probs)
+    chex.assert_trees_all_equal(gradient, jnp.zeros(2, jnp.bfloat16))
+
+
+def test_exact_kl_is_zero_for_equal_logits_and_gives_the_reference_no_gradient():
+    logits = jnp.array([[0.3, -1.0, 2.0], [5.0, 0.0, -INF]])
+    chex.assert_trees_all_equal(losses.exact_kl(logits, logits), jnp.zeros(2))
+    gradient = jax.grad(losses.exact_kl, argnums=1)(logits[0], logits[0, ::-1])
+    chex.assert_trees_all_equal(gradient, jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "expected"),
+    [
+        ([0.5, 0.5, 0.0], [0.25, 0.25, 0.5], 0.693147),
+        ([0.5, 0.5, 0.0], [0.25, 0.75, 0.0], 0.143841),
+        ([0.5, 0.25, 0.25], [0.5, 0.5, 0.0], INF),
+    ],
+)
+def test_exact_kl_handles_impossible_tokens(policy, reference, expected):
+    found = losses.exact_kl(jnp.log(jnp.array(policy)), jnp.log(jnp.array(reference)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_exact_kl_has_a_finite_gradient_where_the_policy_excludes_a_token():
+    logits, ref_logits = jnp.log(jnp.array([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5]]))
+    np.testing.assert_allclose(jax.grad(losses.exact_kl)(logits, ref_logits), [0.205990, -0.205990, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("kind", lambda x, y: losses.kl_estimate(x, x, "k4")),
+        ("ref_log_probs", lambda x, y: losses.kl_estimate(x, y)),
+        ("ref_logits", lambda x, y: losses.exact_kl(x, y)),
+        ("beta", lambda x, y: losses.prioritized_kl(x, x, -0.5, x > 0)),
+        ("certainty", lambda x, y: losses.prioritized_kl(x, y, 1.0, x > 0)),
+        ("mask", lambda x, y: losses.masked_mean(x, y > 0)),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(field, call):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
+        call(jnp.ones((2, 3)), jnp.ones((2, 2)))
+
+
+def test_beta_zero_is_the_standard_kl_penalty_even_where_certainty_is_zero():
+    kl, mask = jnp.array([[0.5, 3.0], [2.0, 7.0]]), jnp.array([[True, True], [True, False]])
+    found = losses.prioritized_kl(kl, jnp.array([[0.0, 1.0], [0.3, 0.2]]), 0, mask)
+    chex.assert_trees_all_equal(found, losses.masked_mean(kl, mask))
+
+
+@pytest.mark.parametrize("garbage", [INF, -INF, NAN])
+def test_what_stands_outside_the_mask_has_no_influence_on_value_or_gradient(garbage):
+    mask = jnp.array([True, True, False])
+    first, second = jnp.array([0.5, 0.25, garbage]), jnp.array([3.0, -1.0, garbage])
+    hand_computed = [
+        (lambda x: losses.masked_mean(x, mask), 0.375, [0.5, 0.5, 0.0]),
+        (lambda x: losses.prioritized_kl(x, second, 2.0, mask), 2.375, [4.5, 0.5, 0.0]),
+        (lambda x: losses.policy_gradient_loss(x, second, mask), -0.625, [-1.5, 0.5, 0.0]),
+        (lambda x: losses.value_loss(x, second, mask), 3.90625, [-2.5, 1.25, 0.0]),
+    ]
+    for loss, value, gradient in hand_computed:
+        chex.assert_trees_all_close(jax.value_and_grad(loss)(first), (value, jnp.array(gradient)))
+
+
+def test_the_mean_over_no_token_is_zero_with_zero_gradient(debug_nans):
+    value_and_grad = jax.value_and_grad(losses.masked_mean)(jnp.array([1.0, 2.0]), jnp.array([False, False]))
+    chex.assert_trees_all_equal(value_and_grad, (jnp.float32(0), jnp.zeros(2)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda x, y, m: losses.prioritized_kl(x, y, 2.0, m), losses.policy_gradient_loss, losses.value_loss],
+    ids=["certainty", "advantages", "returns"],
+)
+def test_targets_and_weights_take_no_gradient(loss, debug_nans):
+    mask = jnp.array([True, True, False])
+    gradient = jax.grad(loss, argnums=1)(jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.9, 0.0]), mask)
+    chex.assert_trees_all_equal(gradient, jnp.zeros(3))
+
+
+POLICY_4x3 = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [0.7, 0.1, 0.2]])
+"""Next-token distributions of a two-token policy: at the start, then after each first token."""
+REFERENCE_4x3 = np.array([[0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1]])
+CERTAINTY_4 = np.array([0.9, 0.2, 0.5, 0.7])
+VISITATION_4 = np.array([1.0, 0.5, 0.3, 0.2])
+
+
+def reverse_kl_gradient(policy, reference):
+    log_ratio = np.log(policy / reference)
+    return policy * (log_ratio - (policy * log_ratio).sum(-1, keepdims=True))
+
+
+def forward_kl_gradient(policy, reference):
+    return policy - reference
+
+
+def expected_gradient(kind, beta):
+    """Gradient by the logits [4, 3] of the penalty summed over both tokens, averaged over all nine sequences."""
+    tokens_9x2 = jnp.array([(first, second) for first in range(3) for second in range(3)])
+    states_9x2 = jnp.stack([jnp.zeros(9, int), 1 + tokens_9x2[:, 0]], axis=1)
+    ref_log_probs_9x2 = losses.token_log_probs(jnp.log(jnp.asarray(REFERENCE_4x3))[states_9x2], tokens_9x2)
+    certainty_9x2 = jnp.asarray(CERTAINTY_4)[states_9x2]
+
+    def loss(logits_4x3):
+        log_probs_9x2 = losses.token_log_probs(logits_4x3[states_9x2], tokens_9x2)
+        kl_9x2 = losses.kl_estimate(log_probs_9x2, ref_log_probs_9x2, kind)
+        mean_of = jax.vmap(losses.prioritized_kl, in_axes=(0, 0, None, 0))
+        penalty_9 = 2 * mean_of(kl_9x2, certainty_9x2, beta, jnp.ones((9, 2), bool))
+        return (jax.lax.stop_gradient(jnp.exp(log_probs_9x2.sum(axis=1))) * penalty_9).sum()
+
+    return jax.grad(loss)(jnp.log(jnp.asarray(POLICY_4x3)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize(
+    ("kind", "gradient_of"),
+    [("k1", lambda p, q: 0.0 * p), ("k2", reverse_kl_gradient), ("k3", forward_kl_gradient)],
+    ids=["k1 has none", "k2 has that of the reverse KL", "k3 has that of the forward KL"],
+)
+def test_expected_gradient_of_each_estimate_state_by_state(kind, gradient_of, beta, debug_nans):
+    weights_4x1 = (VISITATION_4 * CERTAINTY_4**beta)[:, None]
+    expected_4x3 = weights_4x1 * gradient_of(POLICY_4x3, REFERENCE_4x3)
+    np.testing.assert_allclose(expected_gradient(kind, beta), expected_4x3, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 3.0], ids=["unweighted", "weighted"])
+def test_exact_kl_has_the_expected_gradient_of_k2(beta, debug_nans):
+    def loss(logits_4x3):
+        kl_4 = losses.exact_kl(logits_4x3, jnp.log(jnp.asarray(REFERENCE_4x3)))
+        return 4 * losses.prioritized_kl(kl_4 * VISITATION_4, jnp.asarray(CERTAINTY_4), beta, jnp.ones(4, bool))
+
+    gradient_4x3 = jax.grad(loss)(jnp.log(jnp.asarray(POLICY_4x3)))
+    np.testing.assert_allclose(gradient_4x3, expected_gradient("k2", beta), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_at_the_start_the_ratio_is_one_and_every_estimate_zero(kind, debug_nans):
+    logits, tokens = jnp.array([[0.3, -1.0, 2.0], [0.0, 4.0, 1.0]]), jnp.array([2, 0])
+    log_probs = losses.token_log_probs(logits, tokens)
+    chex.assert_trees_all_equal(jnp.exp(losses.kl_estimate(log_probs, log_probs, "k1")), jnp.ones(2))
+    chex.assert_trees_all_equal(losses.kl_estimate(log_probs, log_probs, kind), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_at_the_start_the_penalty_of_sampled_tokens_has_no_gradient(kind, debug_nans):
+    ref_logits, tokens = jnp.array([[0.3, -1.0, 2.0], [0.0, 4.0, 1.0]]), jnp.array([2, 0])
+
+    def loss(logits):
+        kl = losses.kl_estimate(*(losses.token_log_probs(x, tokens) for x in (logits, ref_logits)), kind)
+        return losses.prioritized_kl(kl, jnp.array([0.9, 0.5]), 1.0, jnp.array([True, True]))
+
+    chex.assert_trees_all_equal(jax.grad(loss)(ref_logits), jnp.zeros((2, 3)))
+
+
+def gae_by_loop(rewards, values, lengths, discount, gae_lambda):
+    advantages = np.zeros_like(rewards)
+    for row, length in enumerate(lengths):
+        for start in range(length):
+            for t in range(start, length):
+                next_value = values[row, t + 1] if t + 1 < length else 0.0
+                delta = rewards[row, t] + discount * next_value - values[row, t]
+                advantages[row, start] += (discount * gae_lambda) ** (t - start) * delta
+    return advantages
+
+
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0), (0.5, 1.0), (0.0, 0.7)])
+def test_gae_equals_a_plain_loop_on_ragged_episodes(discount, gae_lambda, debug_nans):
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    lengths = np.array([6, 4, 1, 0, 3])
+    mask = np.arange(6) < lengths[:, None]
+    found = losses.gae(*map(jnp.asarray, (rewards, values, mask)), discount, gae_lambda)
+    expected = gae_by_loop(rewards, values, lengths, discount, gae_lambda)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class UndiscountedAdvantageTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0.0, 9.0, INF, NAN)
+    def test_it_is_the_final_reward_minus_the_value_and_zero_after_the_end(self, garbage):
+        rewards = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, garbage]])
+        values = jnp.array([[0.25, 0.5, 0.875], [0.5, 0.75, garbage]])
+        mask = jnp.array([[True, True, True], [True, True, False]])
+        found = self.variant(lambda r, v, m: losses.gae(r, v, m, 1.0, 1.0))(rewards, values, mask)
+        np.testing.assert_allclose(found, [[0.75, 0.5, 0.125], [0.5, 0.25, 0.0]], atol=1e-6)
