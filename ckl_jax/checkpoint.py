@@ -41,7 +41,10 @@ def _manifest_path(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _verify(directory: pathlib.Path) -> None:
-    expected = json.loads(_manifest_path(directory).read_text())
+    try:
+        expected = dict(json.loads(_manifest_path(directory).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"checkpoint: {_manifest_path(directory)} is damaged ({error})") from error
     found = _manifest(directory)
     damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if damaged:
@@ -62,7 +65,7 @@ class StateCheckpoints:
         path = self.directory / str(step)
         if path.exists():
             self.manager.delete(step)
-        self.manager.save(step, args=ocp.args.StandardSave(state))
+        self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
         self.manager.wait_until_finished()
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
@@ -84,7 +87,12 @@ class StateCheckpoints:
             if not _manifest_path(path).exists():
                 continue
             _verify(path)
-            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            try:
+                return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            except ValueError as error:
+                raise ConfigError(
+                    f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})"
+                ) from error
         return None
 
     def close(self) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
+import io
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -17,8 +20,13 @@ def parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequen
     """A ``config_type`` from arguments; ``preset(scale, ...)`` gives the defaults that they override.
 
     Raises:
-      ConfigError: a value that cannot work. SystemExit(2): unknown options; SystemExit(0): ``--help``.
+      ConfigError: an unknown option or a value that cannot work. SystemExit(0): ``--help``.
     """
+    with _errors_as_one_line():
+        return _parse(config_type, preset, arguments)
+
+
+def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequence[str]) -> Any:
     default = None
     if preset is not None:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -28,6 +36,22 @@ def parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequen
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
     return tyro.cli(config_type, default=default, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+
+
+@contextlib.contextmanager
+def _errors_as_one_line() -> Iterator[None]:
+    """Turns what a parser prints before it exits, boxes included, into a ConfigError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        frame = r"\x1b\[[0-9;]*m|\A[^\n]*\n\s*-+\s*$|^usage:.*|^\s*[╭╰].*|^[\s│]*[─-]+[\s│]*$"
+        text = re.sub(frame, " ", printed.getvalue(), flags=re.MULTILINE).replace("│", " ")
+        line = " ".join(text.split()).partition(" For full helptext")[0]
+        raise ConfigError(re.sub("^Error parsing ", "", line)) from None
 
 
 def run(main: Callable[[Any], None], config_type: Any, preset: Callable[..., Any] | None = None) -> None:

@@ -107,12 +107,13 @@ class PretrainConfig:
         _require_choice(self, "optimizer", ("adamw", "muon"))
         _require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
         _require_number(self, "adam_beta2", 0, high=0.9999)
-        longest = addition.max_prompt_length(self.max_digits) + addition.max_answer_length(self.max_digits, extra=0)
+        tested = self.max_digits + 1
+        longest = addition.max_prompt_length(tested) + addition.max_answer_length(tested)
         require(
             self.model.block_size >= longest,
             "model.block_size",
             self.model.block_size,
-            f"at least {longest}, the longest document of max_digits = {self.max_digits}",
+            f"at least {longest}, the longest episode of the tests on max_digits + 1 = {tested}",
         )
 
 

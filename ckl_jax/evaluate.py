@@ -75,6 +75,7 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.problems >= 1, "problems", self.problems, "at least 1")
         require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or none")
 

@@ -46,6 +46,15 @@ class Run(NamedTuple):
         return f"{self.arm}/seed_{self.seed}"
 
 
+def make_task(config: FinetuneConfig, model: Model) -> Task:
+    """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
+    task = Task(model.config, config, model.max_pretrain_digits)
+    total, block = addition.max_prompt_length(task.digits) + task.max_length, model.config.block_size
+    allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
+    require(total <= block, "extra_digits", config.extra_digits, allowed)
+    return task
+
+
 def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
     """All arms x seeds and what differs between them, as arrays [runs].
 
@@ -133,12 +142,8 @@ def finetune(
     The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
     ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
     """
-    task = Task(model.config, config, model.max_pretrain_digits)
+    task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
-    total = addition.max_prompt_length(task.digits) + task.max_length
-    fits = total <= model.config.block_size
-    require(fits, "extra_digits", config.extra_digits, f"what fits the model: prompt + answer = {total} characters, "
-            f"block_size = {model.config.block_size}")  # fmt: skip
     create = jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))
     abstract = jax.eval_shape(create, model.params, hypers)
     restored = directory.checkpoints.restore_latest(abstract)
@@ -218,6 +223,7 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 
 def main(command: FinetuneCommand) -> None:
     model = load_model(command.checkpoint)
+    make_task(command.config, model)
     make_runs(command.config, {"run": {}}, command.seeds)
     directory = RunDirectory(command.out, {"command": "finetune", **as_dict(command)})
     runs = finetune(command.config, model, directory, {"run": {}}, command.seeds)

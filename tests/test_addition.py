@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from ckl_jax import addition
@@ -31,3 +32,147 @@ def test_text_and_critical_tokens_equal_the_golden_file(case):
     assert as_golden == case["critical_tokens"]
     assert all(answer[t.index] == t.character for t in found)
     assert len({t.index for t in found}) == len(found)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def rl_of_one_more(generator, count, digits):
+    return addition.rl_problems(generator, count, digits, max(1, digits - 1))
+
+
+def lengths(problems):
+    return np.array([(len(str(problem.a)), len(str(problem.b))) for problem in problems])
+
+
+def test_the_vocabulary_has_41_distinct_characters_and_padding_comes_first():
+    assert len(set(addition.VOCABULARY)) == addition.VOCAB_SIZE == 41
+    assert addition.VOCABULARY[addition.PAD_ID] == addition.PAD
+    assert addition.VOCABULARY[addition.NEWLINE_ID] == "\n"
+
+
+@pytest.mark.parametrize("text", ["", addition.VOCABULARY, addition.prompt_text(90, 7) + addition.answer_text(90, 7)])
+def test_decode_undoes_encode(text):
+    tokens = addition.encode(text)
+    assert tokens.dtype == np.uint8
+    assert tokens.shape == (len(text),)
+    assert addition.decode(tokens) == addition.decode(tokens.tolist()) == text
+
+
+def test_every_token_decodes_to_its_own_character():
+    assert addition.encode(addition.decode(range(addition.VOCAB_SIZE))).tolist() == list(range(addition.VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("text", ["x", "1 + 2 = é", "\t"])
+def test_encode_refuses_an_unknown_character_and_names_it(text):
+    with pytest.raises(ValueError, match=r"text: has the characters \[.*(x|é|t)"):
+        addition.encode(text)
+
+
+@pytest.mark.parametrize("tokens", [[41], [3, -1], [[1, 2]], 3, [1.0, 2.0], [True]])
+def test_decode_refuses_what_is_no_row_of_tokens(tokens):
+    with pytest.raises(ValueError, match="tokens: "):
+        addition.decode(np.array(tokens))
+
+
+@pytest.mark.parametrize("value", [-1, True, np.True_, 2.0, np.float32(2), "2", None, 10**18])
+def test_a_problem_refuses_what_is_no_operand_and_names_it(value):
+    with pytest.raises(ValueError, match=r"^a: got"):
+        addition.Problem(value, 0)
+    with pytest.raises(ValueError, match=r"^b: got"):
+        addition.Problem(0, value)
+    with pytest.raises(ValueError, match=r"^b: got"):
+        addition.answer_text(0, value)
+
+
+def test_a_problem_takes_the_smallest_and_largest_operands():
+    addition.Problem(0, 10**18 - 1)
+    addition.Problem(np.int64(7), np.uint8(0))
+
+
+@pytest.mark.parametrize(
+    ("digits", "length"),
+    [
+        (3, 242),
+        (4, 313),
+        (5, 390),
+        (6, 473),
+        (7, 562),
+        (8, 657),
+        (9, 758),
+        (11, 978),
+        (12, 1097),
+        (13, 1222),
+        (15, 1490),
+        (16, 1633),
+    ],
+)
+def test_the_longest_document_has_the_known_length(digits, length):
+    assert addition.max_prompt_length(digits) + addition.max_answer_length(digits, extra=0) == length
+    assert addition.max_answer_length(digits) == addition.max_answer_length(digits, extra=0) + addition.EXTRA_LENGTH
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+def test_no_document_is_longer_than_the_longest(digits):
+    for problem in addition.short_problems(rng(), 300, digits):
+        assert len(addition.prompt_text(problem.a, problem.b)) <= addition.max_prompt_length(digits)
+        assert len(addition.answer_text(problem.a, problem.b)) <= addition.max_answer_length(digits, extra=0)
+
+
+def test_identical_problems_have_both_operands_of_that_length():
+    assert (lengths(addition.identical_problems(rng(), 200, 4)) == 4).all()
+    ones = addition.identical_problems(rng(), 300, 1)
+    assert {p.a for p in ones} == {p.b for p in ones} == set(range(10))
+
+
+def test_operands_reach_from_the_smallest_to_the_largest_number_of_their_length():
+    values = [problem.a for problem in addition.identical_problems(rng(), 2000, 2)]
+    assert (min(values), max(values)) == (10, 99)
+
+
+def test_varying_problems_have_one_operand_of_that_length_on_either_side_and_the_other_uniform():
+    drawn = lengths(addition.varying_problems(rng(), 4000, 4))
+    assert (drawn.max(axis=1) == 4).all()
+    shares = np.bincount(drawn.min(axis=1), minlength=5)[1:] / len(drawn)
+    np.testing.assert_allclose(shares, 1 / 4, atol=0.03)
+    uneven = drawn[drawn[:, 0] != drawn[:, 1]]
+    np.testing.assert_allclose((uneven[:, 0] == 4).mean(), 0.5, atol=0.04)
+
+
+def test_short_problems_draw_both_lengths_uniformly_and_independently():
+    drawn = lengths(addition.short_problems(rng(), 4000, 3))
+    shares = np.histogram2d(drawn[:, 0], drawn[:, 1], bins=np.arange(0.5, 4))[0] / len(drawn)
+    np.testing.assert_allclose(shares, 1 / 9, atol=0.03)
+
+
+def test_rl_problems_draw_the_other_length_half_within_and_half_beyond_the_pretraining():
+    drawn = lengths(addition.rl_problems(rng(), 6000, 6, 4))
+    assert (drawn.max(axis=1) == 6).all()
+    shares = np.bincount(drawn.min(axis=1), minlength=7)[1:] / len(drawn)
+    np.testing.assert_allclose(shares, [1 / 8] * 4 + [1 / 4] * 2, atol=0.025)
+    uneven = drawn[drawn[:, 0] != drawn[:, 1]]
+    np.testing.assert_allclose((uneven[:, 0] == 6).mean(), 0.5, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "sampler", [addition.identical_problems, addition.varying_problems, addition.short_problems, rl_of_one_more]
+)
+def test_samplers_repeat_themselves_and_refuse_bad_counts_and_digits(sampler):
+    problems = sampler(rng(), 5, 3)
+    assert len(problems) == 5
+    assert problems == sampler(rng(), 5, 3)
+    for count, digits, name in [(0, 3, "count"), (-1, 3, "count"), (5, 0, "digits"), (5, 19, "digits")]:
+        with pytest.raises(ValueError, match=f"^{name}: got"):
+            sampler(rng(), count, digits)
+
+
+@pytest.mark.parametrize("max_pretrain_digits", [0, 5, 6])
+def test_rl_problems_refuse_a_pretraining_length_that_leaves_no_gap(max_pretrain_digits):
+    with pytest.raises(ValueError, match="^max_pretrain_digits: got"):
+        addition.rl_problems(rng(), 5, 5, max_pretrain_digits)
+
+
+def test_critical_tokens_refuse_a_pretraining_length_below_1():
+    with pytest.raises(ValueError, match="^max_pretrain_digits: got"):
+        addition.critical_tokens(12, 3, 0)

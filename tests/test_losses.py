@@ -41,7 +41,7 @@ class HandComputedLossesTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(
-        (2.0, [True, True, True], 0.833333),
+        (2.0, [True, True, True], 0.666667),
         (2.0, [True, True, False], 1.0),
         (1.0, [True, False, True], 1.0),
         (0.0, [True, True, True], 2.333333),

@@ -50,8 +50,16 @@ def _text(feature: bytes | str) -> str:
     return feature.decode() if isinstance(feature, bytes) else feature
 
 
+def _check_length(stream: TokenStream, window: int) -> None:
+    length = stream.tokens_N.shape[0]
+    require(
+        length > window, "num_documents", len(stream.starts_E), f"more: {length} characters fill no window of {window}"
+    )
+
+
 def sample_stream(stream: TokenStream, key: jax.Array, batch: int, window: int) -> Windows:
     """Windows [batch, window] that start anywhere in the stream, at position 0, attending across documents."""
+    _check_length(stream, window)
     last = stream.tokens_N.shape[0] - window
     offsets_B = jax.random.randint(key, (batch,), 0, last)
     text_BxT = jnp.asarray(stream.tokens_N)[offsets_B[:, None] + jnp.arange(window + 1)[None]].astype(jnp.int32)
@@ -65,6 +73,7 @@ def sample_documents(stream: TokenStream, key: jax.Array, batch: int, window: in
 
     Every document is a segment of its own, and the first character of the next document is not predicted.
     """
+    _check_length(stream, window)
     document_key, position_key = jax.random.split(key)
     usable = jnp.searchsorted(jnp.asarray(stream.starts_E), stream.tokens_N.shape[0] - window)
     documents_B = jax.random.randint(document_key, (batch,), 0, usable)

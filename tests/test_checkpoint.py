@@ -1,0 +1,194 @@
+"""Checkpoints come back exactly, and whatever is missing, damaged or of another shape is refused."""
+
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+
+MADE_BY = {"command": "a test", "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model(small_model):
+    params = jax.jit(GPT2(small_model).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return Model(small_model, 3, params)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    save_model(tmp_path / "model", model, MADE_BY)
+    return tmp_path / "model"
+
+
+def _flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _refused(directory):
+    with pytest.raises(ConfigError, match="^checkpoint: ") as caught:
+        load_model(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_loads_exactly(model, saved):
+    loaded = load_model(saved)
+    assert loaded[:2] == model[:2]
+    chex.assert_trees_all_equal(loaded.params, model.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded.params, model.params)
+    assert json.loads((saved / "model.json").read_text())["made_by"] == MADE_BY
+
+
+def test_saving_again_replaces_the_model(model, saved):
+    other = model._replace(params=jax.tree.map(lambda x: x + 1, model.params), max_pretrain_digits=2)
+    save_model(saved, other, MADE_BY)
+    chex.assert_trees_all_equal(load_model(saved).params, other.params)
+    assert load_model(saved).max_pretrain_digits == 2
+
+
+def test_a_flipped_bit_in_any_file_of_the_parameters_is_refused(saved):
+    files = [path for path in _files(saved / "params") if path.stat().st_size]
+    assert len(files) >= 3
+    for path in files:
+        _flip_a_bit(path)
+        _refused(saved)
+        _flip_a_bit(path)
+    load_model(saved)
+
+
+def test_any_missing_file_is_refused(saved):
+    for path in _files(saved):
+        content = path.read_bytes()
+        path.unlink()
+        _refused(saved)
+        path.write_bytes(content)
+    load_model(saved)
+
+
+def test_a_file_that_the_manifest_does_not_know_is_refused(saved):
+    (saved / "params" / "extra").write_text("?")
+    _refused(saved)
+
+
+@pytest.mark.parametrize("name", ["model.json", "params.sha256.json"])
+def test_a_truncated_description_or_manifest_is_refused(saved, name):
+    text = (saved / name).read_text()
+    for kept in (0, len(text) // 2):
+        (saved / name).write_text(text[:kept])
+        _refused(saved)
+
+
+@pytest.mark.parametrize("change", [{"width": 32}, {"num_layers": 3}, {"num_layers": 1}, {"use_bias": False}])
+def test_parameters_of_another_shape_than_the_description_says_are_refused(saved, change):
+    description = json.loads((saved / "model.json").read_text())
+    description["model"].update(change)
+    (saved / "model.json").write_text(json.dumps(description))
+    _refused(saved)
+
+
+def test_parameters_of_another_type_are_refused(model, tmp_path):
+    save_model(tmp_path, model._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)), MADE_BY)
+    _refused(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"width": "wide"}, {"width": 15}, {"depth": 2}])
+def test_a_description_that_is_no_model_is_refused(saved, change):
+    description = json.loads((saved / "model.json").read_text())
+    description["model"].update(change)
+    (saved / "model.json").write_text(json.dumps(description))
+    _refused(saved)
+
+
+def test_a_missing_directory_is_refused(tmp_path):
+    _refused(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
+
+
+def _state(step):
+    return {"step": jnp.asarray(step, jnp.int32), "params": jnp.arange(6.0).reshape(2, 3) * step}
+
+
+ABSTRACT = jax.eval_shape(lambda: _state(0))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    checkpoints = StateCheckpoints(tmp_path / "checkpoints")
+    yield checkpoints
+    checkpoints.close()
+
+
+def _reopened(checkpoints):
+    return StateCheckpoints(checkpoints.directory)
+
+
+def test_a_new_directory_has_no_checkpoint(checkpoints):
+    assert checkpoints.restore_latest(ABSTRACT) is None
+
+
+def test_the_newest_state_comes_back_exactly_and_two_are_kept(checkpoints):
+    for step in (0, 2, 4):
+        checkpoints.save(step, _state(step))
+    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    assert step == 4
+    chex.assert_trees_all_equal(state, _state(4))
+    names = {path.name for path in checkpoints.directory.iterdir()}
+    assert names == {"2", "4", "2.sha256.json", "4.sha256.json"}
+
+
+def test_a_checkpoint_without_a_manifest_is_unfinished_and_is_written_again(checkpoints):
+    checkpoints.save(1, _state(1))
+    checkpoints.save(2, _state(20))
+    (checkpoints.directory / "2.sha256.json").unlink()
+    reopened = _reopened(checkpoints)
+    step, state = reopened.restore_latest(ABSTRACT)
+    assert step == 1
+    chex.assert_trees_all_equal(state, _state(1))
+    reopened.save(2, _state(2))
+    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    assert step == 2
+    chex.assert_trees_all_equal(state, _state(2))
+
+
+def test_a_damaged_checkpoint_is_refused_and_not_passed_over(checkpoints):
+    checkpoints.save(1, _state(1))
+    checkpoints.save(2, _state(2))
+    for path in _files(checkpoints.directory / "2"):
+        if path.stat().st_size:
+            _flip_a_bit(path)
+            with pytest.raises(ConfigError, match="^checkpoint: "):
+                checkpoints.restore_latest(ABSTRACT)
+            _flip_a_bit(path)
+    assert checkpoints.restore_latest(ABSTRACT)[0] == 2
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_saving_an_existing_step_again_replaces_it_and_keeps_the_other(checkpoints, again):
+    checkpoints.save(1, _state(1))
+    checkpoints.save(2, _state(2))
+    checkpoints.save(again, _state(7))
+    assert {path.name for path in checkpoints.directory.iterdir() if path.is_dir()} == {"1", "2"}
+    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    assert step == 2
+    chex.assert_trees_all_equal(state, _state(7 if again == 2 else 2))
+
+
+def test_a_state_of_other_shapes_or_names_is_refused(checkpoints):
+    checkpoints.save(1, _state(1))
+    for other in (
+        {"step": _state(0)["step"], "params": jnp.zeros((3, 2))},
+        {"step": _state(0)["step"], "weights": jnp.zeros((2, 3))},
+    ):
+        with pytest.raises(ConfigError, match="^checkpoint: "):
+            checkpoints.restore_latest(jax.eval_shape(lambda other=other: other))

@@ -1,0 +1,151 @@
+"""The dataset's texts, balance and splits, and the windows that pre-training reads from its stream."""
+
+import collections
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import addition
+from ckl_jax.config import ConfigError
+from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
+
+DIGITS, COUNT, WINDOW, BLOCK, BATCH = 2, 200, 150, 180, 64
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module")
+def examples(data_dir):
+    builder = Scratchpads(max_digits=DIGITS, num_examples=COUNT, data_dir=str(data_dir))
+    builder.download_and_prepare()
+    return {split: list(builder.as_data_source(split=split)) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def stream(data_dir, examples):
+    return load_stream(DIGITS, COUNT, data_dir=data_dir)
+
+
+def _text(feature):
+    return feature.decode() if isinstance(feature, bytes) else feature
+
+
+def test_prompts_and_answers_are_the_ones_of_their_operands(examples):
+    for example in examples["train"] + examples["test"]:
+        a, b = int(example["a"]), int(example["b"])
+        assert _text(example["prompt"]) == addition.prompt_text(a, b)
+        assert _text(example["answer"]) == addition.answer_text(a, b)
+
+
+def test_the_train_split_has_equally_many_problems_of_every_pair_of_lengths(examples):
+    cells = collections.Counter((len(str(e["a"])), len(str(e["b"]))) for e in examples["train"])
+    assert cells == {(m, n): COUNT // DIGITS**2 for m in (1, 2) for n in (1, 2)}
+
+
+def test_no_problem_nor_its_mirror_image_is_in_both_splits(examples):
+    pairs = {split: {tuple(sorted((int(e["a"]), int(e["b"])))) for e in examples[split]} for split in examples}
+    assert len(examples["test"]) == COUNT // 20
+    assert not pairs["train"] & pairs["test"]
+
+
+def test_the_same_settings_give_the_same_stream_and_another_seed_another(stream, data_dir, tmp_path):
+    chex.assert_trees_all_equal(stream, load_stream(DIGITS, COUNT, data_dir=data_dir))
+    chex.assert_trees_all_equal(stream, load_stream(DIGITS, COUNT, data_dir=tmp_path))
+    other = load_stream(DIGITS, COUNT, seed=1, data_dir=data_dir)
+    assert addition.decode(other.tokens_N) != addition.decode(stream.tokens_N)
+
+
+def test_the_stream_is_the_documents_back_to_back(stream, examples):
+    texts = [_text(e["prompt"]) + _text(e["answer"]) for e in examples["train"]]
+    assert addition.decode(stream.tokens_N) == "".join(texts)
+    assert addition.decode(stream.tokens_N[: stream.starts_E[1]]) == texts[0]
+    np.testing.assert_array_equal(np.diff(stream.starts_E), [len(text) for text in texts[:-1]])
+
+
+def test_document_windows_start_with_a_document_and_predict_inside_documents_alone(stream):
+    windows = jax.tree.map(np.asarray, sample_documents(stream, jax.random.key(0), BATCH, WINDOW, BLOCK))
+    whole = addition.decode(stream.tokens_N)
+    starts = set(stream.starts_E.tolist())
+    for inputs, targets, segments, mask in zip(
+        windows.inputs_BxT, windows.targets_BxT, windows.segments_BxT, windows.mask_BxT, strict=True
+    ):
+        text = addition.decode(inputs) + addition.decode(targets[-1:])
+        place = next(i for i in stream.starts_E.tolist() if whole.startswith(text, i))
+        assert addition.decode(targets) == text[1:]
+        begins = [t for t in range(WINDOW) if place + t in starts]
+        np.testing.assert_array_equal(np.flatnonzero(np.diff(segments)) + 1, begins[1:])
+        ends = [t for t in range(WINDOW) if place + t + 1 in starts]
+        np.testing.assert_array_equal(np.flatnonzero(~mask), ends)
+
+
+def test_document_windows_lie_anywhere_in_the_block_and_never_beyond(stream):
+    positions = np.asarray(sample_documents(stream, jax.random.key(0), 512, WINDOW, BLOCK).positions_BxT)
+    assert (np.diff(positions, axis=1) == 1).all()
+    assert set(positions[:, 0]) == set(range(BLOCK - WINDOW + 1))
+    assert positions.max() == BLOCK - 1
+
+
+def test_stream_windows_start_anywhere_and_attend_across_documents(stream):
+    windows = jax.tree.map(np.asarray, sample_stream(stream, jax.random.key(0), BATCH, WINDOW))
+    whole = addition.decode(stream.tokens_N)
+    for inputs, targets in zip(windows.inputs_BxT, windows.targets_BxT, strict=True):
+        text = addition.decode(inputs) + addition.decode(targets[-1:])
+        assert text in whole
+        assert addition.decode(targets) == text[1:]
+    assert any(not addition.decode(inputs).startswith("Input") for inputs in windows.inputs_BxT)
+    np.testing.assert_array_equal(windows.positions_BxT, np.tile(np.arange(WINDOW), (BATCH, 1)))
+    assert (windows.segments_BxT == 0).all()
+    assert windows.mask_BxT.all()
+
+
+def test_every_window_of_the_stream_can_be_drawn_and_none_runs_over_its_end():
+    stream = TokenStream(jnp.arange(20, dtype=jnp.uint8), jnp.arange(0, 20, 5))
+    windows = sample_stream(stream, jax.random.key(0), 400, 16)
+    assert set(np.asarray(windows.inputs_BxT[:, 0]).tolist()) == {0, 1, 2, 3}
+    assert windows.targets_BxT.max() == 19
+    windows = sample_documents(stream, jax.random.key(0), 400, 12, 12)
+    assert set(np.asarray(windows.inputs_BxT[:, 0]).tolist()) == {0, 5}
+    assert (windows.targets_BxT - windows.inputs_BxT == 1).all()
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda stream, key: sample_stream(stream, key, BATCH, WINDOW),
+        lambda stream, key: sample_documents(stream, key, BATCH, WINDOW, BLOCK),
+    ],
+    ids=["stream", "documents"],
+)
+def test_windows_are_a_pure_function_of_the_key(stream, sample):
+    windows = sample(stream, jax.random.key(1))
+    chex.assert_trees_all_equal(windows, jax.jit(sample)(stream, jax.random.key(1)))
+    assert (windows.inputs_BxT != sample(stream, jax.random.key(2)).inputs_BxT).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"max_digits": 0, "num_examples": 10}, "max_digits"),
+        ({"max_digits": addition.MAX_DIGITS, "num_examples": 1000}, "max_digits"),
+        ({"max_digits": 3, "num_examples": 8}, "num_examples"),
+        ({"max_digits": 1, "num_examples": 8, "split": "validation"}, "split"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name_before_anything_is_written(arguments, field, tmp_path):
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        load_stream(**arguments, data_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stream_shorter_than_the_window_is_refused(stream):
+    short = TokenStream(stream.tokens_N[:WINDOW], stream.starts_E[:1])
+    with pytest.raises(ConfigError, match="^num_documents: "):
+        sample_stream(short, jax.random.key(0), 1, WINDOW)
+    with pytest.raises(ConfigError, match="^num_documents: "):
+        sample_documents(short, jax.random.key(0), 1, WINDOW, BLOCK)

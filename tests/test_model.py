@@ -1,0 +1,193 @@
+"""The language model against itself (cache, causality, segments, chunks) and against GPT-2 of transformers."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import config as config_lib
+from ckl_jax.model import GPT2, ValueHead, forward, init_cache, values
+
+
+def init(config, seed=0):
+    """Parameters ten times larger than the initialization, so that every part of the model moves the logits."""
+    params = jax.jit(GPT2(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    key = jax.random.key(seed + 1)
+    return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x + 0.1 * jax.random.normal(key, x.shape), params)
+
+
+def random_tokens(config, *shape):
+    return jax.random.randint(jax.random.key(7), shape, 0, config.vocab_size)
+
+
+def logits_of(config, params, *inputs):
+    return jax.jit(forward, static_argnums=0)(config, params, *inputs).logits_BxTxV
+
+
+def parameter_paths(params):
+    return {"/".join(key.key for key in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def left_padded(paddings, length):
+    columns = jnp.arange(length)[None] - jnp.array(paddings)[:, None]
+    return jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
+
+
+def test_cached_decoding_gives_the_uncached_logits_under_left_paddings(small_model):
+    params, tokens = init(small_model), random_tokens(small_model, 3, 12)
+    inputs = (tokens, *left_padded([0, 3, 6], 12))
+    expected = logits_of(small_model, params, *inputs)
+
+    @jax.jit
+    def extend(cache, *window):
+        return forward(small_model, params, *window, cache)
+
+    output = extend(init_cache(small_model, 3, 15), *(x[:, :7] for x in inputs))
+    found = [output.logits_BxTxV]
+    for t in range(7, 12):
+        output = extend(output.cache, *(x[:, t : t + 1] for x in inputs))
+        found.append(output.logits_BxTxV)
+    assert int(output.cache.length) == 12
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=2e-5)
+
+
+def test_cached_decoding_counts_positions_from_the_cache_by_default(small_model):
+    params, tokens = init(small_model), random_tokens(small_model, 2, 9)
+    first = forward(small_model, params, tokens[:, :5], cache=init_cache(small_model, 2, 9))
+    second = forward(small_model, params, tokens[:, 5:], cache=first.cache)
+    np.testing.assert_allclose(second.logits_BxTxV, logits_of(small_model, params, tokens)[:, 5:], atol=2e-5)
+
+
+def test_left_padding_leaves_the_logits_of_the_text_alone(small_model):
+    params, text = init(small_model), random_tokens(small_model, 1, 8)
+    padded = jnp.pad(text, ((0, 0), (5, 0)))
+    found = logits_of(small_model, params, padded, *left_padded([5], 13))[:, 5:]
+    np.testing.assert_allclose(found, logits_of(small_model, params, text), atol=2e-5)
+
+
+@pytest.mark.parametrize("t", [0, 4, 8])
+def test_logits_depend_on_every_position_up_to_theirs_and_on_none_after(small_model, t):
+    config = dataclasses.replace(small_model, attention_chunk=4)
+    params, tokens = init(config), random_tokens(config, 1, 9)
+    weights = jax.random.normal(jax.random.key(3), (config.vocab_size,))
+    gradient = jax.jit(jax.grad(lambda p: forward(config, p, tokens).logits_BxTxV[0, t] @ weights))(params)
+    moved = np.abs(gradient["params"]["wpe"]["embedding"]).max(axis=1)
+    assert (moved[: t + 1] > 1e-4).all()
+    assert (moved[t + 1 :] == 0).all()
+
+
+def test_segments_isolate_documents(small_model):
+    params, tokens = init(small_model), random_tokens(small_model, 1, 11)
+    positions = jnp.concatenate([jnp.arange(4), 20 + jnp.arange(7)])[None]
+    segments = (jnp.arange(11) >= 4).astype(jnp.int32)[None]
+    together = logits_of(small_model, params, tokens, positions, segments)
+    apart = [logits_of(small_model, params, tokens[:, s], positions[:, s]) for s in (slice(0, 4), slice(4, 11))]
+    np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), atol=2e-5)
+    crossing = logits_of(small_model, params, tokens, positions)
+    assert np.abs(crossing - together)[:, 4:].max() > 1e-2
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 13])
+def test_attention_in_chunks_equals_one_chunk_in_logits_and_gradients(small_model, chunk):
+    params, tokens = init(small_model), random_tokens(small_model, 2, 13)
+    segments = (jnp.arange(13) >= jnp.array([[6], [0]])).astype(jnp.int32)
+
+    def loss(params, chunk):
+        config = dataclasses.replace(small_model, attention_chunk=chunk)
+        logits = forward(config, params, tokens, None, segments).logits_BxTxV
+        return jnp.square(logits).mean(), logits
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    chex.assert_trees_all_close(grad(params, chunk), grad(params, 64), atol=2e-5, rtol=1e-4)
+
+
+def test_the_gpt2_preset_has_85_million_parameters_and_no_bias():
+    config = config_lib.pretrain_preset("gpt2").model
+    shapes = jax.eval_shape(GPT2(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    assert abs(sum(x.size for x in jax.tree.leaves(shapes)) - 85e6) < 1e6
+    assert not any(path.endswith("bias") for path in parameter_paths(shapes))
+
+
+def test_biases_are_there_exactly_when_asked_for(small_model):
+    without = parameter_paths(init(dataclasses.replace(small_model, use_bias=False)))
+    assert not any(path.endswith("bias") for path in without)
+    layers = [f"h_{i}/{name}" for i in range(2) for name in "ln_1 c_attn c_proj ln_2 c_fc mlp_c_proj".split()]
+    biases = {f"params/{layer}/bias" for layer in [*layers, "ln_f"]}
+    assert set(parameter_paths(init(small_model))) == set(without) | biases
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_logits_equal_those_of_transformers(small_model, chunk):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(small_model, attention_chunk=chunk)
+    params, tokens = init(config), np.array(random_tokens(config, 2, 17))
+    reference = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.block_size,
+            n_embd=config.width,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            attn_implementation="eager",
+        )
+    ).eval()
+    names = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
+    state = {}
+    for path, x in parameter_paths(params["params"]).items():
+        *layer, module, kind = path.split("/")
+        prefix = "".join(name.replace("h_", "h.") + "." for name in layer) + names.get(module, module)
+        state[f"transformer.{prefix}.{'bias' if kind == 'bias' else 'weight'}"] = torch.tensor(np.array(x))
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    reference.load_state_dict(state)
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=1e-4)
+
+
+def test_bfloat16_activations_give_float32_logits_near_the_float32_ones(small_model):
+    config = dataclasses.replace(small_model, dtype="bfloat16")
+    params, tokens = init(config), random_tokens(config, 2, 9)
+    output = forward(config, params, tokens, cache=init_cache(config, 2, 9))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    assert output.logits_BxTxV.dtype == output.hidden_BxTxD.dtype == jnp.float32
+    assert all(x.dtype == jnp.bfloat16 for x in output.cache.keys_BxHxSxK + output.cache.values_BxHxSxK)
+    expected = logits_of(small_model, params, tokens)
+    np.testing.assert_allclose(output.logits_BxTxV, expected, atol=0.1 * float(expected.std()))
+    assert np.abs(output.logits_BxTxV - expected).max() > 1e-4
+
+
+def test_dropout_acts_only_when_not_deterministic(small_model):
+    config = dataclasses.replace(small_model, dropout=0.5)
+    params, tokens = init(config), random_tokens(config, 1, 9)
+
+    @jax.jit
+    def noisy(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return GPT2(config).apply(params, tokens, deterministic=False, rngs=rngs).logits_BxTxV
+
+    plain = logits_of(config, params, tokens)
+    np.testing.assert_array_equal(plain, logits_of(small_model, params, tokens))
+    assert np.abs(noisy(0) - plain).max() > 0.1
+    assert np.abs(noisy(0) - noisy(1)).max() > 0.1
+    np.testing.assert_array_equal(noisy(0), noisy(0))
+
+
+def test_the_value_head_gives_one_float32_value_per_position():
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    params = ValueHead().init(jax.random.key(1), hidden)
+    assert {path: x.shape for path, x in parameter_paths(params["params"]).items() if path.endswith("kernel")} == {
+        "fc_1/kernel": (16, 128),
+        "fc_2/kernel": (128, 128),
+        "out/kernel": (128, 1),
+    }
+    found = values(params, hidden)
+    assert found.shape == (2, 5)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(values(params, hidden[1:, 2:]), found[1:, 2:], atol=1e-6)
