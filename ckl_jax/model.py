@@ -48,31 +48,33 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     return Cache(layers, layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout):
+def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout, precision):
     scores = jnp.where(mask_Bx1xTxS, scores_BxHxTxS.astype(jnp.float32), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     weights = dropout(weights).astype(values_BxHxSxK.dtype)
-    return jnp.einsum("bhts,bhsk->bhtk", weights, values_BxHxSxK) / total.astype(values_BxHxSxK.dtype)
+    attended = jnp.einsum("bhts,bhsk->bhtk", weights, values_BxHxSxK, precision=precision)
+    return attended / total.astype(values_BxHxSxK.dtype)
 
 
-def _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, chunk, dropout):
+def _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
     """Causal attention inside segments, a chunk of queries at a time against the keys up to the chunk's end."""
     num_positions = q_BxHxTxK.shape[2]
     outputs = []
-    for start in range(0, num_positions, chunk):
-        end = min(start + chunk, num_positions)
-        scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK[:, :, start:end], k_BxHxTxK[:, :, :end])
+    for start in range(0, num_positions, config.attention_chunk):
+        end = min(start + config.attention_chunk, num_positions)
+        q, k, v = q_BxHxTxK[:, :, start:end], k_BxHxTxK[:, :, :end], v_BxHxTxK[:, :, :end]
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=config.precision)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         same_segment = segments_BxT[:, start:end, None] == segments_BxT[:, None, :end]
         mask = (causal[None] & same_segment)[:, None]
-        outputs.append(_softmax_values(scores, mask, v_BxHxTxK[:, :, :end], dropout))
+        outputs.append(_softmax_values(scores, mask, v, dropout, config.precision))
     return jnp.concatenate(outputs, axis=2)
 
 
-def _cached_attention(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropout):
-    scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK)
-    return _softmax_values(scores, mask_BxTxS[:, None], values_BxHxSxK, dropout)
+def _cached_attention(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropout, config):
+    scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK, precision=config.precision)
+    return _softmax_values(scores, mask_BxTxS[:, None], values_BxHxSxK, dropout, config.precision)
 
 
 def _append(buffer_BxHxSxK: jax.Array, new_BxHxTxK: jax.Array, length: jax.Array) -> jax.Array:
@@ -109,12 +111,12 @@ class Block(nn.Module):
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv.reshape(heads).transpose(2, 0, 3, 1, 4)
         q_BxHxTxK = q_BxHxTxK * (config.width // config.num_heads) ** -0.5
         if layer_cache is None:
-            attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, config.attention_chunk, dropout)
+            attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
         else:
             keys, values, length = layer_cache
             keys, values = _append(keys, k_BxHxTxK, length), _append(values, v_BxHxTxK, length)
             layer_cache = (keys, values)
-            attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout)
+            attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout, config)
         attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_positions, config.width)
         x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
         h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)

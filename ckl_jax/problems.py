@@ -75,14 +75,18 @@ def reward(answers_BxT: jax.Array, results_BxR: jax.Array) -> jax.Array:
     """1 where the line after ``</scratch>`` equals the right result, else 0: float32 [B].
 
     Args:
-      answers_BxT: generated answers, ``PAD_ID`` after their end. The line counts only with its newline.
+      answers_BxT: generated answers; what stands after their end (the line's newline or ``PAD_ID``) does not count.
+        The line counts only with its newline.
       results_BxR: from ``Problems``.
     """
+    padding_BxT = answers_BxT == addition.PAD_ID
+    answers_BxT = jnp.where(jnp.cumsum(padding_BxT, axis=1) == 0, answers_BxT, addition.PAD_ID)
     starts_B, found_B = result_start(answers_BxT)
     width = results_BxR.shape[1]
     padded = jnp.pad(answers_BxT, ((0, 0), (0, width)), constant_values=addition.PAD_ID)
     line_BxR = jnp.take_along_axis(padded, starts_B[:, None] + jnp.arange(width)[None], axis=1)
-    return (found_B & (line_BxR == results_BxR).all(axis=1)).astype(jnp.float32)
+    right_BxR = (line_BxR == results_BxR) | (results_BxR == addition.PAD_ID)
+    return (found_B & right_BxR.all(axis=1)).astype(jnp.float32)
 
 
 def result_start(answers_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,7 +120,7 @@ def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Ar
         starts.append(jnp.stack([line_B, plus_B + 2], axis=1))
     starts_Bx3x2 = jnp.stack(starts, axis=1)
     width = problems.lists_Bx3x2xJ.shape[3]
-    at_Bx3x2xJ = starts_Bx3x2[..., None] + jnp.arange(width)
+    at_Bx3x2xJ = starts_Bx3x2[..., None] + jnp.arange(width)[None, None, None]
     padded = jnp.pad(answers_BxT, ((0, 0), (0, width + 3)), constant_values=addition.PAD_ID)
     written = jnp.take_along_axis(padded, at_Bx3x2xJ.reshape(batch, -1), axis=1).reshape(at_Bx3x2xJ.shape)
     right_Bx3x2xJ = (written == problems.lists_Bx3x2xJ) | (problems.lists_Bx3x2xJ == addition.PAD_ID)

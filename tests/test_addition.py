@@ -163,16 +163,16 @@ def test_samplers_repeat_themselves_and_refuse_bad_counts_and_digits(sampler):
     assert len(problems) == 5
     assert problems == sampler(rng(), 5, 3)
     for count, digits, name in [(0, 3, "count"), (-1, 3, "count"), (5, 0, "digits"), (5, 19, "digits")]:
-        with pytest.raises(ValueError, match=f"^{name}: got"):
+        with pytest.raises(ValueError, match=rf"^{name}: got"):
             sampler(rng(), count, digits)
 
 
 @pytest.mark.parametrize("max_pretrain_digits", [0, 5, 6])
 def test_rl_problems_refuse_a_pretraining_length_that_leaves_no_gap(max_pretrain_digits):
-    with pytest.raises(ValueError, match="^max_pretrain_digits: got"):
+    with pytest.raises(ValueError, match=r"^max_pretrain_digits: got"):
         addition.rl_problems(rng(), 5, 5, max_pretrain_digits)
 
 
 def test_critical_tokens_refuse_a_pretraining_length_below_1():
-    with pytest.raises(ValueError, match="^max_pretrain_digits: got"):
+    with pytest.raises(ValueError, match=r"^max_pretrain_digits: got"):
         addition.critical_tokens(12, 3, 0)

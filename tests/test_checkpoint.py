@@ -1,5 +1,6 @@
 """Checkpoints come back exactly, and whatever is missing, damaged or of another shape is refused."""
 
+import contextlib
 import json
 
 import chex
@@ -37,7 +38,7 @@ def _files(directory):
 
 
 def _refused(directory):
-    with pytest.raises(ConfigError, match="^checkpoint: ") as caught:
+    with pytest.raises(ConfigError, match=r"^checkpoint: ") as caught:
         load_model(directory)
     assert "\n" not in str(caught.value)
 
@@ -129,8 +130,16 @@ def checkpoints(tmp_path):
     checkpoints.close()
 
 
+@contextlib.contextmanager
 def _reopened(checkpoints):
-    return StateCheckpoints(checkpoints.directory)
+    again = StateCheckpoints(checkpoints.directory)
+    yield again
+    again.close()
+
+
+def _restored_anew(checkpoints):
+    with _reopened(checkpoints) as again:
+        return again.restore_latest(ABSTRACT)
 
 
 def test_a_new_directory_has_no_checkpoint(checkpoints):
@@ -140,7 +149,7 @@ def test_a_new_directory_has_no_checkpoint(checkpoints):
 def test_the_newest_state_comes_back_exactly_and_two_are_kept(checkpoints):
     for step in (0, 2, 4):
         checkpoints.save(step, _state(step))
-    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    step, state = _restored_anew(checkpoints)
     assert step == 4
     chex.assert_trees_all_equal(state, _state(4))
     names = {path.name for path in checkpoints.directory.iterdir()}
@@ -151,12 +160,12 @@ def test_a_checkpoint_without_a_manifest_is_unfinished_and_is_written_again(chec
     checkpoints.save(1, _state(1))
     checkpoints.save(2, _state(20))
     (checkpoints.directory / "2.sha256.json").unlink()
-    reopened = _reopened(checkpoints)
-    step, state = reopened.restore_latest(ABSTRACT)
-    assert step == 1
-    chex.assert_trees_all_equal(state, _state(1))
-    reopened.save(2, _state(2))
-    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    with _reopened(checkpoints) as reopened:
+        step, state = reopened.restore_latest(ABSTRACT)
+        assert step == 1
+        chex.assert_trees_all_equal(state, _state(1))
+        reopened.save(2, _state(2))
+    step, state = _restored_anew(checkpoints)
     assert step == 2
     chex.assert_trees_all_equal(state, _state(2))
 
@@ -167,7 +176,7 @@ def test_a_damaged_checkpoint_is_refused_and_not_passed_over(checkpoints):
     for path in _files(checkpoints.directory / "2"):
         if path.stat().st_size:
             _flip_a_bit(path)
-            with pytest.raises(ConfigError, match="^checkpoint: "):
+            with pytest.raises(ConfigError, match=r"^checkpoint: "):
                 checkpoints.restore_latest(ABSTRACT)
             _flip_a_bit(path)
     assert checkpoints.restore_latest(ABSTRACT)[0] == 2
@@ -179,16 +188,17 @@ def test_saving_an_existing_step_again_replaces_it_and_keeps_the_other(checkpoin
     checkpoints.save(2, _state(2))
     checkpoints.save(again, _state(7))
     assert {path.name for path in checkpoints.directory.iterdir() if path.is_dir()} == {"1", "2"}
-    step, state = _reopened(checkpoints).restore_latest(ABSTRACT)
+    step, state = _restored_anew(checkpoints)
     assert step == 2
     chex.assert_trees_all_equal(state, _state(7 if again == 2 else 2))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_state_of_other_shapes_or_names_is_refused(checkpoints):
     checkpoints.save(1, _state(1))
     for other in (
         {"step": _state(0)["step"], "params": jnp.zeros((3, 2))},
         {"step": _state(0)["step"], "weights": jnp.zeros((2, 3))},
     ):
-        with pytest.raises(ConfigError, match="^checkpoint: "):
+        with pytest.raises(ConfigError, match=r"^checkpoint: "):
             checkpoints.restore_latest(jax.eval_shape(lambda other=other: other))

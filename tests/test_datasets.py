@@ -145,7 +145,7 @@ def test_bad_arguments_are_refused_by_name_before_anything_is_written(arguments,
 
 def test_a_stream_shorter_than_the_window_is_refused(stream):
     short = TokenStream(stream.tokens_N[:WINDOW], stream.starts_E[:1])
-    with pytest.raises(ConfigError, match="^num_documents: "):
+    with pytest.raises(ConfigError, match=r"^num_documents: "):
         sample_stream(short, jax.random.key(0), 1, WINDOW)
-    with pytest.raises(ConfigError, match="^num_documents: "):
+    with pytest.raises(ConfigError, match=r"^num_documents: "):
         sample_documents(short, jax.random.key(0), 1, WINDOW, BLOCK)

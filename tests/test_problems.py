@@ -31,7 +31,7 @@ def rewards(problem, *texts):
 
 
 def judge(problem, text):
-    before, mark, after = text.split(addition.PAD)[0][:LENGTH].partition("</scratch>\n")
+    _, mark, after = text.split(addition.PAD)[0][:LENGTH].partition("</scratch>\n")
     line, newline, _ = after.partition("\n")
     return float(bool(mark) and bool(newline) and line == " ".join(str(problem.a + problem.b)))
 
@@ -52,7 +52,7 @@ def damaged_answers(draw):
     return problem, text[: draw(st.none() | st.integers(0, len(text)))]
 
 
-@pytest.mark.parametrize("case", right_documents(), ids=str)
+@pytest.mark.parametrize("case", right_documents(), ids=lambda case: f"{case[0].a}+{case[0].b}")
 def test_the_reward_is_1_on_the_right_answer_and_0_on_its_damages(case):
     problem, right = case
     scratchpad, mark, result = right.partition(addition.RESULT_MARK)
@@ -72,7 +72,7 @@ def test_the_reward_is_1_on_the_right_answer_and_0_on_its_damages(case):
         result,
         "\n" * LENGTH,
     ]
-    accepted = [right, right + right, mark + result, scratchpad[:9] + "C=7\n" + mark + result, scratchpad + right]
+    accepted = [right, right + right, mark + result, scratchpad[:9] + "C=7\n" + mark + result, scratchpad[:12] + right]
     assert [judge(problem, text) for text in accepted + damages] == [1.0] * len(accepted) + [0.0] * len(damages)
     found = rewards(problem, *accepted, *damages)
     assert found == [1.0] * len(accepted) + [0.0] * len(damages)
@@ -166,7 +166,7 @@ def test_on_right_answers_every_critical_token_is_recorded_where_it_stands(max_p
             assert recorded[row][slot(token)]
             assert indices[row][slot(token)] == token.index
             assert text[token.index] == token.character == addition.decode([characters[row][slot(token)]])
-    assert recorded[0].sum() == (2 * 3 * 4 if max_pretrain_digits == 2 else 2 * 3 * 2)
+    assert recorded[0].sum() == {2: 2 * (4 + 4 + 3), 3: 2 * (2 + 2 + 2)}[max_pretrain_digits]
 
 
 def list_start(step, operand):
@@ -213,7 +213,7 @@ def test_wrong_sums_elsewhere_do_not_stop_the_recording():
 
 def test_lines_are_found_where_the_generated_text_puts_them():
     lines = RIGHT.split("\n")
-    lines[0], lines[1], lines[2], lines[3] = "in", "<s>", lines[2] + "+1+1", lines[3][:-9]
+    lines[0], lines[1], lines[2], lines[3] = "an", "<s>", lines[2] + "+1+1", lines[3][:-9]
     text = "\n".join(lines)
     shift = {1: -4, 2: 0, 3: -9}
     expected = {slot(t): t.index + shift[t.step] for t in TOKENS}

@@ -1,5 +1,6 @@
 """Generation against the teacher-forced pass, and what an episode's end, noise and batching promise."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from ckl_jax.model import GPT2
 
 PAIRS = [(7, 951), (123, 45), (999, 999), (0, 8), (31, 62), (504, 700)]
 KEY = jax.random.key(11)
+MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)
 SCRIPT_MODEL = ModelConfig(num_layers=1, num_heads=1, width=addition.VOCAB_SIZE, block_size=300)
 
 
@@ -36,18 +38,23 @@ def generate(config, params, problems, key, max_length, temperature=1.0, greedy=
 score = jax.jit(rollout_lib.score, static_argnums=0)
 
 
+@functools.cache
+def initializer(config):
+    return jax.jit(GPT2(config).init)
+
+
 def policy(config, seed=0, pad_logit=0.0):
     """A random policy that heeds its context. ``pad_logit`` is what padding's logit has above the others."""
-    params = jax.jit(GPT2(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    params = initializer(config)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)["params"]
     wte = params["wte"]["embedding"].at[:, 0].set(0).at[addition.PAD_ID, 0].set(pad_logit)
     ln_f = {"scale": params["ln_f"]["scale"].at[0].set(0), "bias": params["ln_f"]["bias"].at[0].set(1)}
     return {"params": {**params, "wte": {"embedding": wte}, "ln_f": ln_f}}
 
 
-def scripted_policy(text, first):
+def scripted_policy(text, first, config=SCRIPT_MODEL):
     """A policy whose character at position ``first + t`` of the document is ``text[t]``, whatever the context."""
-    params = GPT2(SCRIPT_MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = initializer(config)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(jnp.zeros_like, params)["params"]
     one_hot = jnp.eye(addition.VOCAB_SIZE)
     tokens = addition.encode(text)
@@ -58,29 +65,29 @@ def scripted_policy(text, first):
 
 
 @pytest.fixture(scope="module")
-def long_trajectory(small_model):
+def long_trajectory():
     """No padding is drawn, so that every row fills the limit and the cache grows twice."""
-    params = policy(small_model, pad_logit=-50.0)
-    return params, generate(small_model, params, pack(), KEY, 2 * rollout_lib.CACHE_BLOCK + 20, 0.7)
+    params = policy(MODEL, pad_logit=-50.0)
+    return params, generate(MODEL, params, pack(), KEY, 2 * rollout_lib.CACHE_BLOCK + 20, 0.7)
 
 
 @pytest.fixture(scope="module")
-def short_trajectory(small_model):
-    params = policy(small_model)
-    return params, generate(small_model, params, pack(PAIRS * 4), KEY, 60)
+def short_trajectory():
+    params = policy(MODEL)
+    return params, generate(MODEL, params, pack(PAIRS * 4), KEY, 60)
 
 
-def test_teacher_forced_log_probs_equal_the_rollouts_across_cache_blocks(small_model, long_trajectory):
+def test_teacher_forced_log_probs_equal_the_rollouts_across_cache_blocks(long_trajectory):
     params, trajectory = long_trajectory
     assert trajectory.mask_BxT.all()
-    logits, hidden = score(small_model, params, trajectory)
-    assert hidden.shape == (*trajectory.mask_BxT.shape, small_model.width)
+    logits, hidden = score(MODEL, params, trajectory)
+    assert hidden.shape == (*trajectory.mask_BxT.shape, MODEL.width)
     expected = losses.token_log_probs(logits, trajectory.answers_BxT, 0.7)
     np.testing.assert_allclose(trajectory.log_probs_BxT, expected, atol=1e-4)
     assert (np.array(expected).std(axis=1) > 0.5).all()
 
 
-def test_after_the_end_come_only_padding_and_log_probs_of_0(small_model, short_trajectory):
+def test_after_the_end_come_only_padding_and_log_probs_of_0(short_trajectory):
     params, trajectory = short_trajectory
     lengths = trajectory.mask_BxT.sum(axis=1)
     assert lengths.min() < 10
@@ -94,7 +101,7 @@ def test_after_the_end_come_only_padding_and_log_probs_of_0(small_model, short_t
         assert (answer[length:] == addition.PAD_ID).all()
         assert length == len(mask) or answer[length - 1] == addition.PAD_ID
         assert (log_probs[length:] == 0).all()
-    recomputed = losses.token_log_probs(score(small_model, params, trajectory)[0], trajectory.answers_BxT)
+    recomputed = losses.token_log_probs(score(MODEL, params, trajectory)[0], trajectory.answers_BxT)
     expected = np.where(trajectory.mask_BxT, recomputed, 0)
     np.testing.assert_allclose(trajectory.log_probs_BxT, expected, atol=1e-4)
 
@@ -109,34 +116,32 @@ def test_a_trajectory_holds_the_prompt_its_positions_and_segments(short_trajecto
     np.testing.assert_array_equal(trajectory.segments_BxL, columns >= 0)
 
 
-def test_the_same_key_draws_the_same_tokens_and_another_key_others(small_model, short_trajectory):
+def test_the_same_key_draws_the_same_tokens_and_another_key_others(short_trajectory):
     params, trajectory = short_trajectory
-    again, other = (generate(small_model, params, pack(PAIRS * 4), key, 60) for key in (KEY, jax.random.key(12)))
+    again, other = (generate(MODEL, params, pack(PAIRS * 4), key, 60) for key in (KEY, jax.random.key(12)))
     np.testing.assert_array_equal(again.tokens_BxL, trajectory.tokens_BxL)
     assert (np.array(other.answers_BxT[:, :5] != trajectory.answers_BxT[:, :5])).any(axis=1).mean() > 0.9
 
 
-def test_an_episode_draws_the_same_characters_in_any_batch(small_model, short_trajectory):
+def test_an_episode_draws_the_same_characters_in_any_batch(short_trajectory):
     params, trajectory = short_trajectory
     rows = [17, 1, 8]
-    subset = generate(small_model, params, rows_of(pack(PAIRS * 4), rows), KEY, 60)
+    subset = generate(MODEL, params, rows_of(pack(PAIRS * 4), rows), KEY, 60)
     np.testing.assert_array_equal(subset.answers_BxT, trajectory.answers_BxT[jnp.array(rows)])
 
 
-def test_an_episode_draws_the_same_characters_under_more_left_padding(small_model, short_trajectory):
+def test_an_episode_draws_the_same_characters_under_more_left_padding(short_trajectory):
     params, trajectory = short_trajectory
-    wider = generate(small_model, params, pack(PAIRS * 4, digits=5), KEY, 60)
+    wider = generate(MODEL, params, pack(PAIRS * 4, digits=5), KEY, 60)
     np.testing.assert_array_equal(wider.answers_BxT, trajectory.answers_BxT)
 
 
-def test_greedy_answers_are_the_argmax_of_the_teacher_forced_logits(small_model):
-    params = policy(small_model, seed=1, pad_logit=-50.0)
-    trajectory = generate(small_model, params, pack(), KEY, 40, greedy=True)
+def test_greedy_answers_are_the_argmax_of_the_teacher_forced_logits():
+    params = policy(MODEL, seed=1, pad_logit=-50.0)
+    trajectory = generate(MODEL, params, pack(), KEY, 40, greedy=True)
     assert trajectory.mask_BxT.all()
-    logits, _ = score(small_model, params, trajectory)
+    logits, _ = score(MODEL, params, trajectory)
     np.testing.assert_array_equal(trajectory.answers_BxT, logits.argmax(axis=2))
-    other_key = generate(small_model, params, pack(), jax.random.key(0), 40, greedy=True)
-    np.testing.assert_array_equal(other_key.tokens_BxL, trajectory.tokens_BxL)
 
 
 def steps_taken(monkeypatch, *args, **options):
@@ -154,9 +159,9 @@ def steps_taken(monkeypatch, *args, **options):
     return trajectory, len(steps)
 
 
-def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding(small_model, monkeypatch):
-    params = policy(small_model, pad_logit=500.0)
-    trajectory, steps = steps_taken(monkeypatch, small_model, params, pack(), KEY, max_length=200)
+def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding(monkeypatch):
+    params = policy(MODEL, pad_logit=500.0)
+    trajectory, steps = steps_taken(monkeypatch, MODEL, params, pack(), KEY, max_length=60)
     assert steps == 1
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [1] * len(PAIRS)
     assert not trajectory.reward_B.any()
@@ -172,31 +177,31 @@ def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(mo
     assert trajectory.reward_B.tolist() == [1.0, 0.0]
 
 
-def test_an_answer_cut_by_the_length_limit_gets_no_reward():
+def test_an_answer_that_the_end_of_the_block_cuts_gets_no_reward():
     problems, right = pack([(123, 405)]), addition.answer_text(123, 405)
-    params = scripted_policy(right, first=22)
-    for missing in (0, 1):
-        trajectory = generate(SCRIPT_MODEL, params, problems, KEY, len(right) - missing, greedy=True)
-        assert addition.decode(trajectory.answers_BxT[0]) == right[: len(right) - missing]
-        assert trajectory.mask_BxT.all()
-        assert trajectory.reward_B.tolist() == [1.0 - missing]
+    config = dataclasses.replace(SCRIPT_MODEL, block_size=22 + len(right) - 1)
+    params = scripted_policy(right[:-1], first=22, config=config)
+    trajectory = generate(config, params, problems, KEY, len(right) - 1, greedy=True)
+    assert addition.decode(trajectory.answers_BxT[0]) == right[:-1]
+    assert trajectory.mask_BxT.all()
+    assert trajectory.reward_B.tolist() == [0.0]
 
 
-def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times(small_model):
-    params = [policy(small_model, seed=3, pad_logit=500.0), policy(small_model, seed=4, pad_logit=-50.0)]
+def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
+    params = [policy(MODEL, seed=3, pad_logit=500.0), policy(MODEL, seed=4, pad_logit=-50.0)]
     keys = jax.random.split(KEY, 2)
 
     def one(params, key):
-        return rollout_lib.rollout(small_model, params, pack(), key, max_length=30, axis_name="run")
+        return rollout_lib.rollout(MODEL, params, pack(PAIRS * 4), key, max_length=60, axis_name="run")
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
     for run in range(2):
-        solo = generate(small_model, params[run], pack(), keys[run], 30)
+        solo = generate(MODEL, params[run], pack(PAIRS * 4), keys[run], 60)
         np.testing.assert_array_equal(together.tokens_BxL[run], solo.tokens_BxL)
         np.testing.assert_array_equal(together.mask_BxT[run], solo.mask_BxT)
         np.testing.assert_allclose(together.log_probs_BxT[run], solo.log_probs_BxT, atol=1e-4)
-    assert together.mask_BxT.sum(axis=(1, 2)).tolist() == [6, 6 * 30]
+    assert together.mask_BxT.sum(axis=(1, 2)).tolist() == [24, 24 * 60]
 
 
 @pytest.mark.parametrize(
@@ -207,23 +212,17 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times(small_m
         ({"max_length": 379}, "block_size"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_model_is_touched(small_model, options, name):
-    with pytest.raises(ConfigError, match=f"^{name}: got"):
-        rollout_lib.rollout(small_model, None, pack(), KEY, **options)
-
-
-def test_prompt_and_answer_may_fill_the_block_to_its_last_position():
-    problems, params = pack([(123, 405)]), scripted_policy("1" * 278, first=22)
-    trajectory = generate(SCRIPT_MODEL, params, problems, KEY, 278, greedy=True)
-    assert addition.decode(trajectory.answers_BxT[0]) == "1" * 278
+def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: got"):
+        rollout_lib.rollout(MODEL, None, pack(), KEY, **options)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_characters_are_drawn_from_the_softmax_at_the_temperature(small_model, temperature):
-    count, params = 4000, policy(small_model, seed=2)
+def test_characters_are_drawn_from_the_softmax_at_the_temperature(temperature):
+    count, params = 4000, policy(MODEL, seed=2)
     problems = pack([(123, 45)] * count)
-    trajectory = generate(small_model, params, problems, KEY, 1, temperature)
-    logits, _ = score(small_model, params, rows_of(trajectory, [0]))
+    trajectory = generate(MODEL, params, problems, KEY, 1, temperature)
+    logits, _ = score(MODEL, params, rows_of(trajectory, [0]))
     expected = np.array(jax.nn.softmax(logits[0, 0] / temperature), np.float64)
     drawn = np.bincount(np.array(trajectory.answers_BxT)[:, 0], minlength=addition.VOCAB_SIZE) / count
     deviations = np.abs(drawn - expected) / np.sqrt(expected * (1 - expected) / count + 1 / count**2)

@@ -12,8 +12,7 @@ CONFIG = {"command": "finetune", "seed": 0, "config": {"beta": 150.0, "arms": (1
 
 def _contents(directory):
     return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-        for path in directory.rglob("*")
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
     }
 
 
@@ -53,14 +52,14 @@ def test_another_config_is_refused_by_the_field_that_differs_and_nothing_is_touc
 
 def test_a_directory_of_other_files_is_refused_and_nothing_is_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match="^out: .*no config.json"):
+    with pytest.raises(ConfigError, match=r"^out: .*no config.json"):
         RunDirectory(tmp_path, CONFIG)
     assert _contents(tmp_path) == {"thesis.tex": b"precious"}
 
 
 def test_a_file_is_refused_and_not_touched(tmp_path):
     (tmp_path / "run").write_text("precious")
-    with pytest.raises(ConfigError, match="^out: .*a file"):
+    with pytest.raises(ConfigError, match=r"^out: .*a file"):
         RunDirectory(tmp_path / "run", CONFIG)
     assert _contents(tmp_path) == {"run": b"precious"}
 

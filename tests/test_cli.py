@@ -1,0 +1,155 @@
+"""Command lines: help names every field, and bad input ends as one line that says what is allowed."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ckl_jax import cli, evaluate, finetune, pretrain
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import ConfigError, FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.model import GPT2
+
+PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
+FINETUNE = (finetune.main, finetune.FinetuneCommand, finetune.preset)
+EVALUATE = (evaluate.main, evaluate.EvaluateConfig, None)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    config = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
+    params = GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(tmp_path / "model", Model(config, 1, params), {})
+    return tmp_path / "model"
+
+
+def _error(capsys, monkeypatch, command, arguments):
+    """The one line that a command prints before it ends with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(*command)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "said"),
+    [
+        (PRETRAIN, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
+        (PRETRAIN, "--scale", ["--scale", "expected one argument"]),
+        (PRETRAIN, "--optimizer sgd", ["--optimizer", "'sgd'", "adamw", "muon"]),
+        (PRETRAIN, "--optimiser muon", ["--optimiser", "--optimizer {adamw,muon}"]),
+        (PRETRAIN, "--batch-size 0", ["batch_size: got 0", "at least 1"]),
+        (PRETRAIN, "--batch-size many", ["--batch-size", "'many'"]),
+        (PRETRAIN, "--learning-rate 0", ["learning_rate: got 0.0", "above 0"]),
+        (PRETRAIN, "--learning-rate nan", ["learning_rate: got nan", "above 0"]),
+        (PRETRAIN, "--max-digits 18", ["max_digits: got 18", "at most 17"]),
+        (PRETRAIN, "--num-documents 24", ["num_documents: got 24", "at least 25"]),
+        (PRETRAIN, "--model.block-size 572", ["model.block_size: got 572", "at least 573"]),
+        (PRETRAIN, "--model.width 97", ["width: got 97", "multiple of num_heads = 2"]),
+        (PRETRAIN, "--model.dtype float64", ["--model.dtype", "float32", "bfloat16"]),
+        (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
+        (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
+        (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
+        (FINETUNE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
+        (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 64"]),
+        (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 20"]),
+        (FINETUNE, "--extra-digits 3", ["extra_digits: got 3", "at most 2"]),
+        (FINETUNE, "--gae-lambda 1.1", ["gae_lambda: got 1.1", "at most 1"]),
+        (FINETUNE, "--diagnostic-episodes 65", ["diagnostic_episodes: got 65", "at most 64"]),
+        (FINETUNE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
+        (EVALUATE, "--problems 0", ["problems: got 0", "at least 1"]),
+        (EVALUATE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
+        (EVALUATE, "--seed -1", ["seed: got -1", "at least 0"]),
+        (EVALUATE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
+        (EVALUATE, "nowhere", ["Unrecognized options", "nowhere"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_with_field_value_and_what_is_allowed(
+    capsys, monkeypatch, tmp_path, command, arguments, said
+):
+    line = _error(capsys, monkeypatch, command, arguments.split())
+    assert [part for part in said if part not in line] == []
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def test_parse_raises_a_config_error_for_code_that_calls_it():
+    with pytest.raises(ConfigError, match=r"^beta: got -1.0"):
+        cli.parse(finetune.FinetuneCommand, finetune.preset, ["--beta", "-1"])
+    with pytest.raises(ConfigError, match=r"Unrecognized options: --betta"):
+        cli.parse(finetune.FinetuneCommand, finetune.preset, ["--betta", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--seeds", "0"], "seeds"),
+        (["--extra-digits", "2"], "extra_digits"),
+        (["--extra-length", "60"], "extra_digits"),
+    ],
+)
+def test_fine_tuning_that_cannot_work_is_refused_before_its_directory_is_made(
+    capsys, monkeypatch, tmp_path, tiny_checkpoint, arguments, field
+):
+    out = tmp_path / "out"
+    line = _error(capsys, monkeypatch, FINETUNE, ["--checkpoint", tiny_checkpoint, "--out", out, *arguments])
+    assert line.startswith(f"error: {field}: got ")
+    assert not out.exists()
+
+
+def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, monkeypatch, tmp_path, tiny_checkpoint):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"command": "another"}')
+    for command, more in ((PRETRAIN, []), (FINETUNE, ["--checkpoint", tiny_checkpoint])):
+        line = _error(capsys, monkeypatch, command, ["--out", out, *more])
+        assert line.startswith("error: out: ")
+        assert "differing: " in line
+        assert "new, empty or of this run" in line
+        assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def _options(config_type):
+    return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            PRETRAIN,
+            _options(PretrainConfig) - {"--model"}
+            | {option.replace("--", "--model.") for option in _options(ModelConfig)}
+            | {"--out", "--data-dir"},
+        ),
+        (FINETUNE, _options(FinetuneConfig) | {"--checkpoint", "--out", "--seeds"}),
+        (EVALUATE, _options(evaluate.EvaluateConfig)),
+    ],
+    ids=["pretrain", "finetune", "evaluate"],
+)
+def test_help_names_every_field(capsys, command, options):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(*command[1:], ["--help"])
+    assert stop.value.code == 0
+    assert options - set(capsys.readouterr().out.split()) == set()
+
+
+def test_a_preset_gives_the_defaults_and_options_override_them():
+    command = cli.parse(pretrain.PretrainCommand, pretrain.preset, ["--scale=small", "--model.num-layers", "2"])
+    expected = pretrain.preset("small").config
+    assert command.config == dataclasses.replace(expected, model=dataclasses.replace(expected.model, num_layers=2))
+    command = cli.parse(finetune.FinetuneCommand, finetune.preset, ["--normalize-advantages", "False", "--beta", "0"])
+    assert command == finetune.FinetuneCommand(FinetuneConfig(extra_length=20, normalize_advantages=False, beta=0.0))

@@ -1,0 +1,74 @@
+"""Accuracy: the bootstrap's intervals, and answers that depend neither on the batch nor on the call."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import addition, evaluate
+from ckl_jax import problems as problems_lib
+from ckl_jax.checkpoint import Model
+from ckl_jax.config import ConfigError
+from ckl_jax.evaluate import judge
+from ckl_jax.model import GPT2
+from ckl_jax.statistics import bootstrap_interval
+
+
+def test_equal_values_have_an_interval_without_width():
+    assert bootstrap_interval(np.ones(50)) == (1.0, 1.0)
+    assert bootstrap_interval(np.zeros(1)) == (0.0, 0.0)
+
+
+def test_the_interval_is_as_wide_as_the_normal_approximation_and_reproducible():
+    values = (np.arange(1000) < 300).astype(np.float32)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
+    np.testing.assert_allclose((low, high), (0.3 - half, 0.3 + half), atol=0.004)
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_the_interval_covers_the_true_accuracy_about_95_times_in_100():
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap_interval(rng.random(100) < 0.7, samples=500) for _ in range(400)]
+    covered = np.mean([low <= 0.7 <= high for low, high in intervals])
+    assert 0.91 < covered < 0.98
+
+
+def test_no_value_has_no_interval():
+    with pytest.raises(ConfigError, match=r"^values: "):
+        bootstrap_interval(np.ones(0))
+
+
+@pytest.fixture
+def fingerprints(small_model, monkeypatch):
+    """``judge`` of a random model with a reward that tells answers apart: that of a random model is always 0."""
+
+    def weighted_sum(answers_BxT, results_BxR):
+        return (answers_BxT * jnp.arange(answers_BxT.shape[1])[None]).sum(axis=1).astype(jnp.float32)
+
+    monkeypatch.setattr(problems_lib, "reward", weighted_sum)
+    evaluate._rewards.clear_cache()
+    config = dataclasses.replace(small_model, num_layers=1)
+    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    problems = addition.varying_problems(np.random.default_rng(0), 8, 1)
+
+    def judged(**options):
+        return judge(Model(config, 1, params), problems, 1, extra_length=0, **options)
+
+    yield judged
+    evaluate._rewards.clear_cache()
+
+
+def test_judging_is_deterministic_and_the_same_in_batches_of_any_size(fingerprints, monkeypatch):
+    whole = fingerprints(temperature=1.0)
+    assert len(np.unique(whole)) == 8
+    np.testing.assert_array_equal(fingerprints(temperature=1.0), whole)
+    assert (fingerprints(temperature=1.0, seed=1) != whole).any()
+    monkeypatch.setattr(evaluate, "BATCH", 5)
+    np.testing.assert_array_equal(fingerprints(temperature=1.0), whole)
+
+
+def test_the_greedy_answer_does_not_depend_on_the_seed(fingerprints):
+    np.testing.assert_array_equal(fingerprints(seed=1), fingerprints(seed=2))

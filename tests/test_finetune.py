@@ -1,0 +1,335 @@
+"""Fine-tuning: its runs, problems, rounds, gradients and resumption, on a random model of one layer.
+
+The random model never solves a problem; its critic's errors give advantages that are not 0 when not normalized.
+"""
+
+import dataclasses
+import functools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ckl_jax import finetune as finetune_lib
+from ckl_jax.certainty import certainty as certainty_of
+from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
+from ckl_jax.config import ConfigError, FinetuneConfig
+from ckl_jax.episodes import Task, collect
+from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.model import GPT2
+from ckl_jax.runs import RunDirectory
+from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
+
+ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
+CONFIG = FinetuneConfig(
+    extra_length=0,
+    episodes=8,
+    minibatch_episodes=4,
+    rounds=4,
+    test_every=2,
+    test_problems=3,
+    final_problems=3,
+    learning_rate=1e-2,
+    adam_epsilon=1e-3,
+    beta=1.0,
+    normalize_advantages=False,
+    runs_at_once=2,
+)
+
+
+@pytest.fixture(scope="module")
+def model(small_model, tmp_path_factory):
+    """Its embedding is scaled up, else every distribution is nearly uniform and J nearly 0."""
+    config = dataclasses.replace(small_model, num_layers=1)
+    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params["params"]["wte"]["embedding"] *= 25
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, Model(config, 1, params), {})
+    return load_model(path)
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return make_task(CONFIG, model)
+
+
+def _states(task, model, hypers):
+    return jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))(model.params, hypers)
+
+
+def _problems(task, runs, rounds):
+    per_run = [[draw_problems(task, run.seed, r) for r in range(rounds)] for run in runs]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *[jax.tree.map(lambda *x: np.stack(x), *p) for p in per_run])
+
+
+@pytest.fixture(scope="module")
+def several(task, model):
+    """Two rounds of two arms x two seeds, two runs at a time."""
+    runs, hypers = make_runs(CONFIG, ARMS, 2)
+    problems = _problems(task, runs, 2)
+    return runs, hypers, problems, *train_rounds(task, model.params, _states(task, model, hypers), hypers, problems)
+
+
+def test_runs_are_arms_times_seeds_with_the_arms_overrides():
+    runs, hypers = make_runs(
+        dataclasses.replace(CONFIG, seed=3),
+        {"a": {"beta": 0.0, "learning_rate": 1e-4}, "b": {"kl_coefficient": 2.0}},
+        2,
+    )
+    assert [run.name for run in runs] == ["a/seed_3", "a/seed_4", "b/seed_3", "b/seed_4"]
+    np.testing.assert_array_equal(hypers.seed, [3, 4, 3, 4])
+    np.testing.assert_array_equal(hypers.beta, [0, 0, 1, 1])
+    np.testing.assert_allclose(hypers.learning_rate, [1e-4, 1e-4, 1e-2, 1e-2])
+    np.testing.assert_allclose(hypers.kl_coefficient, [5, 5, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "field"),
+    [
+        (ARMS, 0, "seeds"),
+        ({}, 1, "arms"),
+        ({"a": {"episodes": 4}}, 1, "arms.a"),
+        ({"a": {"seed": 4}}, 1, "arms.a"),
+        ({"a": {"beta": -1.0}}, 1, "beta"),
+        ({"a": {}, "b": {"learning_rate": 0.0}}, 1, "learning_rate"),
+    ],
+)
+def test_runs_that_cannot_work_are_refused(arms, seeds, field):
+    with pytest.raises(ConfigError, match=rf"^{field}: got .* allowed is "):
+        make_runs(CONFIG, arms, seeds)
+
+
+def test_episodes_longer_than_the_block_are_refused(model):
+    with pytest.raises(ConfigError, match=r"^extra_digits: .*block_size = 400"):
+        make_task(dataclasses.replace(CONFIG, extra_length=300), model)
+
+
+def test_problems_are_a_function_of_seed_and_round(task):
+    problems = draw_problems(task, 0, 0)
+    chex.assert_trees_all_equal(problems, draw_problems(task, 0, 0))
+    for other in (draw_problems(task, 0, 1), draw_problems(task, 1, 0)):
+        assert (problems.prompts_BxP != other.prompts_BxP).any()
+
+
+def test_a_round_reports_all_that_explains_whether_a_run_learns(several):
+    *_, metrics = several
+    expected = {"success", "reward", "entropy", "kl", "certainty_mean", "certainty_min", "kl_weight"}
+    expected |= {"explained_variance", "critical_advantage", "critical_probability_3x2xC", "critical_count_3x2xC"}
+    expected |= {f"{kind}/{term}" for kind in ("grad_norm", "loss") for term in ("policy", "value", "entropy", "kl")}
+    assert expected <= metrics.keys()
+    for name, value in metrics.items():
+        assert value.shape[:2] == (4, 2), name
+        assert jnp.isfinite(value).all(), name
+    assert (metrics["certainty_min"] <= metrics["certainty_mean"]).all()
+
+
+def test_beta_0_weighs_every_token_1_and_a_larger_beta_less(several):
+    runs, *_, metrics = several
+    weights = {arm: metrics["kl_weight"][np.array([run.arm == arm for run in runs])] for arm in ARMS}
+    np.testing.assert_array_equal(weights["standard"], 1.0)
+    assert (weights["prioritized"] < 0.9).all()
+
+
+def test_the_kl_has_no_gradient_while_the_policy_is_the_reference(several):
+    *_, metrics = several
+    norm, other = metrics["grad_norm/kl"], metrics["grad_norm/policy"]
+    assert (norm[:, 0] < 1e-4 * other[:, 0]).all()
+    assert (norm[:, 1] > 1e-2 * other[:, 1]).all()
+    np.testing.assert_allclose(metrics["kl"][:, 0], 0, atol=1e-6)
+    assert (metrics["kl"][:, 1] > 1e-4).all()
+
+
+def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):
+    runs, _, problems, _, metrics = several
+    assert [run.name for run in runs[::2]] == ["standard/seed_0", "prioritized/seed_0"]
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda x, i=i: x[i], problems) for i in (0, 2)))
+    for name in ("length", "entropy", "certainty_mean"):
+        first = metrics[name][:, 0]
+        np.testing.assert_allclose(first[0], first[2], rtol=1e-5)
+        assert abs(first[0] - first[1]) > 1e-3 * first[0]
+
+
+def test_a_run_is_the_same_alone_and_among_others_one_or_two_at_a_time(several, model):
+    _, hypers, problems, states, metrics = several
+    one_at_a_time = make_task(dataclasses.replace(CONFIG, runs_at_once=1), model)
+    for index in (0, 3):
+        row = jax.tree.map(lambda x, index=index: x[index : index + 1], (hypers, problems))
+        alone, of_it = train_rounds(one_at_a_time, model.params, _states(one_at_a_time, model, row[0]), *row)
+        np.testing.assert_array_equal(of_it["length"][0], metrics["length"][index])
+        for name in metrics:
+            np.testing.assert_allclose(of_it[name][0], metrics[name][index], rtol=1e-3, atol=1e-5, err_msg=name)
+        expected = jax.tree.map(lambda x, index=index: x[index : index + 1], states)
+        chex.assert_trees_all_close(alone.params, expected.params, rtol=1e-3, atol=1e-5)
+        moved = jax.tree.map(lambda new, old: new[0] - old, alone.params["policy"], model.params)
+        assert optax.global_norm(moved) > 1e-2
+
+
+def test_repeated_rounds_are_one_compilation(several, task, model):
+    _, hypers, problems, states, _ = several
+    before = train_rounds._cache_size()
+    states = jax.tree.map(jnp.copy, states)
+    for _ in range(2):
+        states, _ = train_rounds(task, model.params, states, hypers, problems)
+    assert train_rounds._cache_size() == before
+    np.testing.assert_array_equal(states.round, 6)
+
+
+HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(1.0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _collected(task, ref_params):
+    """A state whose policy has moved away from the reference, and its episodes."""
+    state = init_run(task, ref_params, HYPER)
+    noise = jax.random.normal(jax.random.key(1), ref_params["params"]["wpe"]["embedding"].shape)
+    policy = jax.tree.map(jnp.copy, ref_params)
+    policy["params"]["wpe"]["embedding"] += 0.05 * noise
+    state = state._replace(params={**state.params, "policy": policy})
+    problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
+    return state, *collect(task, state.params, ref_params, problems, jax.random.key(2), None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updated(task, state, episodes):
+    return update(task, HYPER, state, episodes, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def collected_otherwise(task, model):
+    otherwise = {"normalize_advantages": True, "certainty": "max_prob", "certainty_temperature": 4.0}
+    return _collected(task._replace(config=dataclasses.replace(CONFIG, **otherwise)), model.params)[1]
+
+
+@pytest.mark.parametrize(
+    ("kl", "certainty"),
+    [("k1", "negentropy"), ("k2", "negentropy_max_prob"), ("k3", "max_prob"), ("exact", "negentropy")],
+)
+def test_every_kind_of_kl_and_certainty_makes_a_finite_update(task, model, kl, certainty):
+    state, episodes, _ = _collected(task, model.params)
+    episodes = episodes._replace(certainty_BxT=certainty_of(episodes.ref_logits_BxTxV, certainty))
+    assert ((episodes.certainty_BxT >= 0) & (episodes.certainty_BxT <= 1)).all()
+    after, terms = _updated(task._replace(config=dataclasses.replace(CONFIG, kl=kl)), state, episodes)
+    chex.assert_tree_all_finite((after, terms))
+    assert terms["loss/kl"] > 0 or kl == "k1"
+    moved = jax.tree.map(lambda new, old: new - old, after.params, state.params)
+    assert optax.global_norm(moved["policy"]) > 1e-3
+    assert optax.global_norm(moved["value"]) > 1e-3
+
+
+def test_the_collect_uses_the_configs_certainty_and_its_temperature(collected_otherwise):
+    episodes = collected_otherwise
+    expected = certainty_of(episodes.ref_logits_BxTxV, "max_prob", 4.0)
+    np.testing.assert_allclose(episodes.certainty_BxT, expected, rtol=1e-5)
+
+
+def test_equal_rewards_are_no_advantage_when_normalized(task, model, collected_otherwise):
+    _, raw, metrics = _collected(task, model.params)
+    assert metrics["success"] == 0
+    assert jnp.abs(raw.advantages_BxT).max() > 1e-3
+    np.testing.assert_array_equal(collected_otherwise.advantages_BxT, 0.0)
+    np.testing.assert_allclose(collected_otherwise.returns_BxT, raw.returns_BxT, atol=1e-6)
+
+
+def test_a_detached_critic_takes_the_value_gradient_off_the_policy_and_no_other(task, model):
+    norms = jax.jit(gradient_norms, static_argnums=0)
+    state, episodes, _ = _collected(task, model.params)
+    attached = norms(task, HYPER, state.params, episodes)
+    detached_task = task._replace(config=dataclasses.replace(CONFIG, detach_critic=True))
+    detached = norms(detached_task, HYPER, state.params, episodes)
+    assert attached.pop("grad_norm/value") > 1e-4
+    assert detached.pop("grad_norm/value") == 0
+    chex.assert_trees_all_close(attached, detached, rtol=1e-5)
+    assert min(attached.values()) > 0
+
+
+def _run(config, model, path, progress=lambda line: None):
+    directory = RunDirectory(path, {"command": "finetune", **dataclasses.asdict(config)})
+    return finetune(config, model, directory, ARMS, 2, progress)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted")
+    drawn = []
+
+    def recorded(task, ref_params, states, hypers, problems):
+        drawn.append(problems)
+        return train_rounds(task, ref_params, states, hypers, problems)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_lib, "train_rounds", recorded)
+        runs = _run(CONFIG, model, path)
+    return path, runs, drawn
+
+
+def test_a_run_logs_every_round_and_test_of_every_arm_and_saves_its_policies(uninterrupted, model):
+    path, runs, _ = uninterrupted
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    tests = [(r["step"], r["arm"], r["seed"]) for r in records if {"test_target", "test_old"} <= r.keys()]
+    rounds = [(r["step"], r["arm"], r["seed"]) for r in records if {"success", "kl_weight", "grad_norm/kl"} <= r.keys()]
+    assert tests == [(step, *run) for step in (0, 2, 4) for run in runs]
+    assert rounds == [(step, *run) for step in (1, 2, 3, 4) for run in runs]
+    saved = [load_model(path / run.name) for run in runs]
+    for policy in saved:
+        assert policy[:2] == (model.config, 1)
+        chex.assert_trees_all_equal_shapes_and_dtypes(policy.params, model.params)
+    for one, other in ((saved[0], saved[1]), (saved[0], saved[2]), (saved[0], model)):
+        assert optax.global_norm(jax.tree.map(jnp.subtract, one.params, other.params)) > 1e-3
+
+
+def test_all_arms_of_a_seed_get_the_same_problems_and_each_round_new_ones(uninterrupted):
+    _, _, drawn = uninterrupted
+    assert len(drawn) == 2
+    for problems in drawn:
+        for seed in (0, 1):
+            chex.assert_trees_all_equal(*(jax.tree.map(lambda x, i=i: x[i], problems) for i in (seed, seed + 2)))
+    rounds = np.concatenate([problems.prompts_BxP[0] for problems in drawn])
+    assert len(np.unique(rounds, axis=0)) == 4
+
+
+class _KilledError(Exception):
+    pass
+
+
+def _killed_after_a_checkpoint(monkeypatch):
+    def progress(line):
+        if line.startswith("round 2/"):
+            raise _KilledError
+
+    return progress
+
+
+def _interrupted_before_a_checkpoint(monkeypatch):
+    save = StateCheckpoints.save
+
+    def interrupted_save(self, step, state):
+        if step == 2:
+            raise KeyboardInterrupt
+        save(self, step, state)
+
+    monkeypatch.setattr(StateCheckpoints, "save", interrupted_save)
+    return lambda line: None
+
+
+@pytest.mark.parametrize("interruption", [_killed_after_a_checkpoint, _interrupted_before_a_checkpoint])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, model, uninterrupted, monkeypatch, interruption):
+    path, runs, _ = uninterrupted
+    with monkeypatch.context() as patch, pytest.raises((_KilledError, KeyboardInterrupt)):
+        _run(CONFIG, model, tmp_path, interruption(patch))
+    assert not (tmp_path / runs[0].name).exists()
+    shown = []
+    assert _run(CONFIG, model, tmp_path, shown.append) == runs
+    assert not any(line.startswith("before") for line in shown)
+    for run in runs:
+        chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_the_task_knows_its_lengths(task):
+    assert isinstance(task, Task)
+    assert task.digits == 2
+    assert task.max_length == 157

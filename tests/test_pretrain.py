@@ -1,0 +1,147 @@
+"""Pre-training learns, and an interrupted run ends with the same numbers as one that was not."""
+
+import dataclasses
+import functools
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from ckl_jax.checkpoint import load_model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.datasets import load_stream, sample_documents
+from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_steps
+from ckl_jax.runs import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def config(small_model):
+    return PretrainConfig(
+        max_digits=1,
+        num_documents=60,
+        packing="documents",
+        batch_size=4,
+        num_steps=24,
+        warmup_steps=4,
+        learning_rate=1e-2,
+        checkpoint_every=8,
+        eval_problems=2,
+        model=dataclasses.replace(small_model, num_layers=1, block_size=280),
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+def _run(config, path, data_dir, progress=lambda line: None):
+    directory = RunDirectory(path, {"command": "pretrain", **dataclasses.asdict(config)})
+    return pretrain(config, directory, data_dir, progress), directory.metrics()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, data_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted")
+    before = train_steps._cache_size()
+    finished = _run(config, path, data_dir)
+    assert train_steps._cache_size() == before + 1, "one compilation serves all steps"
+    return path, *finished
+
+
+def test_a_run_logs_each_checkpoint_and_its_loss_falls(uninterrupted):
+    _, _, metrics = uninterrupted
+    assert [record["step"] for record in metrics] == [8, 16, 24]
+    assert all(np.isfinite(value) for record in metrics for value in record.values())
+    assert {"loss", "grad_norm", "accuracy_varying_1", "accuracy_varying_2"} <= metrics[0].keys()
+    losses = [record["loss"] for record in metrics]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 0.8 * np.log(41)
+
+
+@pytest.mark.parametrize(
+    ("change", "dropout"),
+    [({"packing": "stream", "batch_size": 2}, 0.0), ({"optimizer": "muon"}, 0.2)],
+    ids=["stream", "muon and dropout"],
+)
+def test_the_loss_falls_with_the_other_packing_and_optimizer_and_with_dropout(config, data_dir, change, dropout):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=dropout), **change)
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    state, losses = jax.jit(functools.partial(init_state, config))(), []
+    for _ in range(3):
+        state, metrics = train_steps(config, state, stream, 8)
+        losses.append(float(metrics["loss"]))
+    assert state.step == 24
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 0.85 * np.log(41)
+
+
+def test_dropout_is_a_function_of_its_key(config, data_dir):
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    windows = sample_documents(stream, jax.random.key(0), 2, 118, config.model.block_size)
+    params = jax.jit(functools.partial(init_params, config))()
+    dropping = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.5))
+    loss = jax.jit(functools.partial(next_token_loss, dropping))
+    first, again, other = (loss(params, windows, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_saved_model_is_the_returned_one_and_says_how_it_was_made(config, uninterrupted):
+    path, model, _ = uninterrupted
+    loaded = load_model(path)
+    assert loaded.config == config.model
+    assert loaded.max_pretrain_digits == 1
+    chex.assert_trees_all_equal(loaded.params, model.params)
+    made_by = json.loads((path / "model.json").read_text())["made_by"]
+    assert made_by["config"] == dataclasses.asdict(config)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def _killed_after_a_checkpoint(monkeypatch):
+    def progress(line):
+        if line.startswith("step 16/"):
+            raise _KilledError
+
+    return progress
+
+
+def _interrupted_before_a_checkpoint(monkeypatch):
+    calls = []
+    log = RunDirectory.log
+
+    def interrupted_log(self, records):
+        log(self, records)
+        calls.append(records)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "log", interrupted_log)
+    return lambda line: None
+
+
+@pytest.mark.parametrize("interruption", [_killed_after_a_checkpoint, _interrupted_before_a_checkpoint])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    config, data_dir, tmp_path, uninterrupted, monkeypatch, interruption
+):
+    path, expected, _ = uninterrupted
+    with monkeypatch.context() as patch, pytest.raises((_KilledError, KeyboardInterrupt)):
+        _run(config, tmp_path, data_dir, interruption(patch))
+    assert not (tmp_path / "model.json").exists()
+    shown = []
+    model, _ = _run(config, tmp_path, data_dir, shown.append)
+    assert 0 < len(shown) < 3
+    chex.assert_trees_all_equal(model.params, expected.params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, monkeypatch):
+    path, expected, metrics = uninterrupted
+    monkeypatch.setattr("ckl_jax.pretrain.train_steps", None)
+    model, again = _run(config, path, data_dir)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), jax.tree.map(np.asarray, expected.params))
+    assert again == metrics
