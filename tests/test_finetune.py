@@ -46,7 +46,7 @@ def model(small_model, tmp_path_factory):
     """Its embedding is scaled up, else every distribution is nearly uniform and J nearly 0."""
     config = dataclasses.replace(small_model, num_layers=1)
     params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 25
+    params["params"]["wte"]["embedding"] *= 10
     path = tmp_path_factory.mktemp("model")
     save_model(path, Model(config, 1, params), {})
     return load_model(path)

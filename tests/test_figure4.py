@@ -1,0 +1,86 @@
+"""The main job end to end on a random model of width 16: every file is written, resumed and redrawn."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import cli
+from ckl_jax.checkpoint import Model, load_model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+from experiments import figure4_prioritized_kl as figure4
+
+OPTIONS = (
+    "--rounds 4 --test-every 2 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
+    "--final-problems 8 --extra-length 5 --seeds 2"
+)
+
+
+def command(tmp_path, *extra: str) -> figure4.Figure4Command:
+    paths = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    return cli.parse(figure4.Figure4Command, figure4.preset, [*OPTIONS.split(), *paths, *extra])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("figure4")
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(path / "model", Model(small_model, 1, params), {})
+    figure4.main(command(path))
+    return path
+
+
+def test_results_have_both_arms_all_seeds_and_paired_differences(finished):
+    results = json.loads((finished / "out" / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    assert results["test_episodes"] == [0, 8, 16]
+    assert results["round_episodes"] == [4, 8, 12, 16]
+    for arm in ("standard", "prioritized"):
+        values = results["arms"][arm]
+        assert np.shape(values["learning_curve"]) == (2, 3)
+        assert np.shape(values["critical_comma_step1"]) == np.shape(values["critical_comma_step2"]) == (2, 4)
+        assert len(values["target_after"]) == 3
+    after = {arm: np.array(results["arms"][arm]["learning_curve"])[:, -1] for arm in results["arms"]}
+    assert results["paired_difference"]["target"][0] == pytest.approx((after["prioritized"] - after["standard"]).mean())
+    assert results["wall_seconds"] > 0
+
+
+def test_the_arms_differ_in_the_weights_of_the_kl_alone(finished):
+    records = [json.loads(line) for line in (finished / "out" / "metrics.jsonl").read_text().splitlines()]
+    first = {r["arm"]: r for r in records if "success" in r and r["step"] == 1 and r["seed"] == 0}
+    assert first["standard"]["kl_weight"] == 1
+    assert first["prioritized"]["kl_weight"] < 1
+    assert first["standard"]["success"] == first["prioritized"]["success"]
+    assert first["standard"]["entropy"] == pytest.approx(first["prioritized"]["entropy"], rel=1e-5)
+
+
+def test_the_picture_is_a_png_and_an_svg(finished):
+    assert (finished / "out" / "figure4.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (finished / "out" / "figure4.svg").read_text()
+
+
+def test_every_policy_is_saved_as_a_checkpoint(finished):
+    for arm in ("standard", "prioritized"):
+        assert load_model(finished / "out" / arm / "seed_1").max_pretrain_digits == 1
+
+
+def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
+    metrics = (finished / "out" / "metrics.jsonl").read_bytes()
+    (finished / "out" / "figure4.png").unlink()
+    figure4.main(command(finished, "--plot-only", "True"))
+    assert (finished / "out" / "figure4.png").exists()
+    assert (finished / "out" / "metrics.jsonl").read_bytes() == metrics
+    assert "paired" in capsys.readouterr().out
+
+
+def test_a_second_call_with_another_seed_count_is_refused(finished):
+    with pytest.raises(ConfigError, match="seeds"):
+        figure4.main(command(finished, "--seeds", "3"))
+
+
+def test_beta_zero_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="beta"):
+        command(tmp_path, "--beta", "0")
