@@ -154,6 +154,11 @@ def load_model(directory: pathlib.Path) -> Model:
         return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
 
 
+def fingerprint(directory: pathlib.Path) -> str:
+    """SHA-256 over the parameters' manifest: names a checkpoint by its content, wherever it lies."""
+    return hashlib.sha256(_manifest_path(directory.resolve() / "params").read_bytes()).hexdigest()
+
+
 def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
     try:
         description = json.loads(path.read_text())

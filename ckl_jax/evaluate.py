@@ -71,13 +71,13 @@ class EvaluateConfig:
     problems: int = 1000
     """Problems per cell."""
     temperature: float | None = None
-    """Sampling temperature; none: the likeliest character (greedy)."""
+    """Sampling temperature; None: the likeliest character (greedy)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
         require(self.problems >= 1, "problems", self.problems, "at least 1")
-        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or none")
+        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or None")
 
 
 def main(config: EvaluateConfig) -> None:
@@ -86,6 +86,10 @@ def main(config: EvaluateConfig) -> None:
     print(f"N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval")
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
+        length = addition.max_prompt_length(digits) + addition.max_answer_length(digits)
+        if length > model.config.block_size:
+            print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
+            continue
         cells = []
         for draw in (addition.identical_problems, addition.varying_problems):
             problems = draw(np.random.default_rng([config.seed, digits]), config.problems, digits)

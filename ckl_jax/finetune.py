@@ -22,7 +22,7 @@ import tyro
 
 from ckl_jax import addition, cli
 from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model, save_model
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
 from ckl_jax.episodes import Task
 from ckl_jax.problems import Problems
@@ -225,16 +225,17 @@ def main(command: FinetuneCommand) -> None:
     model = load_model(command.checkpoint)
     make_task(command.config, model)
     make_runs(command.config, {"run": {}}, command.seeds)
-    directory = RunDirectory(command.out, {"command": "finetune", **as_dict(command)})
+    directory = RunDirectory(command.out, {"command": "finetune", **describe(command)})
     runs = finetune(command.config, model, directory, {"run": {}}, command.seeds)
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 
-def as_dict(command: Any) -> dict[str, Any]:
-    """A command as JSON-able values."""
+def describe(command: Any) -> dict[str, Any]:
+    """What determines a fine-tuning command's numbers: its config, its seeds and the checkpoint's content."""
     return {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in dataclasses.asdict(command).items()
+        "config": dataclasses.asdict(command.config),
+        "seeds": command.seeds,
+        "checkpoint": fingerprint(command.checkpoint),
     }
 
 

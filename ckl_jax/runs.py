@@ -32,13 +32,13 @@ class RunDirectory:
             raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
         existing = self.path / "config.json"
         if existing.exists():
-            differing = sorted(_differences(json.loads(existing.read_text()), config))
+            differing = sorted(_differences(_read_config(existing), config))
             if differing:
                 raise ConfigError(
                     f"out: {self.path} holds a run with another config (differing: {', '.join(differing)}); "
                     "allowed is a directory that is new, empty or of this run"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(file.suffix != ".tmp" for file in self.path.iterdir()):
             raise ConfigError(
                 f"out: {self.path} holds files but no config.json; "
                 "allowed is a directory that is new, empty or of this run"
@@ -74,6 +74,13 @@ class RunDirectory:
         if not self.metrics_path.exists():
             return []
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+
+def _read_config(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"out: {path} is damaged ({error}); allowed is a config.json as the run wrote it") from error
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

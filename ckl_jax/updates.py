@@ -134,7 +134,7 @@ def train_rounds(
     """Several rounds of all runs as one program.
 
     Args:
-      states, hypers: with a leading axis of runs R, a multiple of ``runs_at_once`` or fewer.
+      states, hypers: with a leading axis of runs R.
       problems: with leading axes [R, rounds].
 
     Returns:
@@ -151,7 +151,7 @@ def train_rounds(
 
 
 def map_runs(task: Task, run, arguments):
-    """Applies ``run`` to every run: vmapped ``runs_at_once`` at a time, group after group."""
+    """Applies ``run`` to every run: vmapped in equal groups of at most ``runs_at_once``, group after group."""
     num_runs = jax.tree.leaves(arguments)[0].shape[0]
     group = next(n for n in range(min(task.config.runs_at_once, num_runs), 0, -1) if num_runs % n == 0)
     grouped = jax.tree.map(lambda x: x.reshape(num_runs // group, group, *x.shape[1:]), arguments)

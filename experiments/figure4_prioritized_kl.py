@@ -23,7 +23,7 @@ import tyro
 from ckl_jax import cli, plots
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model, write_json
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
-from ckl_jax.finetune import as_dict, finetune, make_runs
+from ckl_jax.finetune import describe, finetune, make_runs, make_task
 from ckl_jax.runs import RunDirectory
 from ckl_jax.statistics import mean_interval
 
@@ -147,9 +147,9 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
 def main(command: Figure4Command) -> None:
     config = command.config
     model = load_model(command.checkpoint)
+    make_task(config, model)
     make_runs(config, arms(config), command.seeds)
-    described = {"command": "experiments.figure4_prioritized_kl", **as_dict(command)}
-    described.pop("plot_only")
+    described = {"command": "experiments.figure4_prioritized_kl", **describe(command)}
     if command.plot_only:
         require((command.out / "results.json").exists(), "plot_only", str(command.out), "a finished run's directory")
     directory = RunDirectory(command.out, described)

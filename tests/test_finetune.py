@@ -153,6 +153,7 @@ def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):
         assert abs(first[0] - first[1]) > 1e-3 * first[0]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_alone_and_among_others_one_or_two_at_a_time(several, model):
     _, hypers, problems, states, metrics = several
     one_at_a_time = make_task(dataclasses.replace(CONFIG, runs_at_once=1), model)
