@@ -201,7 +201,7 @@ class FinetuneConfig:
     diagnostic_episodes: int = 4
     """Episodes of each round on which the gradient norm of each loss term is measured."""
     runs_at_once: int = 1
-    """Runs (arms x seeds) that are computed side by side by vmap at most; groups are equal and done one after another."""
+    """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
     def __post_init__(self) -> None:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))

@@ -28,7 +28,7 @@ from ckl_jax.episodes import Task
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import rollout
 from ckl_jax.runs import RunDirectory
-from ckl_jax.updates import RUNS, Hyper, RunState, init_run, map_runs, train_rounds
+from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
@@ -93,13 +93,13 @@ def _stack(items: list[Any]) -> Any:
 def _test_batch(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
     """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
 
-    def test(params):
+    def run_test(axis_name, params):
         key, temperature = jax.random.key(TEST_SEED), task.config.temperature
         return rollout(
-            task.model, params, problems, key, max_length=max_length, temperature=temperature, axis_name=RUNS
+            task.model, params, problems, key, max_length=max_length, temperature=temperature, axis_name=axis_name
         ).reward_B
 
-    return map_runs(task, test, (policies,))
+    return map_runs(task.config.runs_at_once, run_test, policies)
 
 
 def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
