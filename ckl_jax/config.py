@@ -171,7 +171,12 @@ class FinetuneConfig:
     """Characters that an answer may be longer than the longest right one."""
     temperature: float = 1.0
     """Of sampling, log-probs, entropy and reference log-probs, in training and in tests."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
+    """Adam's, for the policy (the trunk included)."""
+    value_learning_rate: float = 1e-3
+    """Adam's, for the value head, which starts at random."""
+    value_warmup_rounds: int = 1
+    """First rounds in which only the value head learns; Adam's statistics of the policy warm up meanwhile."""
     adam_epsilon: float = 1e-8
     discount: float = 1.0
     gae_lambda: float = 1.0
@@ -208,10 +213,14 @@ class FinetuneConfig:
         _require_choice(self, "recipe", ("ours",))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
-        _require_number(self, "seed extra_length value_coefficient entropy_coefficient kl_coefficient beta", 0)
+        _require_number(
+            self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
+        )
         _require_number(self, "rounds episodes minibatch_episodes epochs test_every test_problems", 1)
         _require_number(self, "final_problems runs_at_once", 1)
-        _require_number(self, "temperature certainty_temperature learning_rate adam_epsilon", 0, exclusive=True)
+        _require_number(
+            self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
+        )
         _require_number(self, "discount gae_lambda", 0, high=1)
         _require_number(self, "extra_digits", 1, high=2)
         _require_number(self, "diagnostic_episodes", 1, high=self.episodes)

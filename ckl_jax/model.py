@@ -194,7 +194,10 @@ def forward(config: ModelConfig, params: Any, tokens_BxT: jax.Array, *inputs: An
 
 
 class ValueHead(nn.Module):
-    """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code)."""
+    """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code).
+
+    The last layer starts at zero: a random critic would be a worse baseline than none.
+    """
 
     features: int = 128
 
@@ -203,7 +206,7 @@ class ValueHead(nn.Module):
         x = hidden_BxTxD
         for name in ("fc_1", "fc_2"):
             x = nn.relu(nn.Dense(self.features, name=name)(x))
-        return nn.Dense(1, name="out")(x)[..., 0]
+        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(x)[..., 0]
 
 
 def values(params: Any, hidden_BxTxD: jax.Array) -> jax.Array:

@@ -78,6 +78,11 @@ def update(task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: j
     """One pass per epoch over the episodes in shuffled minibatches, an Adam step each."""
     config = task.config
     optimizer = _optimizer(config)
+    policy_learns = state.round >= config.value_warmup_rounds
+    rates = {
+        "policy": jnp.where(policy_learns, hyper.learning_rate, 0.0),
+        "value": jnp.asarray(config.value_learning_rate),
+    }
 
     def total_loss(params, batch):
         terms = loss_terms(task, hyper, params, batch)
@@ -88,7 +93,10 @@ def update(task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: j
         batch = jax.tree.map(lambda x: x[indices], episodes)
         grads, terms = jax.grad(total_loss, has_aux=True)(params, batch)
         directions, opt_state = optimizer.update(grads, opt_state, params)
-        params = jax.tree.map(lambda p, d: p - hyper.learning_rate * d, params, directions)
+        params = {
+            name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])
+            for name in params
+        }
         return (params, opt_state), {f"loss/{name}": value for name, value in terms.items()}
 
     keys = jax.random.split(key, config.epochs)
