@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ckl_jax.config import ConfigError, ModelConfig, require
@@ -154,9 +155,13 @@ def load_model(directory: pathlib.Path) -> Model:
         return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
 
 
-def fingerprint(directory: pathlib.Path) -> str:
-    """SHA-256 over the parameters' manifest: names a checkpoint by its content, wherever it lies."""
-    return hashlib.sha256(_manifest_path(directory.resolve() / "params").read_bytes()).hexdigest()
+def fingerprint(params: Params) -> str:
+    """SHA-256 over names, shapes, types and values: names parameters by their content, wherever they lie."""
+    digest = hashlib.sha256()
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(key)} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:

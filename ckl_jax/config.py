@@ -125,7 +125,7 @@ def pretrain_preset(scale: str) -> PretrainConfig:
             max_digits=5,
             packing="documents",
             batch_size=16,
-            num_steps=5_000,
+            num_steps=2_500,
             optimizer="muon",
             learning_rate=1e-2,
             weight_decay=0.05,
@@ -154,16 +154,17 @@ class FinetuneConfig:
     scale: Scale = "tiny"
     """Preset of the budget that the other fields start from; the model comes from the checkpoint."""
     recipe: Recipe = "ours"
-    """`ours`: what learns well here (lambda 1, advantages normalized over the round, minibatches of whole episodes)."""
+    """`ours`: what learns well here: lambda 1, advantages normalized over the round, minibatches of whole episodes, the
+    exact KL."""
     seed: int = 0
     """First seed; run k of an experiment has seed + k."""
     extra_digits: int = 1
     """Target length beyond the pre-training length N: N + 1 or N + 2 digits."""
-    rounds: int = 20
+    rounds: int = 16
     """Collect-update rounds."""
-    episodes: int = 64
+    episodes: int = 128
     """Episodes collected per round."""
-    minibatch_episodes: int = 8
+    minibatch_episodes: int = 16
     """Whole episodes per Adam step; divides `episodes`."""
     epochs: int = 1
     """Passes over a round's episodes."""
@@ -173,9 +174,11 @@ class FinetuneConfig:
     """Of sampling, log-probs, entropy and reference log-probs, in training and in tests."""
     learning_rate: float = 1e-4
     """Adam's, for the policy (the trunk included)."""
+    learning_rate_decay: bool = True
+    """Linear decay of the policy's learning rate, from its full value in the first round towards 0 after the last."""
     value_learning_rate: float = 1e-3
     """Adam's, for the value head, which starts at random."""
-    value_warmup_rounds: int = 1
+    value_warmup_rounds: int = 0
     """First rounds in which only the value head learns; Adam's statistics of the policy warm up meanwhile."""
     adam_epsilon: float = 1e-8
     discount: float = 1.0
@@ -190,21 +193,26 @@ class FinetuneConfig:
     entropy_coefficient: float = 0.0005
     kl_coefficient: float = 5.0
     """alpha, on the mean over tokens of J^beta * KL."""
-    kl: Literal["k1", "k2", "k3", "exact"] = "k2"
-    """Per-token estimate of the KL to the pre-trained model. k1 has no gradient in expectation."""
+    kl: Literal["k1", "k2", "k3", "exact"] = "exact"
+    """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
+    (the paper's is k2; k1 has no gradient in expectation)."""
     beta: float = 150.0
     """Exponent of the certainty J; 0 is the standard KL penalty."""
     certainty: CertaintyKind = "negentropy"
     certainty_temperature: float = 1.0
     """Temperature of the reference's distribution inside J."""
-    test_every: int = 2
+    test_every: int = 4
     """Rounds between tests and checkpoints; divides `rounds`."""
-    test_problems: int = 128
+    test_problems: int = 100
     """Problems of each test within the learning curve (the same for all runs)."""
     final_problems: int = 1000
     """Problems of the tests before the first and after the last round."""
+    old_problems: int = 200
+    """Problems of the old lengths in every test, at most as many as of the target length."""
     diagnostic_episodes: int = 4
     """Episodes of each round on which the gradient norm of each loss term is measured."""
+    rollout_batch: int = 128
+    """Episodes decoded together, at most; it changes the speed alone."""
     runs_at_once: int = 1
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
@@ -217,7 +225,7 @@ class FinetuneConfig:
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
         _require_number(self, "rounds episodes minibatch_episodes epochs test_every test_problems", 1)
-        _require_number(self, "final_problems runs_at_once", 1)
+        _require_number(self, "final_problems old_problems rollout_batch runs_at_once", 1)
         _require_number(
             self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
         )
@@ -235,9 +243,9 @@ def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
     require(recipe in ("ours",), "recipe", recipe, "ours")
     presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20),
-        "small": FinetuneConfig(scale="small", episodes=128, minibatch_episodes=16, learning_rate=1e-4, runs_at_once=4),
-        "gpt2": FinetuneConfig(scale="gpt2", episodes=128, minibatch_episodes=16, learning_rate=1e-5),
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32),
+        "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
+        "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
     }
     require(scale in presets, "scale", scale, " | ".join(presets))
     return presets[scale]

@@ -55,6 +55,7 @@ def collect(
         key,
         max_length=task.max_length,
         temperature=config.temperature,
+        batch=config.rollout_batch,
         axis_name=axis_name,
     )
     logits_BxTxV, hidden_BxTxD = score(task.model, params["policy"], trajectory)

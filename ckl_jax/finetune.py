@@ -32,7 +32,6 @@ from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
-TEST_BATCH = 250
 
 
 class Run(NamedTuple):
@@ -90,20 +89,27 @@ def _stack(items: list[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _test_batch(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
+def _test_rewards(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
     """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
+    config = task.config
 
     def run_test(axis_name, params):
-        key, temperature = jax.random.key(TEST_SEED), task.config.temperature
         return rollout(
-            task.model, params, problems, key, max_length=max_length, temperature=temperature, axis_name=axis_name
+            task.model,
+            params,
+            problems,
+            jax.random.key(TEST_SEED),
+            max_length=max_length,
+            temperature=config.temperature,
+            batch=config.rollout_batch,
+            axis_name=axis_name,
         ).reward_B
 
-    return map_runs(task.config.runs_at_once, run_test, policies)
+    return map_runs(config.runs_at_once, run_test, policies)
 
 
 def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
-    """Accuracy of every run on ``count`` common problems of the target length, and on as many of the old lengths.
+    """Accuracy of every run on ``count`` common problems of the target length, and on some of the old lengths.
 
     Args:
       policies: parameters with a leading axis of runs R.
@@ -115,17 +121,13 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(TEST_SEED)
     sets = {
         "target": (addition.rl_problems(rng, count, task.digits, base), task.digits),
-        "old": (addition.short_problems(rng, count, base), base),
+        "old": (addition.short_problems(rng, min(count, task.config.old_problems), base), base),
     }
     accuracy = {}
     for name, (drawn, digits) in sets.items():
         packed = problems_lib.pack(drawn, digits, base)
         length = addition.max_answer_length(digits, extra)
-        rewards = [
-            np.asarray(_test_batch(task, policies, jax.tree.map(lambda x, i=i: x[i : i + TEST_BATCH], packed), length))
-            for i in range(0, count, TEST_BATCH)
-        ]
-        accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
+        accuracy[name] = np.asarray(_test_rewards(task, policies, packed, length)).mean(axis=1)
     return accuracy
 
 
@@ -225,17 +227,17 @@ def main(command: FinetuneCommand) -> None:
     model = load_model(command.checkpoint)
     make_task(command.config, model)
     make_runs(command.config, {"run": {}}, command.seeds)
-    directory = RunDirectory(command.out, {"command": "finetune", **describe(command)})
+    directory = RunDirectory(command.out, {"command": "finetune", **describe(command, model)})
     runs = finetune(command.config, model, directory, {"run": {}}, command.seeds)
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 
-def describe(command: Any) -> dict[str, Any]:
-    """What determines a fine-tuning command's numbers: its config, its seeds and the checkpoint's content."""
+def describe(command: Any, model: Model) -> dict[str, Any]:
+    """What determines a fine-tuning command's numbers: its config, its seeds and the checkpoint's parameters."""
     return {
         "config": dataclasses.asdict(command.config),
         "seeds": command.seeds,
-        "checkpoint": fingerprint(command.checkpoint),
+        "checkpoint": fingerprint(model.params),
     }
 
 

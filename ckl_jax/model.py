@@ -1,7 +1,7 @@
 """GPT-2 in Flax Linen with a key-value cache that is a plain pytree, and the value head.
 
 Tensor names carry their shape: B batch, T new positions, S cached positions, H heads, K width per head, D width,
-V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/attn/c_attn``, ...).
+V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 """
 
 from __future__ import annotations

@@ -100,6 +100,7 @@ def window_length(config: PretrainConfig) -> int:
     return addition.max_prompt_length(config.max_digits) + addition.max_answer_length(config.max_digits, extra=0)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream) -> tuple[PretrainState, dict]:
     """One update. The batch is a function of (seed, step) alone, so a resumed run sees the same ones."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -115,19 +116,6 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return PretrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=1)
-def train_steps(
-    config: PretrainConfig, state: PretrainState, stream: TokenStream, count: int
-) -> tuple[PretrainState, dict[str, jax.Array]]:
-    """``count`` updates as one program; metrics are means over them."""
-
-    def body(state, _):
-        return train_step(config, state, stream)
-
-    state, metrics = jax.lax.scan(body, state, length=count)
-    return state, jax.tree.map(jnp.mean, metrics)
 
 
 def pretrain(
@@ -146,9 +134,13 @@ def pretrain(
     start, first = time.monotonic(), done
     while done < config.num_steps:
         count = min(config.checkpoint_every, config.num_steps - done)
-        state, metrics = train_steps(config, state, stream, count)
+        history = []
+        for _ in range(count):
+            state, metrics = train_step(config, state, stream)
+            history.append(metrics)
         done += count
-        record: dict[str, Any] = {"step": done, **{name: float(value) for name, value in metrics.items()}}
+        means = jax.tree.map(lambda *values: float(np.mean(values)), *history)
+        record: dict[str, Any] = {"step": done, **means}
         model = Model(config.model, config.max_digits, state.params)
         for digits in (config.max_digits, config.max_digits + 1):
             rng = np.random.default_rng([config.seed, digits])

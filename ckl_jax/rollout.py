@@ -78,6 +78,7 @@ def rollout(
     max_length: int,
     temperature: float | jax.Array = 1.0,
     greedy: bool = False,
+    batch: int | None = None,
     axis_name: str | None = None,
 ) -> Trajectory:
     """Generates one answer per problem.
@@ -89,6 +90,8 @@ def rollout(
       max_length: T, the length limit of the answers.
       temperature: logits are divided by it, above 0. The log-probs are at this temperature too.
       greedy: take the likeliest character instead of sampling.
+      batch: problems decoded together, at most, in equal groups one after another; default: all. It changes the speed
+        and not the characters: on CPU, a KV cache that stays in the processor's own cache is read faster.
       axis_name: name of the vmapped axis of runs, if any. The loop then stops when the episodes of all runs have
         ended; without it a vmapped loop would copy the whole cache at every step.
 
@@ -100,7 +103,36 @@ def rollout(
     num_prompt = problems.prompts_BxP.shape[1]
     total = num_prompt + max_length
     require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
+    decode = functools.partial(
+        _decode, config, params, key, max_length=max_length, temperature=temperature, greedy=greedy, axis_name=axis_name
+    )
+    count = problems.prompts_BxP.shape[0]
+    group = largest_divisor(count, at_most=batch or count)
+    if group == count:
+        return decode(problems)
+    grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(count // group, group, *x.shape[1:]), problems)
+    trajectories = jax.lax.map(decode, grouped)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), trajectories)
 
+
+def largest_divisor(count: int, at_most: int) -> int:
+    """The largest divisor of ``count`` that is not above ``at_most`` (1 or more)."""
+    return next(divisor for divisor in range(min(at_most, count), 0, -1) if count % divisor == 0)
+
+
+def _decode(
+    config: ModelConfig,
+    params: Any,
+    key: jax.Array,
+    problems: Problems,
+    *,
+    max_length: int,
+    temperature: float | jax.Array,
+    greedy: bool,
+    axis_name: str | None,
+) -> Trajectory:
+    num_prompt = problems.prompts_BxP.shape[1]
+    total = num_prompt + max_length
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     batch = prompts_BxP.shape[0]
     padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)

@@ -15,7 +15,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import Episodes, Task, collect
 from ckl_jax.model import ValueHead, values
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import score
+from ckl_jax.rollout import largest_divisor, score
 
 RUNS = "runs"
 
@@ -79,8 +79,9 @@ def update(task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: j
     config = task.config
     optimizer = _optimizer(config)
     policy_learns = state.round >= config.value_warmup_rounds
+    decay = 1.0 - state.round / config.rounds if config.learning_rate_decay else 1.0
     rates = {
-        "policy": jnp.where(policy_learns, hyper.learning_rate, 0.0),
+        "policy": jnp.where(policy_learns, decay * hyper.learning_rate, 0.0),
         "value": jnp.asarray(config.value_learning_rate),
     }
 
@@ -166,7 +167,7 @@ def map_runs(runs_at_once: int, run: Callable[..., Any], *arguments: Any) -> Any
     at all (``axis_name`` is None): on CPU a batch axis of 1 makes decoding four times slower.
     """
     num_runs = jax.tree.leaves(arguments)[0].shape[0]
-    group = next(n for n in range(min(runs_at_once, num_runs), 0, -1) if num_runs % n == 0)
+    group = largest_divisor(num_runs, at_most=runs_at_once)
     if group == 1:
         return jax.lax.map(lambda of_one_run: run(None, *of_one_run), arguments)
     grouped = jax.tree.map(lambda x: x.reshape(num_runs // group, group, *x.shape[1:]), arguments)

@@ -149,7 +149,7 @@ def main(command: Figure4Command) -> None:
     model = load_model(command.checkpoint)
     make_task(config, model)
     make_runs(config, arms(config), command.seeds)
-    described = {"command": "experiments.figure4_prioritized_kl", **describe(command)}
+    described = {"command": "experiments.figure4_prioritized_kl", **describe(command, model)}
     if command.plot_only:
         require((command.out / "results.json").exists(), "plot_only", str(command.out), "a finished run's directory")
     directory = RunDirectory(command.out, described)

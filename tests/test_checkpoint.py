@@ -6,9 +6,10 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
+from ckl_jax.checkpoint import Model, StateCheckpoints, fingerprint, load_model, save_model
 from ckl_jax.config import ConfigError
 from ckl_jax.model import GPT2
 
@@ -202,3 +203,10 @@ def test_a_state_of_other_shapes_or_names_is_refused(checkpoints):
     ):
         with pytest.raises(ConfigError, match=r"^checkpoint: "):
             checkpoints.restore_latest(jax.eval_shape(lambda other=other: other))
+
+
+def test_a_fingerprint_names_the_values_and_not_the_place():
+    params = {"a": jnp.arange(3.0), "b": jnp.ones((2, 2))}
+    assert fingerprint(params) == fingerprint(jax.tree.map(np.asarray, params))
+    assert fingerprint(params) != fingerprint({**params, "a": jnp.array([0.0, 1.0, 2.5])})
+    assert fingerprint(params) != fingerprint({**params, "b": jnp.ones((4,))})

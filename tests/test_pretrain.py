@@ -6,13 +6,14 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ckl_jax.checkpoint import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
-from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_steps
+from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_step
 from ckl_jax.runs import RunDirectory
 
 
@@ -45,9 +46,9 @@ def _run(config, path, data_dir, progress=lambda line: None):
 @pytest.fixture(scope="module")
 def uninterrupted(config, data_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("uninterrupted")
-    before = train_steps._cache_size()
+    before = train_step._cache_size()
     finished = _run(config, path, data_dir)
-    assert train_steps._cache_size() == before + 1, "one compilation serves all steps"
+    assert train_step._cache_size() == before + 1, "one compilation serves all steps"
     return path, *finished
 
 
@@ -70,9 +71,11 @@ def test_the_loss_falls_with_the_other_packing_and_optimizer_and_with_dropout(co
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=dropout), **change)
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
     state, losses = jax.jit(functools.partial(init_state, config))(), []
-    for _ in range(3):
-        state, metrics = train_steps(config, state, stream, 8)
+    stream = jax.tree.map(jnp.asarray, stream)
+    for _ in range(24):
+        state, metrics = train_step(config, state, stream)
         losses.append(float(metrics["loss"]))
+    losses = np.mean(np.reshape(losses, (3, 8)), axis=1)
     assert state.step == 24
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] < 0.85 * np.log(41)
@@ -141,7 +144,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
 def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, monkeypatch):
     path, expected, metrics = uninterrupted
-    monkeypatch.setattr("ckl_jax.pretrain.train_steps", None)
+    monkeypatch.setattr("ckl_jax.pretrain.train_step", None)
     model, again = _run(config, path, data_dir)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), jax.tree.map(np.asarray, expected.params))
     assert again == metrics

@@ -130,6 +130,14 @@ def test_an_episode_draws_the_same_characters_in_any_batch(short_trajectory):
     np.testing.assert_array_equal(subset.answers_BxT, trajectory.answers_BxT[jnp.array(rows)])
 
 
+@pytest.mark.parametrize(("batch", "divisor"), [(8, 8), (7, 6), (100, 24)])
+def test_decoding_in_groups_changes_no_character(short_trajectory, batch, divisor):
+    params, trajectory = short_trajectory
+    assert rollout_lib.largest_divisor(24, batch) == divisor
+    grouped = jax.jit(lambda problems: rollout_lib.rollout(MODEL, params, problems, KEY, max_length=60, batch=batch))
+    np.testing.assert_array_equal(grouped(pack(PAIRS * 4)).tokens_BxL, trajectory.tokens_BxL)
+
+
 def test_an_episode_draws_the_same_characters_under_more_left_padding(short_trajectory):
     params, trajectory = short_trajectory
     wider = generate(MODEL, params, pack(PAIRS * 4, digits=5), KEY, 60)
