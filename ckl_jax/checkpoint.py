@@ -119,6 +119,7 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     path = directory / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
+    (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
     write_json(_manifest_path(path), _manifest(path))
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,

@@ -160,7 +160,7 @@ class FinetuneConfig:
     """First seed; run k of an experiment has seed + k."""
     extra_digits: int = 1
     """Target length beyond the pre-training length N: N + 1 or N + 2 digits."""
-    rounds: int = 16
+    rounds: int = 14
     """Collect-update rounds."""
     episodes: int = 128
     """Episodes collected per round."""
@@ -172,11 +172,11 @@ class FinetuneConfig:
     """Characters that an answer may be longer than the longest right one."""
     temperature: float = 1.0
     """Of sampling, log-probs, entropy and reference log-probs, in training and in tests."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Adam's, for the policy (the trunk included)."""
     learning_rate_decay: bool = True
     """Linear decay of the policy's learning rate, from its full value in the first round towards 0 after the last."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 1e-2
     """Adam's, for the value head, which starts at random."""
     value_warmup_rounds: int = 0
     """First rounds in which only the value head learns; Adam's statistics of the policy warm up meanwhile."""
@@ -201,7 +201,7 @@ class FinetuneConfig:
     certainty: CertaintyKind = "negentropy"
     certainty_temperature: float = 1.0
     """Temperature of the reference's distribution inside J."""
-    test_every: int = 4
+    test_every: int = 7
     """Rounds between tests and checkpoints; divides `rounds`."""
     test_problems: int = 100
     """Problems of each test within the learning curve (the same for all runs)."""
