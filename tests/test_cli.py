@@ -64,11 +64,11 @@ def _error(capsys, monkeypatch, command, arguments):
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
         (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
         (FINETUNE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
-        (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 64"]),
-        (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 20"]),
+        (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 128"]),
+        (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 14"]),
         (FINETUNE, "--extra-digits 3", ["extra_digits: got 3", "at most 2"]),
         (FINETUNE, "--gae-lambda 1.1", ["gae_lambda: got 1.1", "at most 1"]),
-        (FINETUNE, "--diagnostic-episodes 65", ["diagnostic_episodes: got 65", "at most 64"]),
+        (FINETUNE, "--diagnostic-episodes 129", ["diagnostic_episodes: got 129", "at most 128"]),
         (FINETUNE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
         (EVALUATE, "--problems 0", ["problems: got 0", "at least 1"]),
         (EVALUATE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
@@ -152,4 +152,5 @@ def test_a_preset_gives_the_defaults_and_options_override_them():
     expected = pretrain.preset("small").config
     assert command.config == dataclasses.replace(expected, model=dataclasses.replace(expected.model, num_layers=2))
     command = cli.parse(finetune.FinetuneCommand, finetune.preset, ["--normalize-advantages", "False", "--beta", "0"])
-    assert command == finetune.FinetuneCommand(FinetuneConfig(extra_length=20, normalize_advantages=False, beta=0.0))
+    expected = finetune.preset("tiny").config
+    assert command.config == dataclasses.replace(expected, normalize_advantages=False, beta=0.0)
