@@ -20,7 +20,7 @@ from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
 from ckl_jax.config import ConfigError, FinetuneConfig
 from ckl_jax.episodes import Task, collect
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
-from ckl_jax.model import GPT2
+from ckl_jax.model import GPT2, values
 from ckl_jax.runs import RunDirectory
 from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
 
@@ -57,8 +57,19 @@ def task(model):
     return make_task(CONFIG, model)
 
 
+def _random_critic(state):
+    """The critic starts at zero and says nothing yet; here it has opinions."""
+    kernel = state.params["value"]["params"]["out"]["kernel"]
+    noise = 0.3 * jax.random.normal(jax.random.key(9), kernel.shape)
+    value = {**state.params["value"]["params"], "out": {**state.params["value"]["params"]["out"], "kernel": noise}}
+    return state._replace(params={**state.params, "value": {"params": value}})
+
+
 def _states(task, model, hypers):
-    return jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))(model.params, hypers)
+    def create(params, hyper):
+        return _random_critic(init_run(task, params, hyper))
+
+    return jax.jit(jax.vmap(create, in_axes=(None, 0)))(model.params, hypers)
 
 
 def _problems(task, runs, rounds):
@@ -185,7 +196,7 @@ HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(1.
 @functools.partial(jax.jit, static_argnums=0)
 def _collected(task, ref_params):
     """A state whose policy has moved away from the reference, and its episodes."""
-    state = init_run(task, ref_params, HYPER)
+    state = _random_critic(init_run(task, ref_params, HYPER))
     noise = jax.random.normal(jax.random.key(1), ref_params["params"]["wpe"]["embedding"].shape)
     policy = jax.tree.map(jnp.copy, ref_params)
     policy["params"]["wpe"]["embedding"] += 0.05 * noise
@@ -225,6 +236,35 @@ def test_the_collect_uses_the_configs_certainty_and_its_temperature(collected_ot
     episodes = collected_otherwise
     expected = certainty_of(episodes.ref_logits_BxTxV, "max_prob", 4.0)
     np.testing.assert_allclose(episodes.certainty_BxT, expected, rtol=1e-5)
+
+
+def test_a_fresh_critic_says_zero_everywhere(task, model):
+    state = init_run(task, model.params, HYPER)
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, model.config.width))
+    np.testing.assert_array_equal(values(state.params["value"], hidden), np.zeros((2, 3)))
+
+
+def test_only_the_critic_learns_in_the_value_warmup(task, model):
+    state, episodes, _ = _collected(task, model.params)
+    after, _ = _updated(task._replace(config=dataclasses.replace(CONFIG, value_warmup_rounds=1)), state, episodes)
+    chex.assert_trees_all_equal(after.params["policy"], state.params["policy"])
+    moved = jax.tree.map(lambda new, old: new - old, after.params["value"], state.params["value"])
+    assert optax.global_norm(moved) > 1e-3
+
+
+def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds(task, model):
+    config = dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes)
+    state, episodes, _ = _collected(task, model.params)
+
+    def moved(round_index, **change):
+        of_round = state._replace(round=jnp.int32(round_index))
+        after, _ = _updated(task._replace(config=dataclasses.replace(config, **change)), of_round, episodes)
+        return jax.tree.map(lambda new, old: new - old, after.params["policy"], state.params["policy"])
+
+    whole = moved(3, learning_rate_decay=False)
+    assert optax.global_norm(whole) > 1e-3
+    chex.assert_trees_all_close(moved(0), whole, atol=1e-6)
+    chex.assert_trees_all_close(moved(3), jax.tree.map(lambda x: x / 4, whole), atol=1e-6)
 
 
 def test_equal_rewards_are_no_advantage_when_normalized(task, model, collected_otherwise):
