@@ -192,7 +192,7 @@ class FinetuneConfig:
     """Keep the value loss's gradient out of the trunk."""
     entropy_coefficient: float = 0.0005
     kl_coefficient: float = 5.0
-    """alpha, on the mean over tokens of J^beta * KL."""
+    """alpha, on the mean over tokens of J^beta * KL (the paper: 5 with the prioritized KL, 10 in section 5.2)."""
     kl: Literal["k1", "k2", "k3", "exact"] = "exact"
     """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
     (the paper's is k2; k1 has no gradient in expectation)."""
@@ -243,7 +243,7 @@ def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
     require(recipe in ("ours",), "recipe", recipe, "ours")
     presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32),
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, kl_coefficient=0.5),
         "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
         "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
     }

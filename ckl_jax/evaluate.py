@@ -22,7 +22,7 @@ from ckl_jax.problems import Problems
 from ckl_jax.rollout import rollout
 from ckl_jax.statistics import bootstrap_interval
 
-BATCH = 250
+BATCH = 50
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 
@@ -19,16 +20,29 @@ from ckl_jax.statistics import mean_interval
 COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
 
 
-def curves(axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0) -> None:
+def curves(
+    axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
+) -> None:
     """Mean over seeds with its 95% interval as a band: ``by_arm`` has arrays [seeds, len(x)], NaN where unmeasured."""
     for arm, values in by_arm.items():
         points = [mean_interval(column[~np.isnan(column)]) for column in values.T]
         mean, low, high = (scale * np.array(part) for part in zip(*points, strict=True))
         color = COLORS.get(arm)
-        (line,) = axes.plot(x, mean, label=arm, color=color, linewidth=2)
+        (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=color, linewidth=2)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def points(
+    axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
+) -> None:
+    """Mean over seeds with its 95% interval as an error bar, at few x: arrays as for ``curves``."""
+    for arm, values in by_arm.items():
+        mean, low, high = (scale * np.array(part) for part in zip(*map(mean_interval, values.T), strict=True))
+        errors = np.nan_to_num([mean - low, high - mean])
+        style: dict[str, Any] = {"fmt": "o", "markersize": 7, "capsize": 4, "markeredgecolor": "white"}
+        axes.errorbar(x, mean, errors, color=COLORS.get(arm), label=label.format(arm=arm), **style)
 
 
 def save(figure: Figure, directory: pathlib.Path, name: str) -> None:

@@ -3,7 +3,8 @@
     python -m experiments.figure4_prioritized_kl                # the default seeds
     python -m experiments.figure4_prioritized_kl --seeds 10     # the published numbers
 
-Top: test accuracy on N + 1 digits against RL episodes. Bottom: probability of the right character at the two critical
+Top: accuracy on N + 1 digits against RL episodes, on each round's new problems (lines) and on the common test problems
+(points). Bottom: probability of the right character at the two critical
 commas of operand 2 in steps 1 and 2, on the policy's own generations. Both arms share problems, noise and budget; they
 differ in beta alone (0 against 150). An interrupted run goes on with the same command; ``--plot-only`` draws again.
 """
@@ -79,6 +80,7 @@ def summarize(command: Figure4Command, records: list[dict[str, Any]]) -> dict[st
             "old_curve": [[tests[arm, seed, step]["test_old"] for step in test_steps] for seed in seeds],
             "critical_comma_step1": [[critical(arm, seed, step, 0) for step in round_steps] for seed in seeds],
             "critical_comma_step2": [[critical(arm, seed, step, 1) for step in round_steps] for seed in seeds],
+            "collect_success": [[rounds[arm, seed, step]["success"] for step in round_steps] for seed in seeds],
             "kl": [[rounds[arm, seed, step]["kl"] for step in round_steps] for seed in seeds],
         }
         for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
@@ -130,15 +132,18 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     figure = plt.figure(figsize=(9, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top = figure.add_subplot(grid[0, :])
-    by_arm = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
-    plots.curves(top, np.array(results["test_episodes"]), by_arm, scale=100)
-    top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
+    collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
+    tested = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
+    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
+    plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
+    top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.3 * top.get_ylim()[1]))
     top.set_title(f"N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds, 95% interval")
-    top.legend(frameon=False, loc="upper left")
+    top.legend(frameon=False, loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])
         by_arm = {arm: np.array(v[f"critical_comma_step{line}"], float) for arm, v in results["arms"].items()}
-        plots.curves(panel, np.array(results["round_episodes"]), by_arm)
+        plots.curves(panel, before, by_arm)
         panel.set(xlabel="RL episodes", ylabel="probability of the right character", ylim=(0, 1.02))
         panel.set_title(f"critical comma, step {line}, operand 2")
     plots.save(figure, directory, "figure4")
