@@ -17,19 +17,25 @@ from matplotlib.figure import Figure
 
 from ckl_jax.statistics import mean_interval
 
+FEW_SEEDS = 4
 COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
 
 
 def curves(
     axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
 ) -> None:
-    """Mean over seeds with its 95% interval as a band: ``by_arm`` has arrays [seeds, len(x)], NaN where unmeasured."""
+    """Mean over seeds: ``by_arm`` has arrays [seeds, len(x)], NaN where unmeasured.
+
+    Around it is the 95% interval as a band; with fewer than ``FEW_SEEDS``, where that says nothing, each seed's line.
+    """
     for arm, values in by_arm.items():
-        points = [mean_interval(column[~np.isnan(column)]) for column in values.T]
-        mean, low, high = (scale * np.array(part) for part in zip(*points, strict=True))
-        color = COLORS.get(arm)
-        (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=color, linewidth=2)
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+        intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
+        mean, low, high = (scale * np.array(part) for part in zip(*intervals, strict=True))
+        (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=COLORS.get(arm), linewidth=2)
+        if len(values) < FEW_SEEDS:
+            axes.plot(x, scale * values.T, color=line.get_color(), alpha=0.4, linewidth=0.8)
+        else:
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -37,12 +43,15 @@ def curves(
 def points(
     axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
 ) -> None:
-    """Mean over seeds with its 95% interval as an error bar, at few x: arrays as for ``curves``."""
+    """Mean over seeds at few x, with the 95% interval as a bar or, with few seeds, a small point for each."""
     for arm, values in by_arm.items():
         mean, low, high = (scale * np.array(part) for part in zip(*map(mean_interval, values.T), strict=True))
-        errors = np.nan_to_num([mean - low, high - mean])
-        style: dict[str, Any] = {"fmt": "o", "markersize": 7, "capsize": 4, "markeredgecolor": "white"}
+        few = len(values) < FEW_SEEDS
+        errors = None if few else [mean - low, high - mean]
+        style: dict[str, Any] = {"fmt": "o", "markersize": 8, "capsize": 4, "markeredgecolor": "white"}
         axes.errorbar(x, mean, errors, color=COLORS.get(arm), label=label.format(arm=arm), **style)
+        if few:
+            axes.plot(x, scale * values.T, ".", color=COLORS.get(arm), markersize=4)
 
 
 def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
