@@ -53,8 +53,7 @@ def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episo
     """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
     config = task.config
     trajectory = episodes.trajectory
-    first = trajectory.tokens_BxL.shape[1] - trajectory.mask_BxT.shape[1]
-    actions_BxT, mask_BxT = trajectory.tokens_BxL[:, first:], trajectory.mask_BxT
+    actions_BxT, mask_BxT = trajectory.answers_BxT, trajectory.mask_BxT
     logits_BxTxV, hidden_BxTxD = score(task.model, params["policy"], trajectory)
     log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature)
     if config.kl == "exact":
