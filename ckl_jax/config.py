@@ -211,14 +211,18 @@ class FinetuneConfig:
     """Problems of the old lengths in every test, at most as many as of the target length."""
     diagnostic_episodes: int = 4
     """Episodes of each round on which the gradient norm of each loss term is measured."""
+    rollout: Literal["speculative", "plain"] = "speculative"
+    """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step. The same
+    characters, up to rounding, at another speed."""
     rollout_batch: int = 128
-    """Episodes decoded together, at most; it changes the speed alone."""
+    """Episodes generated together, at most; it changes the speed alone."""
     runs_at_once: int = 1
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
     def __post_init__(self) -> None:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_choice(self, "recipe", ("ours",))
+        _require_choice(self, "rollout", ("speculative", "plain"))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
         _require_number(

@@ -6,6 +6,7 @@ V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -24,7 +25,7 @@ class Cache(NamedTuple):
     Attributes:
       keys_BxHxSxK, values_BxHxSxK: one array per layer.
       segments_BxS: int32 segment of each cached position.
-      length: int32 [], how many of the S slots are filled.
+      length: int32, how many of the S slots are filled: [], or [B] where each row has its own.
     """
 
     keys_BxHxSxK: tuple[jax.Array, ...]
@@ -78,7 +79,13 @@ def _cached_attention(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropo
 
 
 def _append(buffer_BxHxSxK: jax.Array, new_BxHxTxK: jax.Array, length: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer_BxHxSxK, new_BxHxTxK, length, axis=2)
+    if length.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(buffer_BxHxSxK, new_BxHxTxK, length, axis=2)
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(buffer_BxHxSxK, new_BxHxTxK, length)
+
+
+def _starts(cache: Cache, batch: int) -> jax.Array:
+    return jnp.broadcast_to(cache.length, (batch,))
 
 
 class Block(nn.Module):
@@ -149,8 +156,8 @@ class GPT2(nn.Module):
         config = self.config
         batch, num_positions = tokens_BxT.shape
         if positions_BxT is None:
-            start = 0 if cache is None else cache.length
-            positions_BxT = jnp.broadcast_to(start + jnp.arange(num_positions)[None], tokens_BxT.shape)
+            start_B = jnp.zeros(batch, jnp.int32) if cache is None else _starts(cache, batch)
+            positions_BxT = start_B[:, None] + jnp.arange(num_positions)[None]
         if segments_BxT is None:
             segments_BxT = jnp.zeros(tokens_BxT.shape, jnp.int32)
 
@@ -166,9 +173,12 @@ class GPT2(nn.Module):
         mask_BxTxS = None
         if cache is not None:
             slots = jnp.arange(cache.segments_BxS.shape[1])
-            segments_BxS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BxS, segments_BxT, cache.length, axis=1)
-            causal = slots[None, :] <= (cache.length + jnp.arange(num_positions))[:, None]
-            mask_BxTxS = causal[None] & (segments_BxT[:, :, None] == segments_BxS[:, None, :])
+            segments_BxS = _append(cache.segments_BxS[:, None, :, None], segments_BxT[:, None, :, None], cache.length)
+            segments_BxS = segments_BxS[:, 0, :, 0]
+            causal_BxTxS = (
+                slots[None, None] <= (_starts(cache, batch)[:, None] + jnp.arange(num_positions)[None])[..., None]
+            )
+            mask_BxTxS = causal_BxTxS & (segments_BxT[:, :, None] == segments_BxS[:, None, :])
         layers = []
         for index in range(config.num_layers):
             layer_cache = (

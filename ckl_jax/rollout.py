@@ -60,13 +60,16 @@ def _continues(limit: int, state: _Decoding) -> jax.Array:
     return state.active & (state.step < limit)
 
 
-def gumbel_noise(key: jax.Array, episodes_B: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise [B, V] for one position of the answers."""
+def gumbel_noise(key: jax.Array, episodes_B: jax.Array, steps_BxT: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise [B, T, V] for the given positions of the answers."""
 
-    def row(episode):
-        return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, episode), step), (vocab_size,))
+    def at(episode_key, step):
+        return jax.random.gumbel(jax.random.fold_in(episode_key, step), (vocab_size,))
 
-    return jax.vmap(row)(episodes_B)
+    def row(episode, steps_T):
+        return jax.vmap(at, in_axes=(None, 0))(jax.random.fold_in(key, episode), steps_T)
+
+    return jax.vmap(row)(episodes_B, steps_BxT)
 
 
 def rollout(
@@ -135,6 +138,7 @@ def _decode(
     total = num_prompt + max_length
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     batch = prompts_BxP.shape[0]
+    episodes_B = jnp.asarray(problems.episodes_B)
     padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
     columns_BxL = jnp.broadcast_to(jnp.arange(total)[None], (batch, total))
     positions_BxL = jnp.maximum(columns_BxL - padding_B[:, None], 0)
@@ -153,7 +157,8 @@ def _decode(
     def decode_step(state: _Decoding) -> _Decoding:
         step = state.step
         scaled_BxV = state.logits_BxV / temperature
-        noise_BxV = 0.0 if greedy else gumbel_noise(key, jnp.asarray(problems.episodes_B), step, config.vocab_size)
+        steps_Bx1 = jnp.broadcast_to(step, (batch, 1))
+        noise_BxV = 0.0 if greedy else gumbel_noise(key, episodes_B, steps_Bx1, config.vocab_size)[:, 0]
         sampled_B = jnp.argmax(scaled_BxV + noise_BxV, axis=1)
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(scaled_BxV), sampled_B[:, None], axis=1)[:, 0]
         tokens_B = jnp.where(state.done_B, addition.PAD_ID, sampled_B).astype(jnp.int32)

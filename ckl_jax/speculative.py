@@ -1,0 +1,223 @@
+"""Speculative rollout: the task writes a draft, the policy verifies a window of it in one pass.
+
+Every pass takes each row's draft of the next characters, computes the policy's distribution at all of them, samples
+there with the positions' own noise, and accepts up to and including the first character that differs from the draft.
+Since the noise of a character is a function of (key, episode, position) alone, the characters are those of
+``ckl_jax.rollout.rollout``, except where rounding decides between two of them; how many were drafted right changes the
+number of passes and nothing else. (Leviathan et al. 2023 accept by rejection sampling; with common noise the drafts of
+a deterministic drafter need none.)
+
+The rows are slots: as soon as an episode has ended its slot takes the next one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ckl_jax import addition
+from ckl_jax import problems as problems_lib
+from ckl_jax.config import ModelConfig, require
+from ckl_jax.drafts import draft
+from ckl_jax.model import Cache, forward, init_cache
+from ckl_jax.problems import Problems
+from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise
+
+Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+WINDOWS = (4, 64)
+PASS_COST = 64
+_FIRST_GUESS = 32.0
+
+
+class Verified(NamedTuple):
+    """A rollout with what its passes computed anyway.
+
+    Attributes:
+      trajectory: as ``rollout`` gives it.
+      logits_BxTxV, hidden_BxTxD: as ``score`` gives them where the mask is True, elsewhere finite and meaningless;
+        None unless asked for.
+      passes: int32 [], how many windows were verified.
+    """
+
+    trajectory: Trajectory
+    logits_BxTxV: jax.Array | None
+    hidden_BxTxD: jax.Array | None
+    passes: jax.Array
+
+
+class _Written(NamedTuple):
+    """What has been generated, by episode; tokens have one row more for idle slots and room for a whole window."""
+
+    tokens: jax.Array
+    log_probs_BxT: jax.Array
+    logits_BxTxV: jax.Array | None
+    hidden_BxTxD: jax.Array | None
+
+
+class _Slots(NamedTuple):
+    """G slots: which episode (B: none), how many of its columns are known, how many characters a pass has lately
+    accepted (a running mean), and the cache."""
+
+    queued: jax.Array
+    episodes_G: jax.Array
+    known_G: jax.Array
+    accepted_G: jax.Array
+    cache: Cache
+    written: _Written
+    active: jax.Array
+    passes: jax.Array
+
+
+def speculative_rollout(
+    config: ModelConfig,
+    params: Any,
+    problems: Problems,
+    key: jax.Array,
+    *,
+    max_length: int,
+    temperature: float | jax.Array = 1.0,
+    greedy: bool = False,
+    slots: int | None = None,
+    windows: tuple[int, ...] = WINDOWS,
+    with_scores: bool = False,
+    drafter: Drafter = draft,
+    axis_name: str | None = None,
+) -> Verified:
+    """Generates one answer per problem; arguments as those of ``rollout``, with its errors, and
+
+    Args:
+      slots: episodes generated side by side, at most; default: all.
+      windows: characters verified per pass and row; each pass takes the one that promises most characters per cost.
+      with_scores: give the logits and hidden states too.
+      drafter: writes the drafts; takes and gives what ``drafts.draft`` does. A bad one costs passes, no exactness.
+    """
+    if not isinstance(temperature, jax.core.Tracer):
+        require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
+    count, num_prompt = problems.prompts_BxP.shape
+    total = num_prompt + max_length
+    require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
+    require(bool(windows) and min(windows) >= 1, "windows", windows, "numbers from 1 on, at least one")
+    require(slots is None or slots >= 1, "slots", slots, "1 or more")
+    num_slots = min(slots or count, count)
+    prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
+    padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
+    lists_Bx2xJ = jnp.asarray(problems.lists_Bx3x2xJ)[:, 0]
+    identities_B = jnp.asarray(problems.episodes_B)
+
+    def verify(window: int, state: _Slots) -> _Slots:
+        idle_G = state.episodes_G == count
+        of_slot = jnp.minimum(state.episodes_G, count - 1)
+        padding_G, known_G = padding_B[of_slot], state.known_G
+        tokens_GxL = state.written.tokens[state.episodes_G]
+        written_G = jnp.maximum(known_G - num_prompt, 0)
+        answers_GxT = tokens_GxL[:, num_prompt:total]
+        drafts_GxW = drafter(lists_Bx2xJ[of_slot], answers_GxT, written_G, window)
+
+        # Columns of the inputs: the last known character, then the rest of the prompt if any, then the draft.
+        columns_GxW = known_G[:, None] - 1 + jnp.arange(window)[None]
+        drafted_GxW = columns_GxW - num_prompt - written_G[:, None]
+        inputs_GxW = jnp.where(
+            drafted_GxW < 0,
+            jnp.take_along_axis(tokens_GxL, columns_GxW, axis=1),
+            jnp.take_along_axis(drafts_GxW, drafted_GxW.clip(0), axis=1),
+        )
+        positions_GxW = (columns_GxW - padding_G[:, None]).clip(0, config.block_size - 1)
+        cache = state.cache._replace(length=known_G - 1)
+        output = forward(config, params, inputs_GxW, positions_GxW, jnp.ones_like(inputs_GxW), cache)
+        assert output.cache is not None
+
+        steps_GxW = columns_GxW + 1 - num_prompt
+        scaled_GxWxV = output.logits_BxTxV / temperature
+        noise = 0.0 if greedy else gumbel_noise(key, identities_B[of_slot], steps_GxW.clip(0), config.vocab_size)
+        given_GxW = jnp.take_along_axis(tokens_GxL, columns_GxW + 1, axis=1)
+        sampled_GxW = jnp.where(steps_GxW < 0, given_GxW, jnp.argmax(scaled_GxWxV + noise, axis=2)).astype(jnp.int32)
+        matched = jnp.cumprod(sampled_GxW[:, :-1] == inputs_GxW[:, 1:], axis=1).sum(axis=1)
+        now_known_G = jnp.minimum(known_G + 1 + matched, total)
+        # A window accepted to its end says no more than that a longer one may do better.
+        accepted_G = jnp.where(matched == window - 1, jnp.maximum(2.0 * window, state.accepted_G), matched + 1.0)
+        log_probs_GxW = jnp.take_along_axis(jax.nn.log_softmax(scaled_GxWxV), sampled_GxW[..., None], axis=2)[..., 0]
+
+        rows_Gx1 = state.episodes_G[:, None]
+        steps = jnp.where((steps_GxW >= 0) & ~idle_G[:, None], steps_GxW, max_length)
+
+        def write(buffer, values):
+            return None if buffer is None else buffer.at[rows_Gx1, steps].set(values, mode="drop")
+
+        written = _Written(
+            state.written.tokens.at[rows_Gx1, columns_GxW + 1].set(sampled_GxW),
+            write(state.written.log_probs_BxT, log_probs_GxW),
+            write(state.written.logits_BxTxV, output.logits_BxTxV),
+            write(state.written.hidden_BxTxD, output.hidden_BxTxD),
+        )
+        answers_GxT = written.tokens[state.episodes_G, num_prompt:total]
+        is_known_GxT = jnp.arange(max_length)[None] < (now_known_G - num_prompt)[:, None]
+        lengths_G = answer_mask(jnp.where(is_known_GxT, answers_GxT, addition.PAD_ID)).sum(axis=1)
+        ended_G = ~idle_G & (lengths_G <= now_known_G - num_prompt)
+
+        following_G = jnp.minimum(state.queued + jnp.cumsum(ended_G) - 1, count)
+        episodes_G = jnp.where(ended_G, following_G, state.episodes_G)
+        first_G = padding_B[jnp.minimum(episodes_G, count - 1)] + 1
+        segments = jnp.where(ended_G[:, None], 0, output.cache.segments_BxS)
+        return _Slots(
+            jnp.minimum(state.queued + ended_G.sum(), count),
+            episodes_G,
+            jnp.where(ended_G | idle_G, first_G, now_known_G),
+            jnp.where(ended_G, _FIRST_GUESS, (state.accepted_G + accepted_G) / 2),
+            output.cache._replace(segments_BxS=segments, length=known_G),
+            written,
+            _any_active(episodes_G < count, axis_name),
+            state.passes + 1,
+        )
+
+    def verify_some(state: _Slots) -> _Slots:
+        if len(windows) == 1:
+            return verify(windows[0], state)
+        expected_WxG = jnp.minimum(state.accepted_G[None], jnp.array(windows, jnp.float32)[:, None])
+        gain_W = jnp.where((state.episodes_G < count)[None], expected_WxG, 0.0).sum(axis=1)
+        gain_W = gain_W if axis_name is None else jax.lax.psum(gain_W, axis_name)
+        rate_W = gain_W / (PASS_COST + num_slots * jnp.array(windows, jnp.float32))
+        return jax.lax.switch(rate_W.argmax(), [functools.partial(verify, window) for window in windows], state)
+
+    width = total + max(windows)
+    tokens = jnp.pad(prompts_BxP, ((0, 1), (0, width - num_prompt)), constant_values=addition.PAD_ID)
+    first_episodes_G = jnp.arange(num_slots)
+    state = _Slots(
+        jnp.asarray(num_slots),
+        first_episodes_G,
+        padding_B[:num_slots] + 1,
+        jnp.full(num_slots, _FIRST_GUESS),
+        init_cache(config, num_slots, width)._replace(length=jnp.zeros(num_slots, jnp.int32)),
+        _Written(
+            tokens,
+            jnp.zeros((count, max_length), jnp.float32),
+            jnp.zeros((count, max_length, config.vocab_size), jnp.float32) if with_scores else None,
+            jnp.zeros((count, max_length, config.width), jnp.float32) if with_scores else None,
+        ),
+        jnp.ones((), bool),
+        jnp.zeros((), jnp.int32),
+    )
+    state = jax.lax.while_loop(lambda state: state.active, verify_some, state)
+
+    written = state.written
+    answers_BxT = written.tokens[:count, num_prompt:total]
+    mask_BxT = answer_mask(answers_BxT)
+    answers_BxT = jnp.where(mask_BxT, answers_BxT, addition.PAD_ID)
+    columns_BxL = jnp.broadcast_to(jnp.arange(total)[None], (count, total))
+    trajectory = Trajectory(
+        jnp.concatenate([prompts_BxP, answers_BxT], axis=1),
+        jnp.maximum(columns_BxL - padding_B[:, None], 0),
+        (columns_BxL >= padding_B[:, None]).astype(jnp.int32),
+        jnp.where(mask_BxT, written.log_probs_BxT, 0.0),
+        mask_BxT,
+        problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
+    )
+    return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes)
+
+
+def _any_active(active_G: jax.Array, axis_name: str | None) -> jax.Array:
+    active = active_G.any()
+    return active if axis_name is None else jax.lax.pmax(active.astype(jnp.int32), axis_name) > 0

@@ -1,0 +1,199 @@
+"""Speculative rollout against step-by-step decoding: the same characters from any policy, drafter, window and slots."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from policies import SCRIPT_MODEL, policy, scripted_policy
+
+from ckl_jax import addition, drafts
+from ckl_jax import problems as problems_lib
+from ckl_jax.checkpoint import SHIPPED_TINY, load_model
+from ckl_jax.config import ConfigError, ModelConfig
+from ckl_jax.rollout import gumbel_noise, rollout, score
+from ckl_jax.speculative import speculative_rollout
+
+KEY = jax.random.key(11)
+MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)
+PAIRS = [(7, 951), (123, 45), (999, 999), (0, 8), (31, 62), (504, 700), (88, 9)]
+LENGTH = 120
+NEAR_TIE = 1e-3
+
+
+def pack(pairs=PAIRS, digits=3):
+    return problems_lib.pack([addition.Problem(a, b) for a, b in pairs], digits, 2)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_length", "greedy"))
+def plain(config, params, problems, key, max_length=LENGTH, temperature=1.0, greedy=False):
+    return rollout(config, params, problems, key, max_length=max_length, temperature=temperature, greedy=greedy)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_length", "greedy", "slots", "windows", "drafter", "with_scores")
+)
+def speculative(config, params, problems, key, max_length=LENGTH, **options):
+    return speculative_rollout(config, params, problems, key, max_length=max_length, **options)
+
+
+score_of = jax.jit(score, static_argnums=0)
+
+
+def assert_same_characters(config, params, problems, key, expected, verified, temperature=1.0, greedy=False):
+    """Equal, except from where the two best perturbed logits of a row are closer than NEAR_TIE."""
+    trajectory = verified.trajectory
+    differs_BxT = np.array(expected.answers_BxT != trajectory.answers_BxT)
+    rows = np.flatnonzero(differs_BxT.any(axis=1))
+    if len(rows):
+        logits_BxTxV = score_of(config, params, expected)[0] / temperature
+        if not greedy:
+            steps = jnp.broadcast_to(jnp.arange(logits_BxTxV.shape[1])[None], logits_BxTxV.shape[:2])
+            logits_BxTxV += gumbel_noise(key, jnp.asarray(problems.episodes_B), steps, config.vocab_size)
+        best = np.sort(np.array(logits_BxTxV), axis=2)[..., -2:]
+        gaps = (best[..., 1] - best[..., 0])[rows, differs_BxT[rows].argmax(axis=1)]
+        assert gaps.max() < NEAR_TIE
+        assert len(rows) <= 0.05 * len(differs_BxT)
+    same = np.setdiff1d(np.arange(len(differs_BxT)), rows)
+    for one, other in zip(expected, trajectory, strict=True):
+        np.testing.assert_allclose(one[same], other[same], atol=1e-3)
+
+
+def spiteful(lists_Bx2xJ, answers_BxT, known_B, window):
+    """A drafter that knows nothing: characters that change with position."""
+    return (known_B[:, None] * 7 + jnp.arange(window)[None] * 3) % addition.VOCAB_SIZE
+
+
+POLICIES = {
+    "untrained": policy(MODEL, pad_logit=-2.0),
+    "never ends": policy(MODEL, seed=1, pad_logit=-50.0),
+    "ends at once": policy(MODEL, seed=2, pad_logit=500.0),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"slots": 3},
+        {"slots": 1, "windows": (5,)},
+        {"windows": (1,)},
+        {"windows": (2, 7, 90), "slots": 4},
+        {"drafter": spiteful, "slots": 3},
+    ],
+    ids=str,
+)
+def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, options):
+    expected = plain(MODEL, POLICIES[name], pack(), KEY)
+    verified = speculative(MODEL, POLICIES[name], pack(), KEY, **options)
+    assert_same_characters(MODEL, POLICIES[name], pack(), KEY, expected, verified)
+
+
+@pytest.mark.parametrize(("temperature", "greedy"), [(0.3, False), (1.7, False), (1.0, True)])
+def test_temperatures_and_greedy_draw_the_same_characters(temperature, greedy):
+    params = POLICIES["untrained"]
+    expected = plain(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy)
+    verified = speculative(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy, slots=3)
+    assert_same_characters(MODEL, params, pack(), KEY, expected, verified, temperature, greedy)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model(SHIPPED_TINY)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_does_not_know(shipped, temperature):
+    rng = np.random.default_rng(5)
+    drawn = addition.rl_problems(rng, 24, 6, 5) + addition.short_problems(rng, 8, 5)
+    problems, length = problems_lib.pack(drawn, 6, 5), addition.max_answer_length(6, 20)
+    expected = plain(shipped.config, shipped.params, problems, KEY, length, temperature)
+    options = {"temperature": temperature, "slots": 8, "with_scores": True}
+    verified = speculative(shipped.config, shipped.params, problems, KEY, length, **options)
+    assert_same_characters(shipped.config, shipped.params, problems, KEY, expected, verified, temperature)
+    logits, hidden = score_of(shipped.config, shipped.params, verified.trajectory)
+    mask = np.array(verified.trajectory.mask_BxT)
+    np.testing.assert_allclose(verified.logits_BxTxV[mask], logits[mask], atol=2e-3)
+    np.testing.assert_allclose(verified.hidden_BxTxD[mask], hidden[mask], atol=2e-3)
+    assert np.isfinite(verified.logits_BxTxV).all()
+    if temperature == 1.0:
+        assert verified.trajectory.reward_B.mean() > 0.2
+        assert mask.sum() / (verified.passes * 8) > 4
+
+
+def test_scores_are_given_only_when_asked_for():
+    verified = speculative(MODEL, POLICIES["ends at once"], pack(), KEY)
+    assert verified.logits_BxTxV is None
+    assert verified.hidden_BxTxD is None
+
+
+def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episode():
+    right, window = addition.answer_text(123, 405), 64
+    params = scripted_policy(right, first=22)
+    problems = pack([(123, 405)] * 3)
+    # 21 characters of the prompt after its first, and the answer, which a window's last sample can end.
+    passes = -(-(21 + len(right)) // window)
+    for slots, expected in ((3, passes), (1, 3 * passes), (2, 2 * passes)):
+        options = {"slots": slots, "windows": (window,)}
+        verified = speculative(SCRIPT_MODEL, params, problems, KEY, 250, **options)
+        assert verified.passes == expected
+        assert verified.trajectory.reward_B.tolist() == [1.0] * 3
+        assert verified.trajectory.mask_BxT.sum(axis=1).tolist() == [len(right)] * 3
+
+
+def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
+    right = addition.answer_text(123, 405)
+    wrong = addition.answer_text(12, 405)
+    wrong = right[: right.index(",3]")] + wrong[wrong.index(",2]") + 2 :]
+    window = 64
+    params = scripted_policy(wrong, first=22)
+    verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)]), KEY, 250, windows=(window,))
+    assert addition.decode(verified.trajectory.answers_BxT[0]).rstrip(addition.PAD) == wrong
+    assert verified.passes <= -(-(21 + len(wrong)) // window) + 1
+
+
+def test_a_policy_that_follows_no_draft_gets_short_windows(monkeypatch):
+    params = scripted_policy("0123456789" * 12, first=22)
+    widths = []
+
+    def counting(lists, answers, known, window):
+        jax.debug.callback(lambda _: widths.append(window), known)
+        return drafts.draft(lists, answers, known, window)
+
+    verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)] * 2), KEY, 120, drafter=counting)
+    jax.effects_barrier()
+    assert addition.decode(verified.trajectory.answers_BxT[0]) == "0123456789" * 12
+    assert widths.count(4) > 0.8 * len(widths)
+
+
+def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
+    params = [POLICIES["ends at once"], POLICIES["never ends"]]
+    keys = jax.random.split(KEY, 2)
+
+    def one(params, key):
+        options = {"max_length": LENGTH, "slots": 3, "axis_name": "run"}
+        return speculative_rollout(MODEL, params, pack(), key, **options)
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
+    for run in range(2):
+        expected = plain(MODEL, params[run], pack(), keys[run])
+        of_run = jax.tree.map(lambda x, run=run: x[run], together)
+        assert_same_characters(MODEL, params[run], pack(), keys[run], expected, of_run)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"max_length": 30, "temperature": 0.0}, "temperature"),
+        ({"max_length": 379}, "block_size"),
+        ({"max_length": 30, "windows": ()}, "windows"),
+        ({"max_length": 30, "windows": (0, 4)}, "windows"),
+        ({"max_length": 30, "slots": 0}, "slots"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: got"):
+        speculative_rollout(MODEL, None, pack(), KEY, **options)
