@@ -254,7 +254,7 @@ def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
     require(recipe in ("ours",), "recipe", recipe, "ours")
     presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, transition_batch=2, kl_coefficient=0.5),
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, transition_batch=1, kl_coefficient=0.5),
         "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
         "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
     }

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from ckl_jax.episodes import Episodes
 from ckl_jax.rollout import Trajectory
 
-BUCKET = 128
+BUCKETS = 8
+ALIGNMENT = 16
 
 
 class Indices(NamedTuple):
@@ -53,10 +54,11 @@ def minibatch(trajectory: Trajectory, order_BT: jax.Array, count: jax.Array, ind
     return Indices(*(x[by_length_M] for x in (rows_M, steps_M, lengths_M)))
 
 
-def buckets(trajectory: Trajectory, size: int = BUCKET) -> list[int]:
-    """The lengths that prefixes are padded to: multiples of ``size`` below the longest possible prefix, and that."""
+def buckets(trajectory: Trajectory, number: int = BUCKETS) -> list[int]:
+    """At most ``number`` evenly spaced lengths that prefixes are padded to; the last holds the longest possible one."""
     longest = trajectory.tokens_BxL.shape[1] - 1
-    return [*range(size, longest, size), longest]
+    spacing = -(-longest // (number * ALIGNMENT)) * ALIGNMENT
+    return [*range(spacing, longest, spacing), longest]
 
 
 def cut(episodes: Episodes, indices: Indices, length: int) -> Episodes:
