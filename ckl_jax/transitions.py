@@ -15,7 +15,7 @@ from ckl_jax.episodes import Episodes
 from ckl_jax.rollout import Trajectory
 
 BUCKETS = 8
-ALIGNMENT = 16
+ALIGNMENT = 64
 
 
 class Indices(NamedTuple):

@@ -89,6 +89,12 @@ def episodes():
     return Episodes(trajectory, ref_logits_BxTxV, certainty(ref_logits_BxTxV), advantages_BxT, returns_BxT)
 
 
+@pytest.fixture
+def two_buckets(monkeypatch):
+    """Buckets of 16 and 19 columns."""
+    monkeypatch.setattr(transitions, "ALIGNMENT", 16)
+
+
 _shuffled = jax.jit(transitions.shuffled)
 _minibatch = jax.jit(transitions.minibatch, static_argnums=4)
 
@@ -135,7 +141,7 @@ def test_a_minibatch_goes_from_short_to_long_prefixes_and_fillers_have_length_0(
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [19]), (2, [16, 19]), (8, [16, 19])])
-def test_buckets_end_with_the_longest_possible_prefix(episodes, number, expected):
+def test_buckets_end_with_the_longest_possible_prefix(episodes, two_buckets, number, expected):
     assert transitions.buckets(episodes.trajectory, number) == expected
 
 
@@ -216,7 +222,7 @@ def test_one_update_of_all_transitions_is_one_update_of_all_episodes(model, para
     _assert_same_update(found, expected)
 
 
-def test_an_update_is_adams_over_the_minibatches_of_its_key_one_after_another(model, params, episodes):
+def test_an_update_is_adams_over_the_minibatches_of_its_key_one_after_another(model, params, episodes, two_buckets):
     """Against a plain loop over two epochs, the last minibatch of each averaged over what is left."""
     config = dataclasses.replace(CONFIG, epochs=2, learning_rate_decay=False)
     task = make_task(config, model)
@@ -247,14 +253,14 @@ def test_an_update_is_adams_over_the_minibatches_of_its_key_one_after_another(mo
         np.testing.assert_allclose(metrics[f"loss/{name}"], mean, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("options", [{"transition_batch": 1}, {"transition_batch": 8}, {"transition_batch": 3}])
+@pytest.mark.parametrize("options", [{"transition_batch": 1}, {"transition_batch": 8}])
 def test_computing_fewer_transitions_together_changes_nothing(model, params, episodes, options):
     expected = jax.jit(functools.partial(_updated, CONFIG, model))(params, episodes)
     config = dataclasses.replace(CONFIG, **options)
     _assert_same_update(jax.jit(functools.partial(_updated, config, model))(params, episodes), expected)
 
 
-def test_vmapped_runs_with_different_counts_update_as_each_alone(model, params, episodes):
+def test_vmapped_runs_with_different_counts_update_as_each_alone(model, params, episodes, two_buckets):
     """The second run has fewer transitions, so that it has ended when the first goes on."""
     few = episodes._replace(
         trajectory=episodes.trajectory._replace(mask_BxT=episodes.trajectory.mask_BxT.at[1:, 2:].set(False))
