@@ -164,8 +164,14 @@ class FinetuneConfig:
     """Collect-update rounds."""
     episodes: int = 128
     """Episodes collected per round."""
+    minibatch: Literal["episodes", "transitions"] = "episodes"
+    """What an Adam step averages over: whole episodes (4 to 50 steps a round), or single characters shuffled over the
+    round's episodes (the authors' way: thousands of steps a round, so it wants a far smaller learning rate)."""
     minibatch_episodes: int = 16
-    """Whole episodes per Adam step; divides `episodes`."""
+    """Whole episodes per Adam step; divides `episodes`. No effect with minibatch transitions."""
+    minibatch_transitions: int = 8
+    """Single transitions per Adam step; the last step of an epoch takes what is left. No effect with minibatch
+    episodes."""
     epochs: int = 1
     """Passes over a round's episodes."""
     extra_length: int = 100
@@ -216,6 +222,9 @@ class FinetuneConfig:
     characters, up to rounding, at another speed."""
     rollout_batch: int = 128
     """Episodes generated together, at most; it changes the speed alone."""
+    transition_batch: int = 8
+    """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
+    own length. It changes the speed alone."""
     runs_at_once: int = 1
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
@@ -223,20 +232,22 @@ class FinetuneConfig:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_choice(self, "recipe", ("ours",))
         _require_choice(self, "rollout", ("speculative", "plain"))
+        _require_choice(self, "minibatch", ("episodes", "transitions"))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
         _require_number(
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
-        _require_number(self, "rounds episodes minibatch_episodes epochs test_every test_problems", 1)
-        _require_number(self, "final_problems old_problems rollout_batch runs_at_once", 1)
+        _require_number(self, "rounds episodes epochs test_every test_problems", 1)
+        _require_number(self, "minibatch_episodes minibatch_transitions", 1)
+        _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)
         _require_number(
             self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
         )
         _require_number(self, "discount gae_lambda", 0, high=1)
         _require_number(self, "extra_digits", 1, high=2)
         _require_number(self, "diagnostic_episodes", 1, high=self.episodes)
-        divides = self.episodes % self.minibatch_episodes == 0
+        divides = self.minibatch == "transitions" or self.episodes % self.minibatch_episodes == 0
         require(divides, "minibatch_episodes", self.minibatch_episodes, f"a divisor of episodes = {self.episodes}")
         require(
             self.rounds % self.test_every == 0, "test_every", self.test_every, f"a divisor of rounds = {self.rounds}"
@@ -247,7 +258,7 @@ def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
     require(recipe in ("ours",), "recipe", recipe, "ours")
     presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, kl_coefficient=0.5),
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, transition_batch=1, kl_coefficient=0.5),
         "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
         "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
     }

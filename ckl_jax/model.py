@@ -35,7 +35,10 @@ class Cache(NamedTuple):
 
 
 class Output(NamedTuple):
-    """``logits_BxTxV`` and ``hidden_BxTxD`` (after the final layer norm) in float32, and the extended cache."""
+    """``logits_BxTxV`` and ``hidden_BxTxD`` (after the final layer norm) in float32, and the extended cache.
+
+    T is ``num_outputs`` where that was asked for.
+    """
 
     logits_BxTxV: jax.Array
     hidden_BxTxD: jax.Array
@@ -59,12 +62,16 @@ def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout, preci
 
 
 def _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
-    """Causal attention inside segments, a chunk of queries at a time against the keys up to the chunk's end."""
-    num_positions = q_BxHxTxK.shape[2]
+    """Causal attention inside segments, a chunk of queries at a time against the keys up to the chunk's end.
+
+    The queries may be those of the last positions only.
+    """
+    num_positions = k_BxHxTxK.shape[2]
+    first = num_positions - q_BxHxTxK.shape[2]
     outputs = []
-    for start in range(0, num_positions, config.attention_chunk):
+    for start in range(first, num_positions, config.attention_chunk):
         end = min(start + config.attention_chunk, num_positions)
-        q, k, v = q_BxHxTxK[:, :, start:end], k_BxHxTxK[:, :, :end], v_BxHxTxK[:, :, :end]
+        q, k, v = q_BxHxTxK[:, :, start - first : end - first], k_BxHxTxK[:, :, :end], v_BxHxTxK[:, :, :end]
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=config.precision)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         same_segment = segments_BxT[:, start:end, None] == segments_BxT[:, None, :end]
@@ -89,12 +96,15 @@ def _starts(cache: Cache, batch: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """A pre-LN transformer layer on rows flattened to [B * T, D], which keeps XLA's CPU backward in fast layouts."""
+    """A pre-LN transformer layer on rows flattened to [B * T, D], which keeps XLA's CPU backward in fast layouts.
+
+    It returns the last ``num_outputs`` positions of each row.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic):
+    def __call__(self, x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic, num_outputs):
         config = self.config
         batch, num_positions = segments_BxT.shape
         scale = 0.02 / (2 * config.num_layers) ** 0.5
@@ -116,15 +126,18 @@ class Block(nn.Module):
         qkv = dense(3 * config.width, "c_attn")(h_BTxD)
         heads = (batch, num_positions, 3, config.num_heads, config.width // config.num_heads)
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv.reshape(heads).transpose(2, 0, 3, 1, 4)
-        q_BxHxTxK = q_BxHxTxK * (config.width // config.num_heads) ** -0.5
+        q_BxHxTxK = q_BxHxTxK[:, :, num_positions - num_outputs :] * (config.width // config.num_heads) ** -0.5
         if layer_cache is None:
             attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
         else:
             keys, values, length = layer_cache
             keys, values = _append(keys, k_BxHxTxK, length), _append(values, v_BxHxTxK, length)
             layer_cache = (keys, values)
+            mask_BxTxS = mask_BxTxS[:, num_positions - num_outputs :]
             attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout, config)
-        attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_positions, config.width)
+        attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_outputs, config.width)
+        x_BxTxD = x_BTxD.reshape(batch, num_positions, config.width)[:, num_positions - num_outputs :]
+        x_BTxD = x_BxTxD.reshape(batch * num_outputs, config.width)
         x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
         h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)
         h_BTx4D = nn.gelu(dense(4 * config.width, "c_fc")(h_BTxD), approximate=True)
@@ -145,6 +158,8 @@ class GPT2(nn.Module):
       segments_BxT: attention stays inside equal segments (documents, or padding against text); default all 0.
       cache: what the T new positions are appended to; ``cache.length + T`` must not exceed its slots.
       deterministic: False applies dropout and needs a "dropout" rng.
+      num_outputs: how many of each row's last positions are wanted, at most T; default all. The last layer then
+        computes the keys and values of the others alone.
 
     Returns: ``Output``.
     """
@@ -152,9 +167,13 @@ class GPT2(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None, deterministic=True):
+    def __call__(
+        self, tokens_BxT, positions_BxT=None, segments_BxT=None, cache=None, deterministic=True, num_outputs=None
+    ):
         config = self.config
         batch, num_positions = tokens_BxT.shape
+        if num_outputs is None:
+            num_outputs = num_positions
         if positions_BxT is None:
             start_B = jnp.zeros(batch, jnp.int32) if cache is None else _starts(cache, batch)
             positions_BxT = start_B[:, None] + jnp.arange(num_positions)[None]
@@ -184,8 +203,9 @@ class GPT2(nn.Module):
             layer_cache = (
                 None if cache is None else (cache.keys_BxHxSxK[index], cache.values_BxHxSxK[index], cache.length)
             )
+            is_last = index == config.num_layers - 1
             x_BTxD, layer_cache = Block(config, name=f"h_{index}")(
-                x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic
+                x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic, num_outputs if is_last else num_positions
             )
             layers.append(layer_cache)
         if cache is not None:
@@ -194,7 +214,7 @@ class GPT2(nn.Module):
 
         hidden_BTxD = _layer_norm(config, "ln_f")(x_BTxD).astype(jnp.float32)
         logits_BTxV = jnp.dot(hidden_BTxD, wte.embedding.T, precision=config.precision)
-        shape = (batch, num_positions, -1)
+        shape = (batch, num_outputs, -1)
         return Output(logits_BTxV.reshape(shape), hidden_BTxD.reshape(shape), cache)
 
 

@@ -225,9 +225,8 @@ def answer_mask(answers_BxT: jax.Array) -> jax.Array:
 def score(config: ModelConfig, params: Any, trajectory: Trajectory) -> tuple[jax.Array, jax.Array]:
     """The teacher-forced pass: logits [B, T, V] and hidden states [B, T, D] that predict each answer character."""
     inputs = (trajectory.tokens_BxL, trajectory.positions_BxL, trajectory.segments_BxL)
-    output = forward(config, params, *(x[:, :-1] for x in inputs))
-    first = trajectory.tokens_BxL.shape[1] - trajectory.mask_BxT.shape[1] - 1
-    return output.logits_BxTxV[:, first:], output.hidden_BxTxD[:, first:]
+    output = forward(config, params, *(x[:, :-1] for x in inputs), num_outputs=trajectory.mask_BxT.shape[1])
+    return output.logits_BxTxV, output.hidden_BxTxD
 
 
 def _round_up(length: int) -> int:

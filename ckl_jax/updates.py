@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ckl_jax import losses
+from ckl_jax import losses, transitions
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import Episodes, Task, collect
 from ckl_jax.model import ValueHead, values
@@ -18,6 +18,9 @@ from ckl_jax.problems import Problems
 from ckl_jax.rollout import largest_divisor, score
 
 RUNS = "runs"
+TERMS = ("policy", "value", "entropy", "kl")
+Gradient = tuple[dict[str, Any], dict[str, jax.Array]]
+"""The loss's gradient in the parameters, and the loss's terms."""
 
 
 class Hyper(NamedTuple):
@@ -73,8 +76,17 @@ def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episo
     }
 
 
-def update(task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array) -> tuple[RunState, dict]:
-    """One pass per epoch over the episodes in shuffled minibatches, an Adam step each."""
+def update(
+    task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
+) -> tuple[RunState, dict[str, jax.Array]]:
+    """One pass per epoch over the episodes or their single transitions in shuffled minibatches, an Adam step each.
+
+    Args:
+      axis_name: name of the vmapped axis of runs, if any.
+
+    Returns:
+      the next state, and ``loss/<term>`` as means over the updates and ``updates``, their number.
+    """
     config = task.config
     optimizer = _optimizer(config)
     policy_learns = state.round >= config.value_warmup_rounds
@@ -83,27 +95,81 @@ def update(task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: j
         "policy": jnp.where(policy_learns, decay * hyper.learning_rate, 0.0),
         "value": jnp.asarray(config.value_learning_rate),
     }
+    plan = {"episodes": _episode_minibatches, "transitions": _transition_minibatches}[config.minibatch]
 
-    def total_loss(params, batch):
-        terms = loss_terms(task, hyper, params, batch)
+    def epoch(carry, key):
+        updates, gradient = plan(task, hyper, episodes, key, axis_name)
+
+        def step(index, carry):
+            params, opt_state, sums = carry
+            grads, terms = gradient(params, index)
+            directions, opt_state = optimizer.update(grads, opt_state, params)
+            params = {
+                name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])
+                for name in params
+            }
+            return params, opt_state, jax.tree.map(jnp.add, sums, terms)
+
+        return jax.lax.fori_loop(0, updates, step, carry), updates
+
+    zeros = dict.fromkeys(TERMS, jnp.zeros(()))
+    keys = jax.random.split(key, config.epochs)
+    (params, opt_state, sums), updates = jax.lax.scan(epoch, (state.params, state.opt_state, zeros), keys)
+    updates = updates.sum()
+    metrics = {f"loss/{name}": total / updates for name, total in sums.items()}
+    return RunState(state.round + 1, params, opt_state), metrics | {"updates": updates}
+
+
+def _gradient(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
+    def total_loss(params):
+        terms = loss_terms(task, hyper, params, episodes)
         return sum(terms.values()), terms
 
-    def step(carry, indices):
-        params, opt_state = carry
-        batch = jax.tree.map(lambda x: x[indices], episodes)
-        grads, terms = jax.grad(total_loss, has_aux=True)(params, batch)
-        directions, opt_state = optimizer.update(grads, opt_state, params)
-        params = {
-            name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])
-            for name in params
-        }
-        return (params, opt_state), {f"loss/{name}": value for name, value in terms.items()}
+    return jax.grad(total_loss, has_aux=True)(params)
 
-    keys = jax.random.split(key, config.epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, config.episodes))(keys)
-    minibatches = order.reshape(-1, config.minibatch_episodes)
-    (params, opt_state), terms = jax.lax.scan(step, (state.params, state.opt_state), minibatches)
-    return RunState(state.round + 1, params, opt_state), jax.tree.map(jnp.mean, terms)
+
+def _episode_minibatches(task, hyper, episodes, key, axis_name) -> tuple[int, Callable[..., Gradient]]:
+    """An epoch's number of minibatches, and the gradient of one: (params, index) -> gradient."""
+    config = task.config
+    order = jax.random.permutation(key, config.episodes)
+
+    def gradient(params, index):
+        chosen = jax.lax.dynamic_slice_in_dim(order, index * config.minibatch_episodes, config.minibatch_episodes)
+        return _gradient(task, hyper, params, jax.tree.map(lambda x: x[chosen], episodes))
+
+    return config.episodes // config.minibatch_episodes, gradient
+
+
+def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.Array, Callable[..., Gradient]]:
+    """As ``_episode_minibatches``; a minibatch is the weighted sum of groups, each padded to its own bucket."""
+    size = task.config.minibatch_transitions
+    group = largest_divisor(size, at_most=task.config.transition_batch)
+    trajectory, lengths = episodes.trajectory, transitions.buckets(episodes.trajectory)
+    order, count = transitions.shuffled(key, trajectory.mask_BxT)
+
+    def gradient(params, index):
+        chosen = transitions.minibatch(trajectory, order, count, index, size)
+        valid = jnp.maximum((chosen.lengths_M > 0).sum(), 1)
+
+        def add(total, indices):
+            longest = indices.lengths_M.max()
+            # One bucket for all vmapped runs: a switch on an index of each run's own would compute every branch.
+            longest = longest if axis_name is None else jax.lax.pmax(longest, axis_name)
+            branches = [
+                lambda indices, length=length: _gradient(
+                    task, hyper, params, transitions.cut(episodes, indices, length)
+                )
+                for length in lengths
+            ]
+            part = jax.lax.switch(jnp.searchsorted(jnp.array(lengths), longest), branches, indices)
+            share = (indices.lengths_M > 0).sum() / valid
+            return jax.tree.map(lambda x, y: x + share * y, total, part), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(TERMS, jnp.zeros(()))
+        groups = jax.tree.map(lambda x: x.reshape(size // group, group), chosen)
+        return jax.lax.scan(add, zeros, groups)[0]
+
+    return -(-count // size), gradient
 
 
 def gradient_norms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
@@ -132,7 +198,7 @@ def train_round(
     weights_BxT = jnp.power(episodes.certainty_BxT, hyper.beta)
     metrics["kl_weight"] = losses.masked_mean(weights_BxT, episodes.trajectory.mask_BxT)
     metrics |= gradient_norms(task, hyper, state.params, episodes)
-    state, terms = update(task, hyper, state, episodes, shuffle_key)
+    state, terms = update(task, hyper, state, episodes, shuffle_key, axis_name)
     return state, metrics | terms
 
 

@@ -65,6 +65,8 @@ def _error(capsys, monkeypatch, command, arguments):
         (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
         (FINETUNE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
         (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 128"]),
+        (FINETUNE, "--minibatch tokens", ["--minibatch", "'tokens'", "episodes", "transitions"]),
+        (FINETUNE, "--minibatch-transitions 0", ["minibatch_transitions: got 0", "at least 1"]),
         (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 14"]),
         (FINETUNE, "--extra-digits 3", ["extra_digits: got 3", "at most 2"]),
         (FINETUNE, "--gae-lambda 1.1", ["gae_lambda: got 1.1", "at most 1"]),

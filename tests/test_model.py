@@ -215,3 +215,15 @@ def test_the_value_head_gives_one_float32_value_per_position():
     assert found.shape == (2, 5)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(values(params, hidden[1:, 2:]), found[1:, 2:], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 5, 9])
+def test_the_last_outputs_are_those_of_the_whole_pass_cached_or_not(small_model, num_outputs):
+    config = dataclasses.replace(small_model, attention_chunk=4)
+    params, tokens = init(config), random_tokens(config, 2, 9)
+    inputs = (tokens, *left_padded([0, 3], 9))
+    expected = logits_of(config, params, *inputs)[:, 9 - num_outputs :]
+    for cache in (None, init_cache(config, 2, 12)):
+        output = forward(config, params, *inputs, cache, num_outputs=num_outputs)
+        np.testing.assert_allclose(output.logits_BxTxV, expected, atol=2e-5)
+        assert output.hidden_BxTxD.shape == (2, num_outputs, config.width)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import SCRIPT_MODEL, policy, scripted_policy
 
 from ckl_jax import addition, losses
 from ckl_jax import problems as problems_lib
 from ckl_jax import rollout as rollout_lib
 from ckl_jax.config import ConfigError, ModelConfig
-from policies import SCRIPT_MODEL, policy, scripted_policy
 
 PAIRS = [(7, 951), (123, 45), (999, 999), (0, 8), (31, 62), (504, 700)]
 KEY = jax.random.key(11)
