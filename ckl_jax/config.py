@@ -217,9 +217,9 @@ class FinetuneConfig:
     """Problems of the old lengths in every test, at most as many as of the target length."""
     diagnostic_episodes: int = 4
     """Episodes of each round on which the gradient norm of each loss term is measured."""
-    rollout: Literal["speculative", "plain"] = "speculative"
-    """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step. The same
-    characters, up to rounding, at another speed."""
+    rollout: Literal["auto", "speculative", "plain"] = "auto"
+    """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step, or the
+    first unless it turns out too slow. The same characters, up to rounding, at another speed."""
     rollout_batch: int = 128
     """Episodes generated together, at most; it changes the speed alone."""
     transition_batch: int = 8
@@ -231,7 +231,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_choice(self, "recipe", ("ours",))
-        _require_choice(self, "rollout", ("speculative", "plain"))
+        _require_choice(self, "rollout", ("auto", "speculative", "plain"))
         _require_choice(self, "minibatch", ("episodes", "transitions"))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
@@ -258,7 +258,7 @@ def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
     require(recipe in ("ours",), "recipe", recipe, "ours")
     presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=32, transition_batch=1, kl_coefficient=0.5),
+        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=16, transition_batch=1, kl_coefficient=0.5),
         "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
         "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
     }

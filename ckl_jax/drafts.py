@@ -18,6 +18,8 @@ from ckl_jax import addition
 
 HEADER, STEP, END, CLOSE, RESULT, DONE = range(6)
 SHORTEST_STEP = len("[1] + [] , A=[] , C=0 , 1+0+0=1 , A->1 , C->0\n")
+# A substituted character should not move an answer, a few that match elsewhere should: 0.6 lies between.
+_TAIL, _STAYING = 8, 0.6
 _ZERO = addition.VOCABULARY.index("0")
 _OPEN, _CLOSE, _EQUALS, _ARROW = (addition.VOCABULARY.index(character) for character in "[]=>")
 
@@ -75,10 +77,27 @@ def draft(lists_Bx2xJ: jax.Array, answers_BxT: jax.Array, known_B: jax.Array, wi
 
     _, (tokens_JxBxK, shown_JxBxK) = jax.lax.scan(write, current, length=4 + window // SHORTEST_STEP)
     tokens_BxK, shown_BxK = (jnp.swapaxes(x, 0, 1).reshape(batch, -1) for x in (tokens_JxBxK, shown_JxBxK))
-    target_BxK = jnp.cumsum(shown_BxK, axis=1) - 1 - (known_B - start_B)[:, None]
-    target_BxK = jnp.where(shown_BxK & (target_BxK >= 0), target_BxK, window)
-    empty_BxW = jnp.full((batch, window), addition.PAD_ID, jnp.int32)
-    return empty_BxW.at[jnp.arange(batch)[:, None], target_BxK].set(tokens_BxK, mode="drop")
+    width = _longest_line(current.total_BxN.shape[1]) + window
+    target_BxK = jnp.where(shown_BxK, jnp.cumsum(shown_BxK, axis=1) - 1, width)
+    empty_BxR = jnp.full((batch, width), addition.PAD_ID, jnp.int32)
+    rendered_BxR = empty_BxR.at[jnp.arange(batch)[:, None], target_BxK].set(tokens_BxK, mode="drop")
+    offset_B = _align(text_BxT, known_B, known_B - start_B, rendered_BxR)
+    following_BxW = offset_B[:, None] + jnp.arange(window)[None]
+    return jnp.take_along_axis(rendered_BxR, following_BxW, axis=1, mode="fill", fill_value=addition.PAD_ID)
+
+
+def _align(text_BxT: jax.Array, known_B: jax.Array, written_B: jax.Array, rendered_BxR: jax.Array) -> jax.Array:
+    """Where in the rendered lines each answer stands: after as many characters as its line has, or, where characters
+    were left out or repeated, where the last few match best, the last one counting most."""
+    back_I = jnp.arange(_TAIL)[None]
+    tail_BxI = jnp.take_along_axis(text_BxT, (known_B[:, None] - 1 - back_I).clip(0), axis=1)
+    tail_BxI = jnp.where(back_I < written_B[:, None], tail_BxI, -1)
+    before = jnp.pad(rendered_BxR, ((0, 0), (_TAIL, 0)), constant_values=-2)
+    width = rendered_BxR.shape[1]
+    matches = [before[:, _TAIL - 1 - i : _TAIL - 1 - i + width] == tail_BxI[:, i : i + 1] for i in range(_TAIL)]
+    distance_BxR = jnp.abs(jnp.arange(width)[None] - written_B[:, None])
+    scores_BxR = sum(0.5**i * match for i, match in enumerate(matches)) - 1e-4 * distance_BxR
+    return (scores_BxR + jnp.where(distance_BxR == 0, _STAYING, 0.0)).argmax(axis=1)
 
 
 def _current_line(lists_Bx2xJ, text_BxT, newline_BxT, columns_BxT) -> tuple[Line, jax.Array]:
@@ -94,7 +113,7 @@ def _current_line(lists_Bx2xJ, text_BxT, newline_BxT, columns_BxT) -> tuple[Line
     base_B = jnp.where(bracket_BxT, columns_BxT, -1).max(axis=1)
     before_B = jnp.where(bracket_BxT & (columns_BxT < base_B[:, None]), columns_BxT, -1).max(axis=1)
     starts_2B = jnp.concatenate([before_B, base_B])
-    read = _read(_line_at(jnp.tile(text_BxT, (2, 1)), starts_2B, 6 * num_digits + 60), num_digits)
+    read = _read(_line_at(jnp.tile(text_BxT, (2, 1)), starts_2B, _longest_line(num_digits)), num_digits)
     previous, base = (
         jax.tree.map(lambda x, half=half: x.reshape(2, batch, *x.shape[1:])[half], read) for half in (0, 1)
     )
@@ -108,6 +127,10 @@ def _current_line(lists_Bx2xJ, text_BxT, newline_BxT, columns_BxT) -> tuple[Line
     header_B = newline_BxT.sum(axis=1) < 2
     current = _select(base_B >= 0, current, first._replace(kind_B=jnp.where(header_B, HEADER, STEP)))
     return current, jnp.where(header_B, 0, jnp.where(newline_BxT, columns_BxT + 1, 0).max(axis=1))
+
+
+def _longest_line(num_digits: int) -> int:
+    return 6 * num_digits + 60
 
 
 def _digits(tokens: jax.Array) -> jax.Array:

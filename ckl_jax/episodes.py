@@ -14,8 +14,8 @@ from ckl_jax.certainty import certainty
 from ckl_jax.config import FinetuneConfig, ModelConfig
 from ckl_jax.model import values
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import Trajectory, rollout, score
-from ckl_jax.speculative import speculative_rollout
+from ckl_jax.rollout import Trajectory, score
+from ckl_jax.speculative import generate
 
 
 class Task(NamedTuple):
@@ -49,7 +49,20 @@ def collect(
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out the policy, judges the answers, passes policy and reference over them, and estimates advantages."""
     config = task.config
-    trajectory, logits_BxTxV, hidden_BxTxD = _generate(task, params["policy"], problems, key, axis_name)
+    trajectory, logits_BxTxV, hidden_BxTxD, *_ = generate(
+        task.model,
+        params["policy"],
+        problems,
+        key,
+        how=config.rollout,
+        batch=config.rollout_batch,
+        max_length=task.max_length,
+        temperature=config.temperature,
+        with_scores=True,
+        axis_name=axis_name,
+    )
+    assert logits_BxTxV is not None
+    assert hidden_BxTxD is not None
     ref_logits_BxTxV, _ = score(task.model, ref_params, trajectory)
     values_BxT = values(params["value"], hidden_BxTxD)
     mask_BxT = trajectory.mask_BxT
@@ -64,21 +77,6 @@ def collect(
     episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT)
     metrics = _collect_metrics(task, episodes, logits_BxTxV, values_BxT, final_B, problems)
     return episodes, metrics
-
-
-def _generate(task, policy_params, problems, key, axis_name) -> tuple[Trajectory, jax.Array, jax.Array]:
-    """Trajectories with the policy's logits and hidden states, which speculative passes have computed anyway."""
-    sampling = {"max_length": task.max_length, "temperature": task.config.temperature, "axis_name": axis_name}
-    batch = task.config.rollout_batch
-    if task.config.rollout == "speculative":
-        verified = speculative_rollout(
-            task.model, policy_params, problems, key, slots=batch, with_scores=True, **sampling
-        )
-        assert verified.logits_BxTxV is not None
-        assert verified.hidden_BxTxD is not None
-        return verified.trajectory, verified.logits_BxTxV, verified.hidden_BxTxD
-    trajectory = rollout(task.model, policy_params, problems, key, batch=batch, **sampling)
-    return trajectory, *score(task.model, policy_params, trajectory)
 
 
 def _normalize(advantages_BxT: jax.Array, mask_BxT: jax.Array, final_B: jax.Array) -> jax.Array:

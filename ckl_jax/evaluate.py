@@ -19,16 +19,16 @@ from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.problems import Problems
-from ckl_jax.speculative import speculative_rollout
+from ckl_jax.speculative import generate
 from ckl_jax.statistics import bootstrap_interval
 
-BATCH = 50
+BATCH = 200
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
 def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
     sampling = {"temperature": temperature, "greedy": greedy}
-    return speculative_rollout(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+    return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
 
 
 def judge(

@@ -26,9 +26,8 @@ from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, sav
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
 from ckl_jax.episodes import Task
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import rollout
 from ckl_jax.runs import RunDirectory
-from ckl_jax.speculative import speculative_rollout
+from ckl_jax.speculative import generate
 from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
@@ -95,12 +94,17 @@ def _test_rewards(task: Task, policies: Any, problems: Problems, max_length: int
     config = task.config
 
     def run_test(axis_name, params):
-        key = jax.random.key(TEST_SEED)
-        sampling = {"max_length": max_length, "temperature": config.temperature, "axis_name": axis_name}
-        if config.rollout == "speculative":
-            verified = speculative_rollout(task.model, params, problems, key, slots=config.rollout_batch, **sampling)
-            return verified.trajectory.reward_B
-        return rollout(task.model, params, problems, key, batch=config.rollout_batch, **sampling).reward_B
+        return generate(
+            task.model,
+            params,
+            problems,
+            jax.random.key(TEST_SEED),
+            how=config.rollout,
+            batch=config.rollout_batch,
+            max_length=max_length,
+            temperature=config.temperature,
+            axis_name=axis_name,
+        ).trajectory.reward_B
 
     return map_runs(config.runs_at_once, run_test, policies)
 

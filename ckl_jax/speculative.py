@@ -7,14 +7,14 @@ Since the noise of a character is a function of (key, episode, position) alone, 
 number of passes and nothing else. (Leviathan et al. 2023 accept by rejection sampling; with common noise the drafts of
 a deterministic drafter need none.)
 
-The rows are slots: as soon as an episode has ended its slot takes the next one.
+The rows are slots: as soon as an episode has ended its slot takes the next one. ``generate`` gives up on a policy that
+follows too few of the drafts and decodes step by step.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,14 @@ from ckl_jax.config import ModelConfig, require
 from ckl_jax.drafts import draft
 from ckl_jax.model import Cache, forward, init_cache
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise
+from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise, rollout, score
 
 Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
-WINDOWS = (4, 64)
-PASS_COST = 64
-_FIRST_GUESS = 32.0
+How = Literal["auto", "speculative", "plain"]
+WINDOW = 32
+CPU_SLOTS = 16
+TRIAL_PASSES = 16
+LEAST_ACCEPTED = 8.0
 
 
 class Verified(NamedTuple):
@@ -40,13 +42,15 @@ class Verified(NamedTuple):
       trajectory: as ``rollout`` gives it.
       logits_BxTxV, hidden_BxTxD: as ``score`` gives them where the mask is True, elsewhere finite and meaningless;
         None unless asked for.
-      passes: int32 [], how many windows were verified.
+      passes: int32 [], how many times the policy was applied to a window of every slot.
+      complete: bool [], False if it gave up: the trajectory is unfinished then.
     """
 
     trajectory: Trajectory
     logits_BxTxV: jax.Array | None
     hidden_BxTxD: jax.Array | None
     passes: jax.Array
+    complete: jax.Array
 
 
 class _Written(NamedTuple):
@@ -59,17 +63,22 @@ class _Written(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """G slots: which episode (B: none), how many of its columns are known, how many characters a pass has lately
-    accepted (a running mean), and the cache."""
+    """G slots: which episode (B: none), how many of its columns are known, and the cache.
+
+    ``queued`` is the next episode without a slot, ``active`` whether to go on, ``complete`` whether it has not given
+    up; ``windows`` and ``accepted`` count windows and their accepted characters in all passes.
+    """
 
     queued: jax.Array
     episodes_G: jax.Array
     known_G: jax.Array
-    accepted_G: jax.Array
     cache: Cache
     written: _Written
     active: jax.Array
+    complete: jax.Array
     passes: jax.Array
+    windows: jax.Array
+    accepted: jax.Array
 
 
 def speculative_rollout(
@@ -82,33 +91,38 @@ def speculative_rollout(
     temperature: float | jax.Array = 1.0,
     greedy: bool = False,
     slots: int | None = None,
-    windows: tuple[int, ...] = WINDOWS,
+    window: int = WINDOW,
     with_scores: bool = False,
     drafter: Drafter = draft,
+    least_accepted: float = 0.0,
     axis_name: str | None = None,
 ) -> Verified:
     """Generates one answer per problem; arguments as those of ``rollout``, with its errors, and
 
     Args:
-      slots: episodes generated side by side, at most; default: all.
-      windows: characters verified per pass and row; each pass takes the one that promises most characters per cost.
+      slots: episodes generated side by side, at most; default: all, on CPU 16 (whose caches its own cache can hold).
+      window: characters verified per pass and row.
       with_scores: give the logits and hidden states too.
       drafter: writes the drafts; takes and gives what ``drafts.draft`` does. A bad one costs passes, no exactness.
+      least_accepted: gives up if the first ``TRIAL_PASSES`` accept fewer characters per window, on average.
     """
     if not isinstance(temperature, jax.core.Tracer):
         require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
     count, num_prompt = problems.prompts_BxP.shape
     total = num_prompt + max_length
     require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
-    require(bool(windows) and min(windows) >= 1, "windows", windows, "numbers from 1 on, at least one")
+    require(window >= 1, "window", window, "1 or more")
     require(slots is None or slots >= 1, "slots", slots, "1 or more")
-    num_slots = min(slots or count, count)
+    num_slots = min(slots or (CPU_SLOTS if jax.default_backend() == "cpu" else count), count)
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
     lists_Bx2xJ = jnp.asarray(problems.lists_Bx3x2xJ)[:, 0]
     identities_B = jnp.asarray(problems.episodes_B)
 
-    def verify(window: int, state: _Slots) -> _Slots:
+    def over_runs(number):
+        return number if axis_name is None else jax.lax.psum(number, axis_name)
+
+    def verify(state: _Slots) -> _Slots:
         idle_G = state.episodes_G == count
         of_slot = jnp.minimum(state.episodes_G, count - 1)
         padding_G, known_G = padding_B[of_slot], state.known_G
@@ -137,8 +151,6 @@ def speculative_rollout(
         sampled_GxW = jnp.where(steps_GxW < 0, given_GxW, jnp.argmax(scaled_GxWxV + noise, axis=2)).astype(jnp.int32)
         matched = jnp.cumprod(sampled_GxW[:, :-1] == inputs_GxW[:, 1:], axis=1).sum(axis=1)
         now_known_G = jnp.minimum(known_G + 1 + matched, total)
-        # A window accepted to its end says no more than that a longer one may do better.
-        accepted_G = jnp.where(matched == window - 1, jnp.maximum(2.0 * window, state.accepted_G), matched + 1.0)
         log_probs_GxW = jnp.take_along_axis(jax.nn.log_softmax(scaled_GxWxV), sampled_GxW[..., None], axis=2)[..., 0]
 
         rows_Gx1 = state.episodes_G[:, None]
@@ -162,34 +174,29 @@ def speculative_rollout(
         episodes_G = jnp.where(ended_G, following_G, state.episodes_G)
         first_G = padding_B[jnp.minimum(episodes_G, count - 1)] + 1
         segments = jnp.where(ended_G[:, None], 0, output.cache.segments_BxS)
+        windows = state.windows + (~idle_G).sum()
+        accepted = state.accepted + jnp.where(idle_G, 0, now_known_G - known_G).sum()
+        hopeless = (state.passes + 1 == TRIAL_PASSES) & (over_runs(accepted) < least_accepted * over_runs(windows))
         return _Slots(
             jnp.minimum(state.queued + ended_G.sum(), count),
             episodes_G,
             jnp.where(ended_G | idle_G, first_G, now_known_G),
-            jnp.where(ended_G, _FIRST_GUESS, (state.accepted_G + accepted_G) / 2),
             output.cache._replace(segments_BxS=segments, length=known_G),
             written,
-            _any_active(episodes_G < count, axis_name),
+            (over_runs((episodes_G < count).sum()) > 0) & ~hopeless,
+            ~hopeless,
             state.passes + 1,
+            windows,
+            accepted,
         )
 
-    def verify_some(state: _Slots) -> _Slots:
-        if len(windows) == 1:
-            return verify(windows[0], state)
-        expected_WxG = jnp.minimum(state.accepted_G[None], jnp.array(windows, jnp.float32)[:, None])
-        gain_W = jnp.where((state.episodes_G < count)[None], expected_WxG, 0.0).sum(axis=1)
-        gain_W = gain_W if axis_name is None else jax.lax.psum(gain_W, axis_name)
-        rate_W = gain_W / (PASS_COST + num_slots * jnp.array(windows, jnp.float32))
-        return jax.lax.switch(rate_W.argmax(), [functools.partial(verify, window) for window in windows], state)
-
-    width = total + max(windows)
+    width = total + window
     tokens = jnp.pad(prompts_BxP, ((0, 1), (0, width - num_prompt)), constant_values=addition.PAD_ID)
-    first_episodes_G = jnp.arange(num_slots)
+    zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
     state = _Slots(
         jnp.asarray(num_slots),
-        first_episodes_G,
+        jnp.arange(num_slots),
         padding_B[:num_slots] + 1,
-        jnp.full(num_slots, _FIRST_GUESS),
         init_cache(config, num_slots, width)._replace(length=jnp.zeros(num_slots, jnp.int32)),
         _Written(
             tokens,
@@ -197,10 +204,13 @@ def speculative_rollout(
             jnp.zeros((count, max_length, config.vocab_size), jnp.float32) if with_scores else None,
             jnp.zeros((count, max_length, config.width), jnp.float32) if with_scores else None,
         ),
-        jnp.ones((), bool),
-        jnp.zeros((), jnp.int32),
+        yes,
+        yes,
+        zero,
+        zero,
+        zero,
     )
-    state = jax.lax.while_loop(lambda state: state.active, verify_some, state)
+    state = jax.lax.while_loop(lambda state: state.active, verify, state)
 
     written = state.written
     answers_BxT = written.tokens[:count, num_prompt:total]
@@ -215,9 +225,47 @@ def speculative_rollout(
         mask_BxT,
         problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
     )
-    return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes)
+    return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.complete)
 
 
-def _any_active(active_G: jax.Array, axis_name: str | None) -> jax.Array:
-    active = active_G.any()
-    return active if axis_name is None else jax.lax.pmax(active.astype(jnp.int32), axis_name) > 0
+def generate(
+    config: ModelConfig,
+    params: Any,
+    problems: Problems,
+    key: jax.Array,
+    *,
+    how: How = "auto",
+    batch: int | None = None,
+    with_scores: bool = False,
+    axis_name: str | None = None,
+    **sampling: Any,
+) -> Verified:
+    """One answer per problem, by the fastest way unless one is named: the same characters, up to rounding.
+
+    Args:
+      how: ``speculative``, ``plain`` (step by step, then a pass for the scores), or ``auto``: speculative, and plain
+        where the policy turns out to follow too few of the drafts.
+      batch: episodes generated together, at most: ``slots`` of the one, ``batch`` of the other.
+      sampling: ``max_length``, ``temperature`` and ``greedy`` as in ``rollout``.
+    """
+    require(how in get_args(How), "how", how, " | ".join(get_args(How)))
+
+    def plain() -> Verified:
+        trajectory = rollout(config, params, problems, key, batch=batch, axis_name=axis_name, **sampling)
+        logits_BxTxV, hidden_BxTxD = score(config, params, trajectory) if with_scores else (None, None)
+        return Verified(trajectory, logits_BxTxV, hidden_BxTxD, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+
+    if how == "plain":
+        return plain()
+    verified = speculative_rollout(
+        config,
+        params,
+        problems,
+        key,
+        slots=batch,
+        with_scores=with_scores,
+        least_accepted=LEAST_ACCEPTED if how == "auto" else 0.0,
+        axis_name=axis_name,
+        **sampling,
+    )
+    return verified if how == "speculative" else jax.lax.cond(verified.complete, lambda: verified, plain)

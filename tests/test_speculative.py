@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import addition, drafts
+from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model
 from ckl_jax.config import ConfigError, ModelConfig
 from ckl_jax.rollout import gumbel_noise, rollout, score
-from ckl_jax.speculative import speculative_rollout
+from ckl_jax.speculative import TRIAL_PASSES, generate, speculative_rollout
 
 KEY = jax.random.key(11)
 MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)
@@ -32,7 +32,8 @@ def plain(config, params, problems, key, max_length=LENGTH, temperature=1.0, gre
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "max_length", "greedy", "slots", "windows", "drafter", "with_scores")
+    jax.jit,
+    static_argnames=("config", "max_length", "greedy", "slots", "window", "drafter", "with_scores", "least_accepted"),
 )
 def speculative(config, params, problems, key, max_length=LENGTH, **options):
     return speculative_rollout(config, params, problems, key, max_length=max_length, **options)
@@ -77,10 +78,8 @@ POLICIES = {
     "options",
     [
         {},
-        {"slots": 3},
-        {"slots": 1, "windows": (5,)},
-        {"windows": (1,)},
-        {"windows": (2, 7, 90), "slots": 4},
+        {"slots": 1, "window": 5},
+        {"slots": 3, "window": 1},
         {"drafter": spiteful, "slots": 3},
     ],
     ids=str,
@@ -136,7 +135,7 @@ def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episod
     # 21 characters of the prompt after its first, and the answer, which a window's last sample can end.
     passes = -(-(21 + len(right)) // window)
     for slots, expected in ((3, passes), (1, 3 * passes), (2, 2 * passes)):
-        options = {"slots": slots, "windows": (window,)}
+        options = {"slots": slots, "window": window}
         verified = speculative(SCRIPT_MODEL, params, problems, KEY, 250, **options)
         assert verified.passes == expected
         assert verified.trajectory.reward_B.tolist() == [1.0] * 3
@@ -149,23 +148,47 @@ def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
     wrong = right[: right.index(",3]")] + wrong[wrong.index(",2]") + 2 :]
     window = 64
     params = scripted_policy(wrong, first=22)
-    verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)]), KEY, 250, windows=(window,))
+    verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)]), KEY, 250, window=window)
     assert addition.decode(verified.trajectory.answers_BxT[0]).rstrip(addition.PAD) == wrong
     assert verified.passes <= -(-(21 + len(wrong)) // window) + 1
 
 
-def test_a_policy_that_follows_no_draft_gets_short_windows(monkeypatch):
-    params = scripted_policy("0123456789" * 12, first=22)
-    widths = []
+@functools.partial(jax.jit, static_argnames=("how", "with_scores"))
+def generated(params, how, with_scores=True):
+    return generate(MODEL, params, pack(PAIRS * 3), KEY, how=how, batch=4, max_length=LENGTH, with_scores=with_scores)
 
-    def counting(lists, answers, known, window):
-        jax.debug.callback(lambda _: widths.append(window), known)
-        return drafts.draft(lists, answers, known, window)
 
-    verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)] * 2), KEY, 120, drafter=counting)
-    jax.effects_barrier()
-    assert addition.decode(verified.trajectory.answers_BxT[0]) == "0123456789" * 12
-    assert widths.count(4) > 0.8 * len(widths)
+def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
+    params = POLICIES["never ends"]
+    expected, verified, chosen = (generated(params, how) for how in ("plain", "speculative", "auto"))
+    assert verified.passes > 300
+    assert chosen.passes == 0
+    jax.tree.map(np.testing.assert_array_equal, chosen, expected)
+    assert_same_characters(MODEL, params, pack(PAIRS * 3), KEY, expected.trajectory, verified)
+
+
+def test_auto_is_speculative_for_a_policy_that_follows_the_drafts(shipped):
+    problems = problems_lib.pack(addition.short_problems(np.random.default_rng(1), 40, 4), 4, 2)
+    length = addition.max_answer_length(4, 20)
+    sampling = {"max_length": length, "batch": 4}
+    chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, how="auto", **sampling))
+    verified = chosen(shipped.params)
+    assert verified.complete
+    assert verified.passes > TRIAL_PASSES
+    expected = plain(shipped.config, shipped.params, problems, KEY, length)
+    assert_same_characters(shipped.config, shipped.params, problems, KEY, expected, verified)
+
+
+def test_giving_up_is_told():
+    options = {"least_accepted": 8.0, "slots": 4}
+    hopeless = speculative(MODEL, POLICIES["never ends"], pack(PAIRS * 3), KEY, **options)
+    assert not hopeless.complete
+    assert hopeless.passes == TRIAL_PASSES
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ConfigError, match=r"^how: got 'fast', allowed is auto \| speculative \| plain"):
+        generate(MODEL, None, pack(), KEY, how="fast", max_length=30)
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
@@ -189,8 +212,7 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
     [
         ({"max_length": 30, "temperature": 0.0}, "temperature"),
         ({"max_length": 379}, "block_size"),
-        ({"max_length": 30, "windows": ()}, "windows"),
-        ({"max_length": 30, "windows": (0, 4)}, "windows"),
+        ({"max_length": 30, "window": 0}, "window"),
         ({"max_length": 30, "slots": 0}, "slots"),
     ],
 )
