@@ -15,6 +15,7 @@ expect about an hour on 2 CPU cores.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -83,15 +84,16 @@ def environment() -> dict[str, Any]:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    try:
+    threads = None
+    with contextlib.suppress(ImportError):
         import torch
-    except ImportError:
-        torch = None
+
+        threads = torch.get_num_threads()
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads() if torch else None,
+        "torch_threads": threads,
         "python": platform.python_version(),
         **{package: _version(package) for package in ("jax", "flax", "torch", "transformers")},
     }

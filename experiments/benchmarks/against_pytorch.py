@@ -25,7 +25,7 @@ from ckl_jax.rollout import rollout as plain_rollout
 from ckl_jax.updates import train_round, update
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
-from experiments.benchmarks.timing import alternate, seconds_of, speedup, spread, timed
+from experiments.benchmarks.timing import alternate, speedup, spread, timed
 from experiments.benchmarks.workload import (
     Plan,
     Progress,
@@ -98,12 +98,9 @@ def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
     problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
     draft_verified = _speculative(model.config, task.max_length)
     found = {}
-    found["tiny"] = _compare_rollouts(
-        model, problems, task.max_length, config.rollout_batch, plan.repeats, draft_verified
-    ) | {
-        "weights": "random" if plan.quick else "trained",
-        "left_out": [] if draft_verified else ["speculative: there is none in this version"],
-    }
+    compared = _compare_rollouts(model, problems, task.max_length, config.rollout_batch, plan.repeats, draft_verified)
+    left_out = [] if draft_verified else ["the draft-verified rollout, which this version lacks"]
+    found["tiny"] = compared | {"weights": "random" if plan.quick else "trained", "left_out": left_out}
     progress(f"rollout, tiny: {found['tiny']['speedup']}")
     for scale, episodes, length in plan.fixed_rollouts:
         model = unending_model(plan, scale)
@@ -112,7 +109,7 @@ def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
         packed = problems_lib.pack(drawn, digits, model.max_pretrain_digits)
         compared = _compare_rollouts(model, packed, length, episodes, plan.repeats, None)
         assert set(compared["characters"].values()) == {episodes * length}, compared["characters"]
-        left_out = ["speculative: random weights follow no draft"]
+        left_out = ["the draft-verified rollout with random weights, which follow no draft"]
         found[scale] = compared | {"weights": "random, of fixed length", "left_out": left_out}
         progress(f"rollout, {scale}: {compared['speedup']}")
         jax.clear_caches()
@@ -130,8 +127,8 @@ def _collect(first: Round) -> Episodes:
 def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
     """A whole round of ours against the authors' procedure on the same episodes, of which a share is timed.
 
-    Episode mode is the tiny preset as it is (its diagnostics included). Transition mode makes the authors' updates:
-    minibatches of 8 single transitions. Theirs and our transition mode are timed in part and scaled up.
+    Episode mode is the tiny preset with the paper's k2, its diagnostics included. Transition mode makes the authors'
+    updates: minibatches of 8 single transitions. It and the authors' procedure are timed in part and scaled up.
     """
     model, config = tiny_model(plan), tiny_config(plan, kl="k2")
     first = first_round(model, config)
@@ -145,14 +142,20 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
     def authors() -> float:
         share, seed = plan.authors_share, len(theirs)
         theirs.append(authors_round.time_round(networks, transitions, batch=MINIBATCH, share=share, seed=seed))
-        progress(f"round, authors' stages in seconds: {theirs[-1]['seconds']}")
         return theirs[-1]["total"]
 
     sides: dict[str, Callable[[], float]] = {"episodes": timed(run, *arguments), "authors": authors}
-    ours = _transition_mode(plan, first, episodes, progress)
-    if ours is not None:
-        sides["transitions"] = ours
+    measure = _transition_mode(plan, first, episodes)
+    stages: list[dict[str, float]] = []
+    if measure is not None:
+
+        def our_transitions(measure: Callable[[], dict[str, float]] = measure) -> float:
+            stages.append(measure())
+            return sum(stages[-1].values())
+
+        sides["transitions"] = our_transitions
     seconds = alternate(sides, plan.repeats)
+    progress("round: " + ", ".join(f"{name} {spread(values)['median']:.3g} s" for name, values in seconds.items()))
     small = authors_round.time_round(
         networks, transitions, batch=MINIBATCH, value_batch=MINIBATCH, share=0.0, value_batches=20
     )
@@ -161,15 +164,16 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
         "transitions": len(transitions.end_N),
         "seconds": seconds,
         "authors_stages": theirs[1:],
+        "transition_mode_stages": stages[1:],
         "authors_values_in_small_batches": small["seconds"]["values"],
         "share_of_updates_timed": plan.authors_share,
         "speedup": {name: speedup(seconds["authors"], seconds[name]) for name in sides if name != "authors"},
-        "left_out": [] if ours else ["transitions: there is no such mode in this version"],
+        "left_out": [] if stages else ["our transition mode, which this version lacks"],
     }
 
 
-def _transition_mode(plan: Plan, first: Round, episodes: Episodes, progress: Progress) -> Callable[[], float] | None:
-    """Seconds of a round in transition mode: the whole collect, and a share of the updates, scaled up.
+def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[], dict[str, float]] | None:
+    """Measures the seconds of a collect, and of a round's updates in transition mode: a share of them, scaled up.
 
     The share is the program itself with most transitions masked out at random, so that fewer updates are left.
     """
@@ -188,13 +192,10 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes, progress: Pro
     key = jax.random.key(0)
     collecting = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None))
 
-    def side() -> float:
-        collect_seconds = seconds_of(collecting, first.state.params, first.reference, first.problems)
-        update_seconds = seconds_of(run, first.hyper, first.state, few, key) * float(mask_BxT.sum() / kept)
-        progress(f"round, our transition mode: collect {collect_seconds:.2f} s, updates {update_seconds:.2f} s")
-        return collect_seconds + update_seconds
-
-    return side
+    scale = float(mask_BxT.sum() / kept)
+    updating = timed(run, first.hyper, first.state, few, key)
+    gathering = timed(collecting, first.state.params, first.reference, first.problems)
+    return lambda: {"collect": gathering(), "updates": scale * updating()}
 
 
 def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict[str, Any]:
