@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ckl_jax.config import ConfigError
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import rollout
 from experiments import benchmark
-from experiments.benchmarks import ours, report, timing, workload
+from experiments.benchmarks import against_pytorch, ours, report, timing, workload
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "data" / "benchmark_results.json"
@@ -99,6 +100,30 @@ def test_a_table_of_some_sections_has_those_alone():
     results = json.loads(STORED.read_text())
     results["sections"] = {"memory": results["sections"]["memory"]}
     assert [line for line in report.table(results).splitlines() if line.startswith("##")] == ["## memory"]
+
+
+def test_the_draft_verified_rollout_is_measured_where_there_is_one(monkeypatch):
+    def speculative_rollout(config, params, problems, key, *, max_length):
+        return types.SimpleNamespace(trajectory=rollout(config, params, problems, key, max_length=max_length))
+
+    module = types.SimpleNamespace(speculative_rollout=speculative_rollout)
+    monkeypatch.setitem(sys.modules, "ckl_jax.speculative", module)
+    model = workload.unending_model(workload.QUICK, "tiny")
+    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 2, 1), 1, 1)
+    draft_verified = against_pytorch._speculative(model.config, 6)
+    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1, draft_verified)
+    assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
+    assert set(found["speedup"]) == {"ours", "speculative"}
+
+
+def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
+    quick = command("--quick", "True", "--sections", "rollout", "--out", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("pytorch_baselines", "authors_round", "benchmarks.against_pytorch"):
+        monkeypatch.delitem(sys.modules, f"experiments.{name}")
+        monkeypatch.delattr(f"experiments.{name}")
+    with pytest.raises(ConfigError, match=r"torch: not installed.*\[bench\]"):
+        benchmark.main(quick)
 
 
 def test_an_unknown_section_is_refused():

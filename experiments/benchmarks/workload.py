@@ -31,7 +31,7 @@ class Plan:
     """Pairs of measurements after the warm-up."""
     fixed_rollouts: tuple[tuple[str, int, int], ...] = (("small", 32, 128), ("gpt2", 8, 64))
     """Scale, episodes and characters of the rollouts with random weights."""
-    authors_share: float = 0.005
+    authors_share: float = 0.01
     """Share of the authors' Adam steps, and of our transition mode's, that is timed."""
     pretraining: tuple[tuple[str, int, int], ...] = (("tiny", 16, 5), ("small", 4, 2), ("gpt2", 1, 1))
     """Scale, batch and steps per measurement."""
