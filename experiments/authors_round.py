@@ -193,9 +193,9 @@ def time_round(
     transitions: Transitions,
     *,
     batch: int = 8,
-    value_batch: int = 256,
+    value_batch: int = 8,
     rollout_lengths: int = 12,
-    value_batches: int = 3,
+    value_batches: int = 20,
     share: float = 0.01,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def time_round(
 
     Args:
       batch: transitions per Adam step (authors: 8 or 16).
-      value_batch: prefixes per value pass, less if memory forbids. 256 is tianshou's default; the authors' script
-        passes its minibatch size.
+      value_batch: prefixes per value pass, less if memory forbids. The authors' script passes its minibatch size as
+        tianshou's ``max_batchsize``, whose default is 256.
         The passes go through the collect in order, as tianshou does, so neighbours differ by one character.
       rollout_lengths: prefix lengths at which a step of the rollout is timed.
       value_batches: value passes timed, at random places (each for states and for next states).

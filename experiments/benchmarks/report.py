@@ -64,11 +64,11 @@ def _round(found: dict[str, Any]) -> str:
         f"{name} {_number(float(seconds))} s (timed {last['timed_items'][name]} of {last['items'][name]:,} passes)"
         for name, seconds in stages.items()
     )
-    small = _number(found["authors_values_in_small_batches"])
+    values = _number(found["authors_values_in_large_batches"])
     notes = [
         f"{found['episodes']} episodes, {found['transitions']:,} transitions. The authors' procedure and our "
         f"transition mode are timed in part and scaled up; theirs: {parts}.",
-        f"With values in batches of {last['batch']} instead of {last['value_batch']}: {small} s.",
+        f"With values in batches of {found['large_value_batch']} instead of {last['value_batch']}: {values} s.",
         *(f"Left out: {note}." for note in found["left_out"]),
     ]
     return _table(["a round", "seconds", "faster than the authors' procedure"], rows) + "\n\n" + " ".join(notes)
