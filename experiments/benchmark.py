@@ -9,8 +9,8 @@ Sections: ``rollout`` (against transformers' generate), ``round`` (against the a
 (against a plain PyTorch step), ``scaling`` (cost of a round against runs, episodes, length and model size),
 ``compile``, ``memory``, ``limit`` (share of the device's matmul and copy rates). Both sides run on the same machine,
 weights, problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark
-goes on with what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine;
-expect about an hour on 2 CPU cores.
+goes on with what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine (one
+other job made PyTorch's step 6 to 40 times slower on 2 cores); how long it takes there is not measured yet.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from experiments.benchmarks import ours, report
 from experiments.benchmarks.workload import Section, choose_plan
 
 SECTIONS = ("rollout", "round", "pretraining", "scaling", "compile", "memory", "limit")
+IDLE_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def main(command: BenchmarkCommand) -> None:
     path = command.out / "results.json"
     sections = _resume(path, settings)
     command.out.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    if load > IDLE_LOAD:
+        print(f"warning: load average {load:.1f}; beside other jobs PyTorch's threads wait for each other", flush=True)
     for name in command.names:
         if name in sections:
             print(f"{name}: done before")
@@ -135,6 +139,7 @@ def main(command: BenchmarkCommand) -> None:
             "seconds": time.monotonic() - start,
             "date": datetime.date.today().isoformat(),
             "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+            "load_average_before": load,
             "environment": environment(),
             "found": found,
         }

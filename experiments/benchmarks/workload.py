@@ -25,7 +25,7 @@ from ckl_jax.updates import Hyper, RunState, init_run
 
 @dataclass(frozen=True)
 class Plan:
-    """How much each section measures; the defaults take about an hour on 2 CPU cores."""
+    """How much each section measures."""
 
     repeats: int = 3
     """Pairs of measurements after the warm-up."""
