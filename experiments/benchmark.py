@@ -1,0 +1,157 @@
+"""How fast it is, against what, and how near the device's limit.
+
+    pip install '.[bench]'
+    python -m experiments.benchmark --out runs/benchmark
+    python -m experiments.benchmark --sections rollout,round        # some sections only
+    python -m experiments.benchmark --quick True                    # checks the code, measures nothing of interest
+
+Sections: ``rollout`` (against transformers' generate), ``round`` (against the authors' procedure), ``pretraining``
+(against a plain PyTorch step), ``scaling`` (cost of a round against runs, episodes, length and model size),
+``compile``, ``memory``, ``limit`` (share of the device's matmul and copy rates). Both sides run on the same machine,
+weights, problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark
+goes on with what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine (one
+other job made PyTorch's step 6 to 40 times slower on 2 cores); how long it takes there is not measured yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ckl_jax import cli
+from ckl_jax.checkpoint import write_json
+from ckl_jax.config import ConfigError, require
+from experiments.benchmarks import ours, report
+from experiments.benchmarks.workload import Section, choose_plan
+
+SECTIONS = ("rollout", "round", "pretraining", "scaling", "compile", "memory", "limit")
+IDLE_LOAD = 0.5
+
+
+@dataclass(frozen=True)
+class BenchmarkCommand:
+    """Speed, memory and share of the device's limit, against PyTorch where there is something to compare with."""
+
+    out: pathlib.Path = pathlib.Path("runs/benchmark")
+    """Directory of the results: new, empty, or of an earlier call with the same repeats, whose sections are kept."""
+    sections: str = ",".join(SECTIONS)
+    """Sections to measure, separated by commas."""
+    repeats: int | None = None
+    """Pairs of measurements after the warm-up; default 3."""
+    quick: bool = False
+    """Seconds per section, on a model of width 16."""
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            require(name in SECTIONS, "sections", name, ", ".join(SECTIONS))
+        require(self.repeats is None or self.repeats >= 1, "repeats", self.repeats, "at least 1")
+
+    @property
+    def names(self) -> list[str]:
+        return self.sections.split(",")
+
+
+def _measurements(names: list[str]) -> dict[str, Section]:
+    """The sections' functions. Raises ConfigError where PyTorch is needed and missing."""
+    if set(names) <= set(ours.SECTIONS):
+        return ours.SECTIONS
+    from experiments.benchmarks import against_pytorch
+
+    return against_pytorch.SECTIONS | ours.SECTIONS
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    threads = None
+    with contextlib.suppress(ImportError):
+        import torch
+
+        threads = torch.get_num_threads()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": threads,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("jax", "flax", "torch", "transformers")},
+    }
+
+
+def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The finished sections of an earlier call. Raises ConfigError if it had other settings."""
+    if not path.exists():
+        return {}
+    try:
+        earlier = json.loads(path.read_text())
+        same = earlier["settings"] == settings
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"out: {path} is damaged ({error}); allowed is a results.json as a benchmark wrote it"
+        ) from error
+    require(same, "out", str(path.parent), f"a directory that is new or of a benchmark with {settings}")
+    return earlier["sections"]
+
+
+def main(command: BenchmarkCommand) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the rest of a GPU's memory.
+    measure = _measurements(command.names)
+    plan = choose_plan(command.quick)
+    if command.repeats is not None:
+        plan = dataclasses.replace(plan, repeats=command.repeats)
+    settings = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "device": jax.devices()[0].device_kind}))
+    path = command.out / "results.json"
+    sections = _resume(path, settings)
+    command.out.mkdir(parents=True, exist_ok=True)
+    load = os.getloadavg()[0]
+    if load > IDLE_LOAD:
+        print(f"warning: load average {load:.1f}; beside other jobs PyTorch's threads wait for each other", flush=True)
+    for name in command.names:
+        if name in sections:
+            print(f"{name}: done before")
+            continue
+        print(f"{name} ...", flush=True)
+        start = time.monotonic()
+        found = measure[name](plan, lambda line: print(f"  {line}", flush=True))
+        sections[name] = {
+            "seconds": time.monotonic() - start,
+            "date": datetime.date.today().isoformat(),
+            "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+            "load_average_before": load,
+            "environment": environment(),
+            "found": found,
+        }
+        write_json(path, {"settings": settings, "environment": environment(), "sections": sections})
+        print(f"{name}: {sections[name]['seconds']:.0f} s", flush=True)
+        jax.clear_caches()
+    results = json.loads(path.read_text())
+    (command.out / "table.md").write_text(report.table(results))
+    if "scaling" in sections:
+        report.draw(results, command.out)
+    print(report.table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main, BenchmarkCommand)

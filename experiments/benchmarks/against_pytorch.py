@@ -1,0 +1,249 @@
+"""The sections with two sides: ours and PyTorch's, on the same weights, problems, machine and threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckl_jax import addition
+from ckl_jax import problems as problems_lib
+from ckl_jax.checkpoint import Model
+from ckl_jax.config import ModelConfig
+from ckl_jax.episodes import Episodes, collect
+from ckl_jax.finetune import draw_problems, make_task
+from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.problems import Problems
+from ckl_jax.rollout import answer_mask
+from ckl_jax.rollout import rollout as plain_rollout
+from ckl_jax.updates import train_round, update
+from experiments import authors_round
+from experiments import pytorch_baselines as baselines
+from experiments.benchmarks.timing import alternate, speedup, spread, timed
+from experiments.benchmarks.workload import (
+    Plan,
+    Progress,
+    Round,
+    Section,
+    first_round,
+    num_parameters,
+    pretrain_config,
+    text_stream,
+    tiny_config,
+    tiny_model,
+    unending_model,
+)
+
+MINIBATCH = 8
+"""Transitions per Adam step, in the authors' procedure and in our transition mode."""
+LARGE_VALUE_BATCH = 256
+"""tianshou's default of prefixes per value pass, which the authors replace by their minibatch size."""
+
+
+def _speculative(config: ModelConfig, max_length: int) -> Callable[..., Any] | None:
+    """The draft-verified rollout, jitted: (params, problems, key) -> trajectory. None where there is none yet."""
+    try:
+        module = importlib.import_module("ckl_jax.speculative")
+    except ModuleNotFoundError:
+        return None
+    return jax.jit(lambda *arguments: module.speculative_rollout(config, *arguments, max_length=max_length).trajectory)
+
+
+def _compare_rollouts(
+    model: Model, problems: Problems, max_length: int, batch: int, repeats: int, speculative: Callable[..., Any] | None
+) -> dict[str, Any]:
+    key = jax.random.key(0)
+    ours = jax.jit(functools.partial(plain_rollout, model.config, max_length=max_length, batch=batch))
+    theirs = baselines.to_transformers(model.config, model.params)
+    arguments = (model.params, problems, key)
+
+    def generate() -> np.ndarray:
+        return baselines.generate(theirs, problems, max_length, 1.0, seed=0)
+
+    sides = {"ours": timed(ours, *arguments), "transformers": timed(generate)}
+    characters = {
+        "ours": int(ours(*arguments).mask_BxT.sum()),
+        "transformers": int(answer_mask(jnp.asarray(generate())).sum()),
+    }
+    if speculative is not None:
+        sides["speculative"] = timed(speculative, *arguments)
+        characters["speculative"] = int(speculative(*arguments).mask_BxT.sum())
+    seconds = alternate(sides, repeats)
+    episodes = len(problems.episodes_B)
+    return {
+        "parameters": num_parameters(model.params),
+        "episodes": episodes,
+        "max_length": max_length,
+        "seconds": seconds,
+        "characters": characters,
+        "episodes_per_second": {name: spread([episodes / s for s in seconds[name]]) for name in sides},
+        "characters_per_second": {name: spread([characters[name] / s for s in seconds[name]]) for name in sides},
+        "speedup": {name: speedup(seconds["transformers"], seconds[name]) for name in sides if name != "transformers"},
+    }
+
+
+def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Generation: ours, step by step and draft-verified, against transformers' cached ``generate``, all one batch.
+
+    The trained tiny model samples a round's episodes at temperature 1 until they end. Larger models have random weights
+    and write the same fixed number of characters on both sides; drafts that their outputs never follow would say
+    nothing of the draft-verified rollout, which is left out there.
+    """
+    model, config = tiny_model(plan), tiny_config(plan)
+    task = make_task(config, model)
+    problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
+    draft_verified = _speculative(model.config, task.max_length)
+    found = {}
+    compared = _compare_rollouts(model, problems, task.max_length, config.rollout_batch, plan.repeats, draft_verified)
+    left_out = [] if draft_verified else ["the draft-verified rollout, which this version lacks"]
+    found["tiny"] = compared | {"weights": "random" if plan.quick else "trained", "left_out": left_out}
+    progress(f"rollout, tiny: {found['tiny']['speedup']}")
+    for scale, episodes, length in plan.fixed_rollouts:
+        model = unending_model(plan, scale)
+        digits = model.max_pretrain_digits + 1
+        drawn = addition.rl_problems(np.random.default_rng(0), episodes, digits, model.max_pretrain_digits)
+        packed = problems_lib.pack(drawn, digits, model.max_pretrain_digits)
+        compared = _compare_rollouts(model, packed, length, episodes, plan.repeats, None)
+        assert set(compared["characters"].values()) == {episodes * length}, compared["characters"]
+        left_out = ["the draft-verified rollout with random weights, which follow no draft"]
+        found[scale] = compared | {"weights": "random, of fixed length", "left_out": left_out}
+        progress(f"rollout, {scale}: {compared['speedup']}")
+        jax.clear_caches()
+    return found
+
+
+def _collect(first: Round) -> Episodes:
+    """The episodes that ``train_round`` collects, with its own key."""
+    round_key = jax.random.fold_in(jax.random.key(first.hyper.seed), first.state.round + 1)
+    key = jax.random.split(round_key)[0]
+    run = jax.jit(lambda p, r, problems, k: collect(first.task, p, r, problems, k, None)[0])
+    return run(first.state.params, first.reference, first.problems, key)
+
+
+def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """A whole round of ours against the authors' procedure on the same episodes, of which a share is timed.
+
+    Episode mode is the tiny preset with the paper's k2, its diagnostics included. Transition mode makes the authors'
+    updates: minibatches of 8 single transitions. It and the authors' procedure are timed in part and scaled up.
+    """
+    model, config = tiny_model(plan), tiny_config(plan, kl="k2")
+    first = first_round(model, config)
+    run = jax.jit(functools.partial(train_round, first.task))
+    arguments = (first.reference, first.state, first.hyper, first.problems)
+    episodes = _collect(first)
+    transitions = authors_round.to_transitions(episodes)
+    networks = authors_round.make_round(model.config, config, first.state.params, first.reference)
+    theirs: list[dict[str, Any]] = []
+
+    def authors() -> float:
+        share, seed = plan.authors_share, len(theirs)
+        theirs.append(authors_round.time_round(networks, transitions, batch=MINIBATCH, share=share, seed=seed))
+        return theirs[-1]["total"]
+
+    sides: dict[str, Callable[[], float]] = {"episodes": timed(run, *arguments), "authors": authors}
+    measure = _transition_mode(plan, first, episodes)
+    stages: list[dict[str, float]] = []
+    if measure is not None:
+
+        def our_transitions(measure: Callable[[], dict[str, float]] = measure) -> float:
+            stages.append(measure())
+            return sum(stages[-1].values())
+
+        sides["transitions"] = our_transitions
+    seconds = alternate(sides, plan.repeats)
+    progress("round: " + ", ".join(f"{name} {spread(values)['median']:.3g} s" for name, values in seconds.items()))
+    large = authors_round.time_round(
+        networks, transitions, batch=MINIBATCH, value_batch=LARGE_VALUE_BATCH, value_batches=3, share=0.0
+    )
+    return {
+        "episodes": config.episodes,
+        "transitions": len(transitions.end_N),
+        "seconds": seconds,
+        "authors_stages": theirs[1:],
+        "transition_mode_stages": stages[1:],
+        "authors_values_in_large_batches": large["seconds"]["values"],
+        "large_value_batch": large["value_batch"],
+        "share_of_updates_timed": plan.authors_share,
+        "speedup": {name: speedup(seconds["authors"], seconds[name]) for name in sides if name != "authors"},
+        "left_out": [] if stages else ["our transition mode, which this version lacks"],
+    }
+
+
+def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[], dict[str, float]] | None:
+    """Measures the seconds of a collect, and of a round's updates in transition mode: a share of them, scaled up.
+
+    The share is the program itself with most transitions masked out at random, so that fewer updates are left.
+    """
+    if "minibatch" not in {field.name for field in dataclasses.fields(first.task.config)}:
+        return None
+    overrides: dict[str, Any] = {"minibatch": "transitions", "minibatch_transitions": MINIBATCH}
+    task = first.task._replace(config=dataclasses.replace(first.task.config, **overrides))
+    mask_BxT = np.asarray(episodes.trajectory.mask_BxT)
+    kept = MINIBATCH * max(1, round(plan.authors_share * mask_BxT.sum() / MINIBATCH))
+    chosen = np.random.default_rng(0).choice(np.flatnonzero(mask_BxT), kept, replace=False)
+    few_BxT = np.zeros(mask_BxT.size, bool)
+    few_BxT[chosen] = True
+    trajectory = episodes.trajectory._replace(mask_BxT=jnp.asarray(few_BxT.reshape(mask_BxT.shape)))
+    few = episodes._replace(trajectory=trajectory)
+    run = jax.jit(functools.partial(update, task))
+    key = jax.random.key(0)
+    collecting = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None))
+
+    scale = float(mask_BxT.sum() / kept)
+    updating = timed(run, first.hyper, first.state, few, key)
+    gathering = timed(collecting, first.state.params, first.reference, first.problems)
+    return lambda: {"collect": gathering(), "updates": scale * updating()}
+
+
+def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict[str, Any]:
+    config = pretrain_config(plan, scale, batch)
+    stream = text_stream(config.max_digits)
+    tokens_N, on_device = np.asarray(stream.tokens_N), jax.tree.map(jnp.asarray, stream)
+    state = jax.jit(functools.partial(init_state, config))()
+    parameters = num_parameters(state.params)
+    model = baselines.GPT.from_params(config.model, state.params)
+    optimizer = baselines.make_adamw(config, model)
+    window, rng = config.model.block_size, np.random.default_rng(0)
+
+    def ours() -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = train_step(config, state, on_device)
+        jax.block_until_ready(metrics)
+
+    def theirs() -> None:
+        for _ in range(steps):
+            offsets_B = rng.integers(0, len(tokens_N) - window, batch)
+            text_BxT = tokens_N[offsets_B[:, None] + np.arange(window + 1)]
+            baselines.pretrain_step(model, optimizer, (text_BxT[:, :-1], text_BxT[:, 1:]), config.clip_norm)
+
+    seconds = alternate({"ours": timed(ours), "pytorch": timed(theirs)}, plan.repeats)
+    characters = batch * window * steps
+    return {
+        "parameters": parameters,
+        "batch": batch,
+        "window": window,
+        "steps": steps,
+        "seconds": seconds,
+        "characters_per_second": {name: spread([characters / s for s in v]) for name, v in seconds.items()},
+        "speedup": {"ours": speedup(seconds["pytorch"], seconds["ours"])},
+    }
+
+
+def pretraining(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Training steps on windows of the block, AdamW and no dropout on both sides: characters per second."""
+    found = {}
+    for scale, batch, steps in plan.pretraining:
+        found[scale] = _compare_pretraining(plan, scale, batch, steps)
+        progress(f"pretraining, {scale}: {found[scale]['speedup']['ours']}")
+        jax.clear_caches()
+    return found
+
+
+SECTIONS: dict[str, Section] = {"rollout": rollout, "round": round_, "pretraining": pretraining}

@@ -1,0 +1,166 @@
+"""The benchmark: what it measures is what it says, its tables come from results.json alone, and it can be resumed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import cli
+from ckl_jax import problems as problems_lib
+from ckl_jax.addition import short_problems
+from ckl_jax.config import ConfigError
+from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.rollout import rollout
+from experiments import benchmark
+from experiments.benchmarks import against_pytorch, ours, report, timing, workload
+
+ROOT = pathlib.Path(__file__).parents[1]
+STORED = ROOT / "tests" / "data" / "benchmark_results.json"
+
+
+def command(*arguments):
+    return cli.parse(benchmark.BenchmarkCommand, None, arguments)
+
+
+def test_sides_are_warmed_up_and_then_alternate():
+    calls = []
+
+    def side(name, seconds):
+        return lambda: (calls.append(name), seconds)[1]
+
+    found = timing.alternate({"a": side("a", 1.0), "b": side("b", 3.0)}, repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert found == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
+
+
+def test_the_speedup_is_the_spread_of_the_ratios_pair_by_pair():
+    assert timing.speedup([4.0, 6.0, 10.0], [1.0, 2.0, 2.0]) == {"median": 4.0, "low": 3.0, "high": 5.0}
+
+
+def test_costs_are_those_of_a_matrix_product():
+    a, b = jnp.zeros((64, 32)), jnp.zeros((32, 16))
+    flops, touched = ours._cost(jnp.dot, a, b)
+    assert flops == 2 * 64 * 32 * 16
+    assert touched == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+
+
+def test_the_decoding_steps_of_each_cache_size_add_up_to_every_groups_longest_episode():
+    parts = list(ours._decoding(20, 400, np.array([5, 200, 300, 380]), group=2))
+    assert parts == [(128, 108), (256, 92), (128, 108), (256, 128), (384, 128), (400, 16)]
+
+
+def test_episodes_of_the_unending_model_run_to_the_limit():
+    model = workload.unending_model(workload.QUICK, "tiny")
+    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 8, 1), 1, 1)
+    trajectory = rollout(model.config, model.params, packed, jax.random.key(0), max_length=50)
+    assert trajectory.mask_BxT.all()
+    assert len(np.unique(trajectory.answers_BxT)) > 10
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "gpt2"])
+def test_the_full_plan_fits_its_models(scale):
+    plan = workload.Plan()
+    config = workload.pretrain_config(plan, scale, 1)
+    assert config.model.dropout == 0
+    assert (config.packing, config.optimizer) == ("stream", "adamw")
+    for episodes in (*plan.episodes, plan.runs_episodes, plan.digits_episodes, plan.sizes_episodes):
+        assert workload.tiny_config(plan, episodes=episodes).episodes == episodes
+
+
+def test_the_text_stream_trains(small_model):
+    config = workload.pretrain_config(workload.QUICK, "tiny", 2)
+    stream = jax.tree.map(jnp.asarray, workload.text_stream(1, count=200))
+    _, metrics = train_step(config, init_state(config), stream)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_tables_and_figure_come_from_the_stored_results(tmp_path):
+    results = json.loads(STORED.read_text())
+    table = report.table(results)
+    for section in benchmark.SECTIONS:
+        assert f"## {section}\n" in table
+    authors = results["sections"]["round"]["found"]["speedup"]["episodes"]
+    assert f"{authors['median']:.3g}x" in table
+    body = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(body) > 20
+    assert "nan" not in table
+    report.draw(results, tmp_path)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+
+
+def test_a_table_of_some_sections_has_those_alone():
+    results = json.loads(STORED.read_text())
+    results["sections"] = {"memory": results["sections"]["memory"]}
+    assert [line for line in report.table(results).splitlines() if line.startswith("##")] == ["## memory"]
+
+
+def test_the_draft_verified_rollout_is_measured_where_there_is_one(monkeypatch):
+    def speculative_rollout(config, params, problems, key, *, max_length):
+        return types.SimpleNamespace(trajectory=rollout(config, params, problems, key, max_length=max_length))
+
+    module = types.SimpleNamespace(speculative_rollout=speculative_rollout)
+    monkeypatch.setitem(sys.modules, "ckl_jax.speculative", module)
+    model = workload.unending_model(workload.QUICK, "tiny")
+    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 2, 1), 1, 1)
+    draft_verified = against_pytorch._speculative(model.config, 6)
+    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1, draft_verified)
+    assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
+    assert set(found["speedup"]) == {"ours", "speculative"}
+
+
+def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
+    quick = command("--quick", "True", "--sections", "rollout", "--out", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in ("pytorch_baselines", "authors_round", "benchmarks.against_pytorch"):
+        monkeypatch.delitem(sys.modules, f"experiments.{name}")
+        monkeypatch.delattr(f"experiments.{name}")
+    with pytest.raises(ConfigError, match=r"torch: not installed.*\[bench\]"):
+        benchmark.main(quick)
+
+
+def test_an_unknown_section_is_refused():
+    with pytest.raises(ConfigError, match=r"sections: got 'rolout', allowed is rollout, round"):
+        command("--sections", "rolout,round")
+
+
+def test_finished_sections_are_kept_and_other_settings_refused(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def section(name):
+        return lambda plan, progress: measured.append(name) or {"peak_bytes": 1}
+
+    names = ("memory", "limit")
+    monkeypatch.setattr(ours, "SECTIONS", {name: section(name) for name in names})
+    monkeypatch.setattr(report, "table", lambda results: " ".join(results["sections"]))
+    benchmark.main(command("--quick", "True", "--sections", "memory", "--out", str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sections"]["memory"]["found"] == {
+        "peak_bytes": 1
+    }
+    benchmark.main(command("--quick", "True", "--sections", "memory,limit", "--out", str(tmp_path / "out")))
+    assert measured == ["memory", "limit"]
+    assert "memory: done before" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="out: "):
+        benchmark.main(command("--repeats", "7", "--sections", "memory", "--out", str(tmp_path / "out")))
+    (tmp_path / "out" / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        benchmark.main(command("--quick", "True", "--sections", "memory", "--out", str(tmp_path / "out")))
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_measures_every_section(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = ["-m", "experiments.benchmark", "--quick", "True", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sections = json.loads((tmp_path / "out" / "results.json").read_text())["sections"]
+    assert set(sections) == set(benchmark.SECTIONS)
+    assert (tmp_path / "out" / "table.md").read_text() in done.stdout
+    assert (tmp_path / "out" / "scaling.png").exists()
