@@ -7,11 +7,14 @@ import contextlib
 import ctypes
 import inspect
 import io
+import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import tyro
 
 from ckl_jax.config import ConfigError
@@ -66,9 +69,17 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _keep_compiled_programs() -> None:
+    """Starting again skips the compilation. JAX's own variable JAX_COMPILATION_CACHE_DIR names another directory."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "ckl_jax" / "compiled"))
+
+
 def run(main: Callable[[Any], None], config_type: Any, preset: Callable[..., Any] | None = None) -> None:
     """Parses the process's arguments and runs ``main``; a ConfigError ends as one line and exit code 2."""
     _keep_freed_memory()
+    _keep_compiled_programs()
     try:
         main(parse(config_type, preset, sys.argv[1:]))
     except ConfigError as error:

@@ -88,6 +88,10 @@ def _stack(items: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
+def _rows(problems: Problems, start: int, count: int) -> Problems:
+    return jax.tree.map(lambda x: x[start : start + count], problems)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _test_rewards(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
     """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
@@ -128,7 +132,11 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
     for name, (drawn, digits) in sets.items():
         packed = problems_lib.pack(drawn, digits, base)
         length = addition.max_answer_length(digits, extra)
-        accuracy[name] = np.asarray(_test_rewards(task, policies, packed, length)).mean(axis=1)
+        # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
+        starts = range(0, len(drawn), task.config.test_problems)
+        groups = [_rows(packed, start, task.config.test_problems) for start in starts]
+        rewards = [np.asarray(_test_rewards(task, policies, group, length)) for group in groups]
+        accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy
 
 

@@ -7,8 +7,9 @@ Since the noise of a character is a function of (key, episode, position) alone, 
 number of passes and nothing else. (Leviathan et al. 2023 accept by rejection sampling; with common noise the drafts of
 a deterministic drafter need none.)
 
-The rows are slots: as soon as an episode has ended its slot takes the next one. ``generate`` gives up on a policy that
-follows too few of the drafts and decodes step by step.
+The rows are slots: as soon as an episode has ended its slot takes the next one, and the last few episodes, which tend
+to be those that follow no draft, are moved to fewer slots. ``generate`` gives up on a policy that follows too few of
+the drafts and decodes step by step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 How = Literal["auto", "speculative", "plain"]
 WINDOW = 32
 CPU_SLOTS = 16
+LAST_SHARE = 4
 TRIAL_PASSES = 16
 LEAST_ACCEPTED = 8.0
 
@@ -43,6 +45,7 @@ class Verified(NamedTuple):
       logits_BxTxV, hidden_BxTxD: as ``score`` gives them where the mask is True, elsewhere finite and meaningless;
         None unless asked for.
       passes: int32 [], how many times the policy was applied to a window of every slot.
+      windows: int32 [], how many windows of single rows that makes, idle slots left out.
       complete: bool [], False if it gave up: the trajectory is unfinished then.
     """
 
@@ -50,6 +53,7 @@ class Verified(NamedTuple):
     logits_BxTxV: jax.Array | None
     hidden_BxTxD: jax.Array | None
     passes: jax.Array
+    windows: jax.Array
     complete: jax.Array
 
 
@@ -65,8 +69,8 @@ class _Written(NamedTuple):
 class _Slots(NamedTuple):
     """G slots: which episode (B: none), how many of its columns are known, and the cache.
 
-    ``queued`` is the next episode without a slot, ``active`` whether to go on, ``complete`` whether it has not given
-    up; ``windows`` and ``accepted`` count windows and their accepted characters in all passes.
+    ``queued`` is the next episode without a slot, ``active`` how many slots have one (the most of all runs), and
+    ``complete`` whether it has not given up; ``windows`` and ``accepted`` count windows and their accepted characters in all passes.
     """
 
     queued: jax.Array
@@ -119,8 +123,8 @@ def speculative_rollout(
     lists_Bx2xJ = jnp.asarray(problems.lists_Bx3x2xJ)[:, 0]
     identities_B = jnp.asarray(problems.episodes_B)
 
-    def over_runs(number):
-        return number if axis_name is None else jax.lax.psum(number, axis_name)
+    def over_runs(number, combine=jax.lax.psum):
+        return number if axis_name is None else combine(number, axis_name)
 
     def verify(state: _Slots) -> _Slots:
         idle_G = state.episodes_G == count
@@ -183,7 +187,7 @@ def speculative_rollout(
             jnp.where(ended_G | idle_G, first_G, now_known_G),
             output.cache._replace(segments_BxS=segments, length=known_G),
             written,
-            (over_runs((episodes_G < count).sum()) > 0) & ~hopeless,
+            over_runs((episodes_G < count).sum(), jax.lax.pmax),
             ~hopeless,
             state.passes + 1,
             windows,
@@ -192,7 +196,7 @@ def speculative_rollout(
 
     width = total + window
     tokens = jnp.pad(prompts_BxP, ((0, 1), (0, width - num_prompt)), constant_values=addition.PAD_ID)
-    zero, yes = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    zero = jnp.zeros((), jnp.int32)
     state = _Slots(
         jnp.asarray(num_slots),
         jnp.arange(num_slots),
@@ -204,13 +208,15 @@ def speculative_rollout(
             jnp.zeros((count, max_length, config.vocab_size), jnp.float32) if with_scores else None,
             jnp.zeros((count, max_length, config.width), jnp.float32) if with_scores else None,
         ),
-        yes,
-        yes,
+        jnp.asarray(num_slots),
+        jnp.ones((), bool),
         zero,
         zero,
         zero,
     )
-    state = jax.lax.while_loop(lambda state: state.active, verify, state)
+    for fewer in (num_slots // LAST_SHARE, 0):
+        state = jax.lax.while_loop(lambda state, n=fewer: (state.active > n) & state.complete, verify, state)
+        state = _keep_slots(state, fewer, count) if fewer else state
 
     written = state.written
     answers_BxT = written.tokens[:count, num_prompt:total]
@@ -225,7 +231,14 @@ def speculative_rollout(
         mask_BxT,
         problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
     )
-    return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.complete)
+    return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.windows, state.complete)
+
+
+def _keep_slots(state: _Slots, number: int, idle: int) -> _Slots:
+    """The state with that many slots, those of the remaining episodes."""
+    kept = jnp.argsort(state.episodes_G == idle)[:number]
+    cache = jax.tree.map(lambda x: x[kept], state.cache)
+    return state._replace(episodes_G=state.episodes_G[kept], known_G=state.known_G[kept], cache=cache)
 
 
 def generate(
@@ -253,7 +266,8 @@ def generate(
     def plain() -> Verified:
         trajectory = rollout(config, params, problems, key, batch=batch, axis_name=axis_name, **sampling)
         logits_BxTxV, hidden_BxTxD = score(config, params, trajectory) if with_scores else (None, None)
-        return Verified(trajectory, logits_BxTxV, hidden_BxTxD, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+        none = jnp.zeros((), jnp.int32)
+        return Verified(trajectory, logits_BxTxV, hidden_BxTxD, none, none, jnp.ones((), bool))
 
     if how == "plain":
         return plain()

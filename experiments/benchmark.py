@@ -5,7 +5,8 @@
     python -m experiments.benchmark --sections rollout,round        # some sections only
     python -m experiments.benchmark --quick True                    # checks the code, measures nothing of interest
 
-Sections: ``rollout`` (against transformers' generate), ``round`` (against the authors' procedure), ``pretraining``
+Sections: ``rollout`` (against transformers' generate), ``speculation`` (speculative against plain rollout, by policy),
+``round`` (against the authors' procedure), ``pretraining``
 (against a plain PyTorch step), ``scaling`` (cost of a round against runs, episodes, length and model size),
 ``compile``, ``memory``, ``limit`` (share of the device's matmul and copy rates). Both sides run on the same machine,
 weights, problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark
@@ -34,10 +35,10 @@ import jax
 from ckl_jax import cli
 from ckl_jax.checkpoint import write_json
 from ckl_jax.config import ConfigError, require
-from experiments.benchmarks import ours, report
+from experiments.benchmarks import ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
-SECTIONS = ("rollout", "round", "pretraining", "scaling", "compile", "memory", "limit")
+SECTIONS = ("rollout", "speculation", "round", "pretraining", "scaling", "compile", "memory", "limit")
 IDLE_LOAD = 0.5
 
 
@@ -51,6 +52,8 @@ class BenchmarkCommand:
     """Sections to measure, separated by commas."""
     repeats: int | None = None
     """Pairs of measurements after the warm-up; default 3."""
+    policies: tuple[pathlib.Path, ...] = ()
+    """Fine-tuned checkpoints, which the section ``speculation`` measures too."""
     quick: bool = False
     """Seconds per section, on a model of width 16."""
 
@@ -66,11 +69,12 @@ class BenchmarkCommand:
 
 def _measurements(names: list[str]) -> dict[str, Section]:
     """The sections' functions. Raises ConfigError where PyTorch is needed and missing."""
-    if set(names) <= set(ours.SECTIONS):
-        return ours.SECTIONS
+    alone = ours.SECTIONS | speculation.SECTIONS
+    if set(names) <= set(alone):
+        return alone
     from experiments.benchmarks import against_pytorch
 
-    return against_pytorch.SECTIONS | ours.SECTIONS
+    return against_pytorch.SECTIONS | alone
 
 
 def _version(package: str) -> str | None:
@@ -119,6 +123,7 @@ def main(command: BenchmarkCommand) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the rest of a GPU's memory.
     measure = _measurements(command.names)
     plan = choose_plan(command.quick)
+    plan = dataclasses.replace(plan, policies=tuple(str(path) for path in command.policies))
     if command.repeats is not None:
         plan = dataclasses.replace(plan, repeats=command.repeats)
     settings = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "device": jax.devices()[0].device_kind}))

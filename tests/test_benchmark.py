@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,13 @@ import pytest
 
 from ckl_jax import cli
 from ckl_jax import problems as problems_lib
-from ckl_jax.addition import short_problems
+from ckl_jax.addition import PAD, Problem, answer_text, decode, short_problems
 from ckl_jax.config import ConfigError
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import rollout
+from ckl_jax.speculative import generate
 from experiments import benchmark
-from experiments.benchmarks import against_pytorch, ours, report, timing, workload
+from experiments.benchmarks import against_pytorch, ours, report, speculation, timing, workload
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "data" / "benchmark_results.json"
@@ -102,18 +102,33 @@ def test_a_table_of_some_sections_has_those_alone():
     assert [line for line in report.table(results).splitlines() if line.startswith("##")] == ["## memory"]
 
 
-def test_the_draft_verified_rollout_is_measured_where_there_is_one(monkeypatch):
-    def speculative_rollout(config, params, problems, key, *, max_length):
-        return types.SimpleNamespace(trajectory=rollout(config, params, problems, key, max_length=max_length))
-
-    module = types.SimpleNamespace(speculative_rollout=speculative_rollout)
-    monkeypatch.setitem(sys.modules, "ckl_jax.speculative", module)
+def test_all_rollouts_that_are_compared_write_the_same_number_of_characters():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(short_problems(np.random.default_rng(0), 2, 1), 1, 1)
-    draft_verified = against_pytorch._speculative(model.config, 6)
-    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1, draft_verified)
+    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1, drafted=True)
     assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
     assert set(found["speedup"]) == {"ours", "speculative"}
+
+
+def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_written():
+    packed = problems_lib.pack([Problem(357, 68), Problem(9, 4)], 3, 2)
+    wrong = np.full((2, 160), 5, np.int32)
+    got = speculation.first_draft(jnp.asarray(packed.lists_Bx3x2xJ[:, 0]), wrong, jnp.array([7, 30]), 40)
+    expected = [answer_text(357, 68)[7:47], answer_text(9, 4)[30:70]]
+    assert [decode(row) for row in np.array(got)] == [text.ljust(40, PAD) for text in expected]
+
+
+def test_near_ties_are_where_two_rollouts_begin_to_differ():
+    model = workload.unending_model(workload.QUICK, "tiny")
+    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 3, 1), 1, 1)
+    key = jax.random.key(0)
+    plain = generate(model.config, model.params, packed, key, how="plain", max_length=10)
+    assert speculation._near_ties(model, packed, key, 1.0, plain, plain) == {"differing": 0, "widest_gap": None}
+    tokens = plain.trajectory.tokens_BxL.at[1, -4].add(1)
+    other = plain._replace(trajectory=plain.trajectory._replace(tokens_BxL=tokens))
+    found = speculation._near_ties(model, packed, key, 1.0, plain, other)
+    assert found["differing"] == 1
+    assert found["widest_gap"] > 0
 
 
 def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
@@ -127,7 +142,7 @@ def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
 
 
 def test_an_unknown_section_is_refused():
-    with pytest.raises(ConfigError, match=r"sections: got 'rolout', allowed is rollout, round"):
+    with pytest.raises(ConfigError, match=r"sections: got 'rolout', allowed is rollout, speculation, round"):
         command("--sections", "rolout,round")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +14,19 @@ import numpy as np
 from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import ModelConfig
 from ckl_jax.episodes import Episodes, collect
 from ckl_jax.finetune import draw_problems, make_task
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import answer_mask
 from ckl_jax.rollout import rollout as plain_rollout
+from ckl_jax.speculative import generate
 from ckl_jax.updates import train_round, update
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 from experiments.benchmarks.timing import alternate, speedup, spread, timed
 from experiments.benchmarks.workload import (
+    PLAIN_BATCH,
     Plan,
     Progress,
     Round,
@@ -46,34 +46,26 @@ LARGE_VALUE_BATCH = 256
 """tianshou's default of prefixes per value pass, which the authors replace by their minibatch size."""
 
 
-def _speculative(config: ModelConfig, max_length: int) -> Callable[..., Any] | None:
-    """The draft-verified rollout, jitted: (params, problems, key) -> trajectory. None where there is none yet."""
-    try:
-        module = importlib.import_module("ckl_jax.speculative")
-    except ModuleNotFoundError:
-        return None
-    return jax.jit(lambda *arguments: module.speculative_rollout(config, *arguments, max_length=max_length).trajectory)
-
-
 def _compare_rollouts(
-    model: Model, problems: Problems, max_length: int, batch: int, repeats: int, speculative: Callable[..., Any] | None
+    model: Model, problems: Problems, max_length: int, batch: int, repeats: int, drafted: bool
 ) -> dict[str, Any]:
     key = jax.random.key(0)
     ours = jax.jit(functools.partial(plain_rollout, model.config, max_length=max_length, batch=batch))
     theirs = baselines.to_transformers(model.config, model.params)
     arguments = (model.params, problems, key)
 
-    def generate() -> np.ndarray:
+    def transformers() -> np.ndarray:
         return baselines.generate(theirs, problems, max_length, 1.0, seed=0)
 
-    sides = {"ours": timed(ours, *arguments), "transformers": timed(generate)}
+    sides = {"ours": timed(ours, *arguments), "transformers": timed(transformers)}
     characters = {
         "ours": int(ours(*arguments).mask_BxT.sum()),
-        "transformers": int(answer_mask(jnp.asarray(generate())).sum()),
+        "transformers": int(answer_mask(jnp.asarray(transformers())).sum()),
     }
-    if speculative is not None:
-        sides["speculative"] = timed(speculative, *arguments)
-        characters["speculative"] = int(speculative(*arguments).mask_BxT.sum())
+    if drafted:
+        auto = jax.jit(functools.partial(generate, model.config, max_length=max_length))
+        sides["speculative"] = timed(auto, *arguments)
+        characters["speculative"] = int(auto(*arguments).trajectory.mask_BxT.sum())
     seconds = alternate(sides, repeats)
     episodes = len(problems.episodes_B)
     return {
@@ -89,29 +81,27 @@ def _compare_rollouts(
 
 
 def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Generation: ours, step by step and draft-verified, against transformers' cached ``generate``, all one batch.
+    """Generation: ours, step by step and speculative, against transformers' cached ``generate``, all one batch.
 
     The trained tiny model samples a round's episodes at temperature 1 until they end. Larger models have random weights
     and write the same fixed number of characters on both sides; drafts that their outputs never follow would say
-    nothing of the draft-verified rollout, which is left out there.
+    nothing of the speculative rollout, which is left out there.
     """
     model, config = tiny_model(plan), tiny_config(plan)
     task = make_task(config, model)
     problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
-    draft_verified = _speculative(model.config, task.max_length)
     found = {}
-    compared = _compare_rollouts(model, problems, task.max_length, config.rollout_batch, plan.repeats, draft_verified)
-    left_out = [] if draft_verified else ["the draft-verified rollout, which this version lacks"]
-    found["tiny"] = compared | {"weights": "random" if plan.quick else "trained", "left_out": left_out}
+    compared = _compare_rollouts(model, problems, task.max_length, PLAIN_BATCH, plan.repeats, True)
+    found["tiny"] = compared | {"weights": "random" if plan.quick else "trained", "left_out": []}
     progress(f"rollout, tiny: {found['tiny']['speedup']}")
     for scale, episodes, length in plan.fixed_rollouts:
         model = unending_model(plan, scale)
         digits = model.max_pretrain_digits + 1
         drawn = addition.rl_problems(np.random.default_rng(0), episodes, digits, model.max_pretrain_digits)
         packed = problems_lib.pack(drawn, digits, model.max_pretrain_digits)
-        compared = _compare_rollouts(model, packed, length, episodes, plan.repeats, None)
+        compared = _compare_rollouts(model, packed, length, episodes, plan.repeats, False)
         assert set(compared["characters"].values()) == {episodes * length}, compared["characters"]
-        left_out = ["the draft-verified rollout with random weights, which follow no draft"]
+        left_out = ["the speculative rollout: random weights follow no draft"]
         found[scale] = compared | {"weights": "random, of fixed length", "left_out": left_out}
         progress(f"rollout, {scale}: {compared['speedup']}")
         jax.clear_caches()
@@ -146,16 +136,14 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
         theirs.append(authors_round.time_round(networks, transitions, batch=MINIBATCH, share=share, seed=seed))
         return theirs[-1]["total"]
 
-    sides: dict[str, Callable[[], float]] = {"episodes": timed(run, *arguments), "authors": authors}
     measure = _transition_mode(plan, first, episodes)
     stages: list[dict[str, float]] = []
-    if measure is not None:
 
-        def our_transitions(measure: Callable[[], dict[str, float]] = measure) -> float:
-            stages.append(measure())
-            return sum(stages[-1].values())
+    def our_transitions() -> float:
+        stages.append(measure())
+        return sum(stages[-1].values())
 
-        sides["transitions"] = our_transitions
+    sides = {"episodes": timed(run, *arguments), "authors": authors, "transitions": our_transitions}
     seconds = alternate(sides, plan.repeats)
     progress("round: " + ", ".join(f"{name} {spread(values)['median']:.3g} s" for name, values in seconds.items()))
     large = authors_round.time_round(
@@ -171,19 +159,16 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
         "large_value_batch": large["value_batch"],
         "share_of_updates_timed": plan.authors_share,
         "speedup": {name: speedup(seconds["authors"], seconds[name]) for name in sides if name != "authors"},
-        "left_out": [] if stages else ["our transition mode, which this version lacks"],
     }
 
 
-def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[], dict[str, float]] | None:
+def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[], dict[str, float]]:
     """Measures the seconds of a collect, and of a round's updates in transition mode: a share of them, scaled up.
 
     The share is the program itself with most transitions masked out at random, so that fewer updates are left.
     """
-    if "minibatch" not in {field.name for field in dataclasses.fields(first.task.config)}:
-        return None
-    overrides: dict[str, Any] = {"minibatch": "transitions", "minibatch_transitions": MINIBATCH}
-    task = first.task._replace(config=dataclasses.replace(first.task.config, **overrides))
+    config = dataclasses.replace(first.task.config, minibatch="transitions", minibatch_transitions=MINIBATCH)
+    task = first.task._replace(config=config)
     mask_BxT = np.asarray(episodes.trajectory.mask_BxT)
     kept = MINIBATCH * max(1, round(plan.authors_share * mask_BxT.sum() / MINIBATCH))
     chosen = np.random.default_rng(0).choice(np.flatnonzero(mask_BxT), kept, replace=False)

@@ -52,6 +52,35 @@ def _rollout(found: dict[str, Any]) -> str:
     return table + "".join(f"\n\nLeft out: {note}." for note in notes)
 
 
+def _speculation(found: dict[str, Any]) -> str:
+    header = [
+        "policy",
+        "accuracy",
+        "characters a window accepts",
+        "without re-drafting",
+        "plain",
+        "speculative",
+        "auto",
+    ]
+    rows = [
+        [
+            title,
+            f"{100 * values['accuracy']:.0f}%",
+            f"{values['characters_per_window']:.1f}",
+            f"{values['characters_per_window_without_redrafting']:.1f}",
+            f"{_spread(values['seconds']['plain'])} s",
+            _spread(values["speedup"]["speculative"], "x"),
+            _spread(values["speedup"]["auto"], "x") + (" (gave up)" if values["gave_up"] else ""),
+        ]
+        for title, values in found.items()
+    ]
+    episodes = sum(values["episodes"] for values in found.values())
+    differing = sum(values["differing"] for values in found.values())
+    gaps = [values["widest_gap"] for values in found.values() if values["widest_gap"] is not None]
+    tie = f", from where the two best perturbed logits are closer than {max(gaps):.1g}" if gaps else ""
+    return _table(header, rows) + f"\n\n{differing} of {episodes:,} episodes differ from step-by-step decoding{tie}."
+
+
 def _round(found: dict[str, Any]) -> str:
     rows = []
     for name, values in found["seconds"].items():
@@ -69,7 +98,6 @@ def _round(found: dict[str, Any]) -> str:
         f"{found['episodes']} episodes, {found['transitions']:,} transitions. The authors' procedure and our "
         f"transition mode are timed in part and scaled up; theirs: {parts}.",
         f"With values in batches of {found['large_value_batch']} instead of {last['value_batch']}: {values} s.",
-        *(f"Left out: {note}." for note in found["left_out"]),
     ]
     return _table(["a round", "seconds", "faster than the authors' procedure"], rows) + "\n\n" + " ".join(notes)
 
@@ -135,6 +163,7 @@ def _limit(found: dict[str, Any]) -> str:
 
 _SECTIONS = {
     "rollout": _rollout,
+    "speculation": _speculation,
     "round": _round,
     "pretraining": _pretraining,
     "scaling": _scaling,

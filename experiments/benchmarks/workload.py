@@ -22,6 +22,9 @@ from ckl_jax.model import GPT2
 from ckl_jax.problems import Problems
 from ckl_jax.updates import Hyper, RunState, init_run
 
+PLAIN_BATCH = 32
+"""Episodes that the tiny model decodes together step by step, the fastest number on 2 CPU cores."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,6 +38,11 @@ class Plan:
     """Share of the authors' Adam steps, and of our transition mode's, that is timed."""
     pretraining: tuple[tuple[str, int, int], ...] = (("tiny", 16, 5), ("small", 4, 2), ("gpt2", 1, 1))
     """Scale, batch and steps per measurement."""
+    speculation: tuple[tuple[int, float], ...] = ((0, 0.5), (0, 1.0), (0, 1.5), (1, 1.0), (1, 1.5), (2, 1.0))
+    """Digits beyond N and temperatures of the speculative rollouts."""
+    speculation_episodes: int = 128
+    policies: tuple[str, ...] = ()
+    """Fine-tuned checkpoints that join them."""
     runs: tuple[int, ...] = (1, 2, 4, 8, 16)
     runs_episodes: int = 32
     episodes: tuple[int, ...] = (16, 32, 64, 128)
@@ -59,6 +67,8 @@ QUICK = Plan(
     fixed_rollouts=(("small", 2, 6),),
     authors_share=0.01,
     pretraining=(("tiny", 2, 1),),
+    speculation=((0, 1.0),),
+    speculation_episodes=4,
     runs=(2,),
     runs_episodes=4,
     episodes=(4,),
