@@ -70,7 +70,8 @@ class _Slots(NamedTuple):
     """G slots: which episode (B: none), how many of its columns are known, and the cache.
 
     ``queued`` is the next episode without a slot, ``active`` how many slots have one (the most of all runs), and
-    ``complete`` whether it has not given up; ``windows`` and ``accepted`` count windows and their accepted characters in all passes.
+    ``complete`` whether it has not given up; ``windows`` and ``accepted`` count windows and the characters they
+    accepted.
     """
 
     queued: jax.Array
