@@ -14,6 +14,7 @@ the drafts and decodes step by step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -215,9 +216,10 @@ def speculative_rollout(
         zero,
         zero,
     )
-    for fewer in (num_slots // LAST_SHARE, 0):
-        state = jax.lax.while_loop(lambda state, n=fewer: (state.active > n) & state.complete, verify, state)
-        state = _keep_slots(state, fewer, count) if fewer else state
+    few = num_slots // LAST_SHARE
+    state = jax.lax.while_loop(functools.partial(_goes_on, few), verify, state)
+    if few:
+        state = jax.lax.while_loop(functools.partial(_goes_on, 0), verify, _keep_slots(state, few, count))
 
     written = state.written
     answers_BxT = written.tokens[:count, num_prompt:total]
@@ -233,6 +235,10 @@ def speculative_rollout(
         problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
     )
     return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.windows, state.complete)
+
+
+def _goes_on(fewest: int, state: _Slots) -> jax.Array:
+    return state.complete & (state.active > fewest)
 
 
 def _keep_slots(state: _Slots, number: int, idle: int) -> _Slots:
