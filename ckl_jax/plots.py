@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ckl_jax.statistics import mean_interval
+from ckl_jax.statistics import mean_intervals
 
 FEW_SEEDS = 4
 COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
@@ -29,8 +29,7 @@ def curves(
     Around it is the 95% interval as a band; with fewer than ``FEW_SEEDS``, where that says nothing, each seed's line.
     """
     for arm, values in by_arm.items():
-        intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
-        mean, low, high = (scale * np.array(part) for part in zip(*intervals, strict=True))
+        mean, low, high = (scale * part for part in mean_intervals(values))
         (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=COLORS.get(arm), linewidth=2)
         if len(values) < FEW_SEEDS:
             axes.plot(x, scale * values.T, color=line.get_color(), alpha=0.4, linewidth=0.8)
@@ -45,7 +44,7 @@ def points(
 ) -> None:
     """Mean over seeds at few x, with the 95% interval as a bar or, with few seeds, a small point for each."""
     for arm, values in by_arm.items():
-        mean, low, high = (scale * np.array(part) for part in zip(*map(mean_interval, values.T), strict=True))
+        mean, low, high = (scale * part for part in mean_intervals(values))
         few = len(values) < FEW_SEEDS
         errors = None if few else [mean - low, high - mean]
         style: dict[str, Any] = {"fmt": "o", "markersize": 8, "capsize": 4, "markeredgecolor": "white"}

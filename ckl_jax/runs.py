@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+
 from ckl_jax.checkpoint import StateCheckpoints, write_json
-from ckl_jax.config import ConfigError
+from ckl_jax.config import ConfigError, require
 
 
 class RunDirectory:
@@ -32,7 +35,7 @@ class RunDirectory:
             raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
         existing = self.path / "config.json"
         if existing.exists():
-            differing = sorted(_differences(_read_config(existing), config))
+            differing = sorted(_differences(read_json(existing, "out"), config))
             if differing:
                 raise ConfigError(
                     f"out: {self.path} holds a run with another config (differing: {', '.join(differing)}); "
@@ -76,11 +79,64 @@ class RunDirectory:
         return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
 
 
-def _read_config(path: pathlib.Path) -> Any:
+def read_json(path: pathlib.Path, field: str) -> Any:
+    """What a command wrote. Raises ConfigError, under the name of the option ``field``, if it is damaged."""
+    return _parse(path, field, json.loads)
+
+
+def read_metrics(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl that is only read. Raises ConfigError like ``read_json``."""
+    return _parse(path, field, lambda text: [json.loads(line) for line in text.splitlines()])
+
+
+def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return json.loads(path.read_text())
+        return parse(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"out: {path} is damaged ({error}); allowed is a config.json as the run wrote it") from error
+        allowed = f"allowed is a {path.name} as the run wrote it"
+        raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error
+
+
+def machine() -> dict[str, str]:
+    """Where a result was made: device kind and platform."""
+    versions = f"python {platform.python_version()}, jax {jax.__version__}"
+    return {"device": jax.devices()[0].device_kind, "platform": f"{platform.machine()}, {versions}"}
+
+
+def by_run(records: Iterable[dict[str, Any]], having: str) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """The records that have that field, by (arm, seed, step)."""
+    return {(record["arm"], record["seed"], record["step"]): record for record in records if having in record}
+
+
+def critical_probability(record: Mapping[str, Any], step: int, operand: int, slot: int) -> float:
+    """Probability of the right character at a critical token in a round's record, NaN where no episode came to it.
+
+    Args:
+      step: scratchpad line, from 1.
+      operand: 1 or 2.
+      slot: which token, as in ``Problems``.
+    """
+    if record["critical_count_3x2xC"][step - 1][operand - 1][slot] == 0:
+        return float("nan")
+    return record["critical_probability_3x2xC"][step - 1][operand - 1][slot]
+
+
+def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | None:
+    """results.json of an earlier call of ``command``, None where there is none yet.
+
+    Raises:
+      ConfigError: ``directory`` is a file or holds a results.json that is damaged or of another command.
+    """
+    is_file = directory.exists() and not directory.is_dir()
+    require(not is_file, "out", str(directory), "a directory")
+    path = directory / "results.json"
+    if not path.exists():
+        return None
+    results = read_json(path, "out")
+    config = results.get("config") if isinstance(results, dict) else None
+    same = isinstance(config, dict) and config.get("command") == command
+    require(same, "out", str(directory), f"a directory without another command's results.json (here: {command})")
+    return results
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

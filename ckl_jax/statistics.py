@@ -23,6 +23,20 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return mean, mean - half, mean + half
 
 
+def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``mean_interval`` of every column of ``values`` [seeds, n], seeds of NaN left out: three arrays [n]."""
+    intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
+    mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
+    return mean, low, high
+
+
+def percent(interval: tuple[float, float, float], sign: str = "") -> str:
+    """A mean and its interval in percent, "52.8 [42.8, 62.7]"; an interval of NaN is left out."""
+    mean, low, high = (100 * value for value in interval)
+    bounds = f" [{low:{sign}z.1f}, {high:{sign}z.1f}]" if np.isfinite(low) else ""
+    return f"{mean:{sign}z.1f}{bounds}"
+
+
 def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:
     """95% percentile interval of the mean of ``values`` [n] under resampling with replacement (paper, Table 4).
 

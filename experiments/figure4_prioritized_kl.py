@@ -12,11 +12,9 @@ differ in beta alone (0 against 150). An interrupted run goes on with the same c
 from __future__ import annotations
 
 import pathlib
-import platform
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
@@ -25,10 +23,10 @@ from ckl_jax import cli, plots
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model, write_json
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
 from ckl_jax.finetune import describe, finetune, make_runs, make_task
-from ckl_jax.runs import RunDirectory
-from ckl_jax.statistics import mean_interval
+from ckl_jax.runs import RunDirectory, by_run, critical_probability, machine
+from ckl_jax.statistics import mean_interval, percent
 
-COMMA, SECOND_OPERAND = 0, 1
+COMMA, SECOND_OPERAND = 0, 2
 
 
 @dataclass(frozen=True)
@@ -62,24 +60,21 @@ def summarize(command: Figure4Command, records: list[dict[str, Any]]) -> dict[st
     config = command.config
     names = list(arms(config))
     seeds = list(range(config.seed, config.seed + command.seeds))
-    tests = {(r["arm"], r["seed"], r["step"]): r for r in records if "test_target" in r}
-    rounds = {(r["arm"], r["seed"], r["step"]): r for r in records if "success" in r}
+    tests = by_run(records, "test_target")
+    rounds = by_run(records, "success")
     test_steps = sorted({step for _, _, step in tests})
     round_steps = sorted({step for _, _, step in rounds})
 
     def critical(arm: str, seed: int, step: int, line: int) -> float:
-        record = rounds[arm, seed, step]
-        if record["critical_count_3x2xC"][line][SECOND_OPERAND][COMMA] == 0:
-            return float("nan")
-        return record["critical_probability_3x2xC"][line][SECOND_OPERAND][COMMA]
+        return critical_probability(rounds[arm, seed, step], line, SECOND_OPERAND, COMMA)
 
     by_arm: dict[str, Any] = {}
     for arm in names:
         by_arm[arm] = {
             "learning_curve": [[tests[arm, seed, step]["test_target"] for step in test_steps] for seed in seeds],
             "old_curve": [[tests[arm, seed, step]["test_old"] for step in test_steps] for seed in seeds],
-            "critical_comma_step1": [[critical(arm, seed, step, 0) for step in round_steps] for seed in seeds],
-            "critical_comma_step2": [[critical(arm, seed, step, 1) for step in round_steps] for seed in seeds],
+            "critical_comma_step1": [[critical(arm, seed, step, 1) for step in round_steps] for seed in seeds],
+            "critical_comma_step2": [[critical(arm, seed, step, 2) for step in round_steps] for seed in seeds],
             "collect_success": [[rounds[arm, seed, step]["success"] for step in round_steps] for seed in seeds],
             "kl": [[rounds[arm, seed, step]["kl"] for step in round_steps] for seed in seeds],
         }
@@ -104,12 +99,6 @@ def summarize(command: Figure4Command, records: list[dict[str, Any]]) -> dict[st
 
 def table(results: dict[str, Any], digits: int) -> str:
     """The summary as a Markdown table, in percent."""
-
-    def cell(triple: tuple[float, float, float], sign: str = "") -> str:
-        mean, low, high = (100 * value for value in triple)
-        interval = f" [{low:{sign}.1f}, {high:{sign}.1f}]" if np.isfinite(low) else ""
-        return f"{mean:{sign}.1f}{interval}"
-
     lines = [
         f"| arm | {digits} digits before | {digits} digits after | gain | old lengths before | old lengths after |",
         "|---|---|---|---|---|---|",
@@ -118,13 +107,11 @@ def table(results: dict[str, Any], digits: int) -> str:
         columns = ("target_before", "target_after", "target_gain", "old_before", "old_after")
         before, after, gain, old_before, old_after = (values[name] for name in columns)
         lines.append(
-            f"| {arm} | {100 * before[0]:.1f} | {cell(after)} | {cell(gain, '+')} "
-            f"| {100 * old_before[0]:.1f} | {cell(old_after)} |"
+            f"| {arm} | {100 * before[0]:.1f} | {percent(after)} | {percent(gain, '+')} "
+            f"| {100 * old_before[0]:.1f} | {percent(old_after)} |"
         )
-    difference = results["paired_difference"]
-    lines.append(
-        f"| prioritized - standard, paired | | {cell(difference['target'], '+')} | | | {cell(difference['old'], '+')} |"
-    )
+    target, old = (percent(results["paired_difference"][name], "+") for name in ("target", "old"))
+    lines.append(f"| prioritized - standard, paired | | {target} | | | {old} |")
     return "\n".join(lines)
 
 
@@ -161,12 +148,7 @@ def main(command: Figure4Command) -> None:
     if not command.plot_only:
         finetune(config, model, directory, arms(config), command.seeds)
     results = summarize(command, directory.metrics())
-    results |= {
-        "config": described,
-        "device": jax.devices()[0].device_kind,
-        "platform": f"{platform.machine()}, python {platform.python_version()}, jax {jax.__version__}",
-        "wall_seconds": directory.seconds(),
-    }
+    results |= {"config": described, **machine(), "wall_seconds": directory.seconds()}
     digits = model.max_pretrain_digits + config.extra_digits
     write_json(directory.path / "results.json", results)
     draw(results, digits, directory.path)
