@@ -1,0 +1,190 @@
+"""Figure 7: the probability of the right character at six critical tokens during RL, both KL penalties.
+
+    python -m experiments.figure7_critical_tokens
+    python -m experiments.figure7_critical_tokens --run experiments/results/tiny/figure4 --out runs/figure7
+
+One panel for the comma before digit N + 1 of each operand's list (counted from the list's end, so before digit N and
+N - 1 in the shorter lists of later steps) in scratchpad steps 1, 2 and 3. It reads a finished run of
+``experiments.figure4_prioritized_kl`` and trains nothing.
+
+What is averaged: within a round, all episodes that came to the token with that operand's lists copied rightly so far;
+over seeds, each seed counts the same however many episodes that were, because a seed is what is drawn independently
+and a policy that miscopies more records fewer tokens. Where a seed recorded none it is left out of that point.
+
+What is compared: the value of the last round (the policy before its last update), prioritized minus standard of the
+same seed, its mean over seeds and Student's 95% interval. The verdict per token, with no correction for there being
+six: reproduced if the interval is above 0, not reproduced if it is below 0, else undecided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ckl_jax import cli, plots
+from ckl_jax.checkpoint import write_json
+from ckl_jax.config import ConfigError, require
+from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
+from ckl_jax.statistics import mean_interval, mean_intervals, percent
+
+COMMAND = "experiments.figure7_critical_tokens"
+ARMS = ("standard", "prioritized")
+COMMA = 0
+FINISHED_RUN = "a finished run of: python -m experiments.figure4_prioritized_kl"
+
+
+@dataclass(frozen=True)
+class Figure7Command:
+    """Figure 7: the right character's probability at six critical tokens during RL, from a run of figure 4."""
+
+    run: pathlib.Path = pathlib.Path("runs/figure4")
+    """Directory of a finished run of experiments.figure4_prioritized_kl."""
+    out: pathlib.Path | None = None
+    """Directory of results.json, figure7.png and figure7.svg; default: figure7 inside the run's."""
+    plot_only: bool = False
+    """Table and figure again from results.json."""
+
+    @property
+    def directory(self) -> pathlib.Path:
+        return self.run / "figure7" if self.out is None else self.out
+
+
+def verdict(difference: tuple[float, float, float]) -> str:
+    """What a difference (mean, low, high) between the arms says about the paper's claim; see the module's rule."""
+    _, low, high = difference
+    if low > 0:
+        return "reproduced"
+    return "not reproduced" if high < 0 else "undecided"
+
+
+def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Curves per seed, their means and intervals, final values, paired differences and verdicts of the six tokens.
+
+    Args:
+      config: the run's config.json.
+      records: of its metrics.jsonl.
+
+    Raises:
+      ConfigError: not every round of every seed of both arms is there.
+    """
+    try:
+        settings = config["config"]
+        episodes, rounds, first = (int(settings[name]) for name in ("episodes", "rounds", "seed"))
+        seeds = list(range(first, first + int(config["seeds"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"run: config.json is not figure 4's ({error!r}); allowed is {FINISHED_RUN}") from error
+    steps = range(1, rounds + 1)
+    found = by_run(records, "critical_count_3x2xC")
+    wanted = list(itertools.product(ARMS, seeds, steps))
+    missing = sum(key not in found for key in wanted)
+    require(not missing, "run", f"{missing} of {len(wanted)} rounds missing", FINISHED_RUN)
+    by_arm = {arm: [[found[arm, seed, step] for step in steps] for seed in seeds] for arm in ARMS}
+    return {
+        "seeds": seeds,
+        "episodes": [episodes * (step - 1) for step in steps],
+        "tokens": [summarize_comma(by_arm, step, operand) for step in (1, 2, 3) for operand in (1, 2)],
+    }
+
+
+def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int, operand: int) -> dict[str, Any]:
+    """One token of ``summarize``, from each arm's records [seeds][rounds]."""
+    arms: dict[str, Any] = {}
+    for arm, of_seeds in by_arm.items():
+        curves = [[critical_probability(record, step, operand, COMMA) for record in row] for row in of_seeds]
+        mean, low, high = (part.tolist() for part in mean_intervals(np.array(curves)))
+        arms[arm] = {
+            "curves": curves,
+            "counts": [[r["critical_count_3x2xC"][step - 1][operand - 1][COMMA] for r in row] for row in of_seeds],
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "before": (mean[0], low[0], high[0]),
+            "final": (mean[-1], low[-1], high[-1]),
+        }
+    prioritized, standard = (np.array(arms[arm]["curves"])[:, -1] for arm in ("prioritized", "standard"))
+    paired = (prioritized - standard)[~np.isnan(prioritized - standard)]
+    difference = mean_interval(paired)
+    return {
+        "step": step,
+        "operand": operand,
+        "arms": arms,
+        "final_difference": difference,
+        "pairs": len(paired),
+        "verdict": verdict(difference),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The six tokens as a Markdown table of probabilities in percent."""
+    lines = [
+        "| comma of step, operand | before | standard, last round | prioritized, last round | difference, paired | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for token in results["tokens"]:
+        standard, prioritized = (token["arms"][arm] for arm in ARMS)
+        lines.append(
+            f"| {token['step']}, {token['operand']} | {percent(standard['before'])} | {percent(standard['final'])} "
+            f"| {percent(prioritized['final'])} | {percent(token['final_difference'], '+')} | {token['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey=True, layout="constrained")
+    for token in results["tokens"]:
+        panel = panels[token["operand"] - 1, token["step"] - 1]
+        by_arm = {arm: np.array(values["curves"], float) for arm, values in token["arms"].items()}
+        plots.curves(panel, np.array(results["episodes"]), by_arm, label="{arm} KL")
+        difference = f"{percent(token['final_difference'], '+')} points: {token['verdict']}"
+        panel.set_title(f"comma of step {token['step']}, operand {token['operand']}\n{difference}", fontsize=10)
+    panels[0, 0].set_ylim(top=1.01)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("probability of the right character")
+    for panel in panels[-1]:
+        panel.set_xlabel("RL episodes")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    caption = (
+        f"mean over {len(results['seeds'])} seeds; below the panels' names: prioritized minus standard "
+        "in the last round, paired by seed, with 95% interval"
+    )
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS), "frameon": False}
+    figure.legend(handles, labels, title=caption, **place)
+    plots.save(figure, directory, "figure7")
+
+
+def measure(run: pathlib.Path) -> dict[str, Any]:
+    """``summarize`` of a run's directory, with the run's config, device and wall seconds."""
+    complete = all((run / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json"))
+    require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
+    config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
+    results = summarize(config, read_metrics(run / "metrics.jsonl", "run"))
+    metrics_sha256 = hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest()
+    return results | {
+        "config": {"command": COMMAND, "run": config, "metrics_sha256": metrics_sha256},
+        **{name: made.get(name) for name in ("device", "platform", "wall_seconds")},
+    }
+
+
+def main(command: Figure7Command) -> None:
+    directory = command.directory
+    results = earlier_results(directory, COMMAND)
+    if not command.plot_only:
+        results = measure(command.run)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / "results.json", results)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {directory}, allowed is a directory with an earlier call's results.json")
+    draw(results, directory)
+    print(table(results))
+    print(f"results.json, figure7.png and figure7.svg in {directory}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Figure7Command)
