@@ -1,0 +1,283 @@
+"""Figure 1: one addition's scratchpad, every generated character coloured by the model's certainty.
+
+    python -m experiments.figure1_scratchpad
+    python -m experiments.figure1_scratchpad --a 999999 --b 1 --temperature 1 --seed 3
+
+The pre-trained model writes the answer to operands longer than it was trained on. The colour is its certainty J:
+1 minus the entropy of its next character over log V. Boxes are the critical tokens that it came to with that operand's
+digits copied rightly so far; their numbers lead to the table below, with the probability of the right character. A
+triangle is where the text first leaves the right answer.
+
+The default operands show the paper's case with the shipped model: at the critical comma of operand 2 in step 1, where
+J has its minimum over the whole answer, it closes the list a digit too early, copies on without a doubt, and ends with
+a wrong result. They were picked for it: of 40 random problems of two 6-digit operands 7 first went wrong at a critical
+token; the others did elsewhere, since a model of this size is unsure at other places too. It takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.patches import Rectangle
+
+from ckl_jax import addition, cli, plots
+from ckl_jax import problems as problems_lib
+from ckl_jax.certainty import certainty
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.config import ConfigError, ModelConfig, require
+from ckl_jax.problems import Problems
+from ckl_jax.runs import earlier_results, machine
+from ckl_jax.speculative import generate
+
+COMMAND = "experiments.figure1_scratchpad"
+COLORMAP = "YlGnBu_r"  # Its luminance rises with J: it survives grey print and every colour blindness.
+DEVIATION = "#c2410c"
+VISIBLE = {"\n": "↵", " ": "␣"}
+CELL_WIDTH, CELL_HEIGHT = 0.118, 0.19  # Inches.
+PITCH, PITCH_WITH_NOTES = 1.4, 2.1  # Cell heights from one row to the next.
+FEWEST_COLUMNS, EXTRA_COLUMNS = 72, 10
+
+
+@dataclass(frozen=True)
+class Figure1Command:
+    """Figure 1: a generated scratchpad coloured by the certainty of the model that wrote it."""
+
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    a: int = 788400
+    """First operand; it or the other has more digits than the model was pre-trained on."""
+    b: int = 756689
+    """Second operand."""
+    temperature: float | None = None
+    """Sampling temperature; None: the likeliest character (greedy)."""
+    seed: int = 0
+    """Of the sampling; no effect when greedy."""
+    out: pathlib.Path = pathlib.Path("runs/figure1")
+    """Directory of results.json, figure1.png and figure1.svg; an earlier call's are replaced."""
+    plot_only: bool = False
+    """Figure again from results.json."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or None")
+        for name, value in (("a", self.a), ("b", self.b)):
+            longest = addition.MAX_DIGITS
+            require(0 <= value < 10**longest, name, value, f"an integer from 0, of at most {longest} digits")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
+def _write(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
+    verified = generate(
+        config,
+        params,
+        problems,
+        key,
+        how="plain",
+        with_scores=True,
+        max_length=max_length,
+        temperature=temperature,
+        greedy=greedy,
+    )
+    trajectory = verified.trajectory
+    return trajectory, verified.logits_BxTxV, problems_lib.critical_indices(trajectory.answers_BxT, problems)
+
+
+def measure(model: Model, a: int, b: int, *, temperature: float | None = None, seed: int = 0) -> dict[str, Any]:
+    """The model's answer to ``a + b`` with, per character, its certainty and the probability that it had.
+
+    Probabilities are at the sampling temperature (1 when greedy), J at 1. ``critical`` are the critical tokens that the
+    answer came to, ``first_deviation`` its first character that differs from the right answer's, or None.
+
+    Raises:
+      ConfigError: no operand is longer than the model's N, or the answer does not fit its block.
+    """
+    base = model.max_pretrain_digits
+    digits = len(str(max(a, b)))
+    require(digits > base, "a", a, f"an operand (or b) of more than the {base} digits of the model's pre-training")
+    problems = problems_lib.pack([addition.Problem(a, b)], digits, base)
+    trajectory, logits_1xTxV, (indices, recorded) = _write(
+        model.config,
+        model.params,
+        problems,
+        jax.random.key(seed),
+        max_length=addition.max_answer_length(digits),
+        temperature=temperature or 1.0,
+        greedy=temperature is None,
+    )
+    length = int(trajectory.mask_BxT.sum())
+    tokens_T, logits_TxV = trajectory.answers_BxT[0, :length], logits_1xTxV[0, :length]
+    text, right_text = addition.decode(np.asarray(tokens_T)), addition.answer_text(a, b)
+    sure_T = np.asarray(certainty(logits_TxV))
+    p_TxV = np.asarray(jax.nn.softmax(logits_TxV / (temperature or 1.0)))
+    critical: list[dict[str, Any]] = []
+    tokens = addition.critical_tokens(a, b, base)
+    for token in tokens:
+        slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
+        where = (0, token.step - 1, token.operand - 1, slot)
+        if recorded[where]:
+            index = int(indices[where])
+            critical.append(
+                {
+                    "step": token.step,
+                    "operand": token.operand,
+                    "name": token.name,
+                    "index": index,
+                    "right": token.character,
+                    "written": text[index],
+                    "probability": float(p_TxV[index, addition.VOCABULARY.index(token.character)]),
+                    "certainty": float(sure_T[index]),
+                }
+            )
+    critical.sort(key=lambda token: token["index"])
+    deviation = next((i for i, (x, y) in enumerate(zip(text, right_text, strict=False)) if x != y), None)
+    is_critical = np.isin(np.arange(length), [token["index"] for token in critical])
+    return {
+        "prompt": addition.prompt_text(a, b),
+        "text": text,
+        "right_text": right_text,
+        "max_pretrain_digits": base,
+        "solved": bool(trajectory.reward_B[0]),
+        "first_deviation": None
+        if deviation is None
+        else {"index": deviation, "written": text[deviation], "right": right_text[deviation]},
+        "critical": critical,
+        "critical_in_right_answer": len(tokens),
+        "mean_certainty_critical": float(sure_T[is_critical].mean()) if critical else None,
+        "mean_certainty_other": float(sure_T[~is_critical].mean()),
+        "certainty": sure_T.tolist(),
+        "probability": p_TxV[np.arange(length), np.asarray(tokens_T)].tolist(),
+    }
+
+
+def cells(text: str, columns: int) -> list[tuple[int, int]]:
+    """Row and column of each character when lines longer than ``columns`` are wrapped."""
+    found = []
+    row = column = 0
+    for character in text:
+        if column == columns:
+            row, column = row + 1, 0
+        found.append((row, column))
+        row, column = (row + 1, 0) if character == "\n" else (row, column + 1)
+    return found
+
+
+def legend(results: dict[str, Any], operand: int) -> str:
+    """The critical tokens of an operand as lines of fixed-width text."""
+    lines = [
+        f"critical tokens (boxed) of operand {operand}, up to its first miscopy",
+        " no. step token      right written p(right)     J",
+    ]
+    for number, token in enumerate(results["critical"], 1):
+        if token["operand"] == operand:
+            right, written = (VISIBLE.get(token[name], token[name]) for name in ("right", "written"))
+            lines.append(
+                f"{number:4d} {token['step']:4d} {token['name'].replace('_', ' '):10s} {right:>5s} {written:>7s} "
+                f"{token['probability']:8.3f} {token['certainty']:5.2f}"
+            )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+    prompt, text, deviation = results["prompt"], results["text"], results["first_deviation"]
+    longest, longest_right = (max(map(len, t.split("\n"))) for t in (text, results["right_text"]))
+    columns = max(FEWEST_COLUMNS, min(longest, longest_right + EXTRA_COLUMNS) + 1)
+    where = cells(prompt + text, columns)
+    rows = [row for row, _ in where]
+    with_notes = {rows[len(prompt) + token["index"]] for token in results["critical"]}
+    if deviation is not None:
+        with_notes.add(rows[len(prompt) + deviation["index"]] + 1)
+    pitches = [PITCH_WITH_NOTES if row in with_notes else PITCH for row in range(1, rows[-1] + 1)]
+    heights = [0.0, *(-np.cumsum(pitches)).tolist()]
+    corners = [(column, heights[row]) for row, column in where]
+    table_lines = 2 + max(sum(t["operand"] == operand for t in results["critical"]) for operand in (1, 2))
+    table_top = heights[-1] - 1.2
+    top, bottom = 3.2, table_top - 0.57 * table_lines
+    figure = plt.figure(figsize=(CELL_WIDTH * (columns + 1), CELL_HEIGHT * (top - bottom)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.5, columns + 0.5), ylim=(bottom, top))
+    axes.set_axis_off()
+
+    palette = ScalarMappable(Normalize(math.floor(10 * min(results["certainty"])) / 10, 1), plt.get_cmap(COLORMAP))
+    _draw_characters(axes, corners, prompt + text, [palette.to_rgba(value) for value in results["certainty"]])
+    for number, token in enumerate(results["critical"], 1):
+        x, y = corners[len(prompt) + token["index"]]
+        axes.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="black", linewidth=1.8, zorder=3))
+        axes.text(x + 0.5, y + 1.12, str(number), ha="center", va="bottom", fontsize=6)
+    if deviation is not None:
+        x, y = corners[len(prompt) + deviation["index"]]
+        right = VISIBLE.get(deviation["right"], deviation["right"])
+        style: dict[str, Any] = {"va": "top", "fontsize": 7, "color": DEVIATION, "weight": "bold"}
+        axes.text(x + 0.5, y - 0.12, "▲", ha="center", **style)
+        axes.text(x + 1.4, y - 0.12, f"first deviation, right: {right}", ha="left", **style)
+
+    color_axes = axes.inset_axes((columns * 0.5, 0.1, columns * 0.47, 0.9), transform=axes.transData)
+    bar = figure.colorbar(palette, cax=color_axes, orientation="horizontal")
+    bar.set_label("certainty J of each generated character", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    operands = prompt.split("\n")[1].replace("+", " + ")
+    temperature = results["config"]["temperature"]
+    how = "greedy" if temperature is None else f"sampled at temperature {temperature:g}"
+    title = f"{operands}, {how}, by a model pre-trained on up to {results['max_pretrain_digits']} digits"
+    axes.text(0, top - 0.3, f"{title}: {'right' if results['solved'] else 'wrong'} result", va="top", fontsize=10)
+    for operand, x in ((1, 0.0), (2, columns / 2)):
+        axes.text(x, table_top, legend(results, operand), va="top", fontsize=7, family="monospace")
+    plots.save(figure, directory, "figure1")
+
+
+def _draw_characters(axes: Axes, corners: Sequence[tuple[float, float]], text: str, colors: list[Any]) -> None:
+    """Characters in their cells; the last ``len(colors)``, which were generated, on those colours."""
+    first = len(text) - len(colors)
+    for index, ((x, y), character) in enumerate(zip(corners, text, strict=True)):
+        ink = "0.5"
+        if index >= first:
+            red, green, blue, _ = color = colors[index - first]
+            ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor=color, linewidth=0.3))
+        shown = VISIBLE["\n"] if character == "\n" else character
+        axes.text(
+            x + 0.5, y + 0.5, shown, ha="center", va="center_baseline", fontsize=8.5, family="monospace", color=ink
+        )
+
+
+def main(command: Figure1Command) -> None:
+    results = earlier_results(command.out, COMMAND)
+    if not command.plot_only:
+        model = load_model(command.checkpoint)
+        start = time.monotonic()
+        results = measure(model, command.a, command.b, temperature=command.temperature, seed=command.seed)
+        results |= {
+            "config": {
+                "command": COMMAND,
+                "a": command.a,
+                "b": command.b,
+                "temperature": command.temperature,
+                "seed": command.seed,
+                "checkpoint": fingerprint(model.params),
+            },
+            **machine(),
+            "wall_seconds": time.monotonic() - start,
+        }
+        command.out.mkdir(parents=True, exist_ok=True)
+        write_json(command.out / "results.json", results)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
+    draw(results, command.out)
+    print(results["text"])
+    print("\n".join(legend(results, operand) for operand in (1, 2)))
+    print(f"results.json, figure1.png and figure1.svg in {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Figure1Command)
