@@ -69,6 +69,16 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def _use_all_cores() -> None:
+    """One device per core where JAX has no accelerator, so that runs are computed side by side.
+
+    Where JAX has computed something already (in a notebook, say), its devices stay what they are.
+    """
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
 def _keep_compiled_programs() -> None:
     """Starting again skips the compilation. JAX's own variable JAX_COMPILATION_CACHE_DIR names another directory."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -79,6 +89,7 @@ def _keep_compiled_programs() -> None:
 def run(main: Callable[[Any], None], config_type: Any, preset: Callable[..., Any] | None = None) -> None:
     """Parses the process's arguments and runs ``main``; a ConfigError ends as one line and exit code 2."""
     _keep_freed_memory()
+    _use_all_cores()
     _keep_compiled_programs()
     try:
         main(parse(config_type, preset, sys.argv[1:]))

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
@@ -92,12 +93,12 @@ def _rows(problems: Problems, start: int, count: int) -> Problems:
     return jax.tree.map(lambda x: x[start : start + count], problems)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _test_rewards(task: Task, policies: Any, problems: Problems, max_length: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
     """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
     config = task.config
 
-    def run_test(axis_name, params):
+    def run_test(problems, axis_name, params):
         return generate(
             task.model,
             params,
@@ -110,7 +111,13 @@ def _test_rewards(task: Task, policies: Any, problems: Problems, max_length: int
             axis_name=axis_name,
         ).trajectory.reward_B
 
-    return map_runs(config.runs_at_once, run_test, policies)
+    def on_device(policies, problems):
+        return map_runs(config.runs_at_once, functools.partial(run_test, problems), policies)
+
+    specs = (sharding.BY_RUN, sharding.ALL)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=sharding.BY_RUN, check_vma=False)(
+        policies, problems
+    )
 
 
 def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
@@ -128,6 +135,8 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         "target": (addition.rl_problems(rng, count, task.digits, base), task.digits),
         "old": (addition.short_problems(rng, min(count, task.config.old_problems), base), base),
     }
+    mesh = sharding.runs_mesh(jax.tree.leaves(policies)[0].shape[0])
+    policies = jax.device_put(policies, sharding.by_run(mesh))
     accuracy = {}
     for name, (drawn, digits) in sets.items():
         packed = problems_lib.pack(drawn, digits, base)
@@ -135,9 +144,15 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
         starts = range(0, len(drawn), task.config.test_problems)
         groups = [_rows(packed, start, task.config.test_problems) for start in starts]
-        rewards = [np.asarray(_test_rewards(task, policies, group, length)) for group in groups]
+        rewards = [np.asarray(_test_rewards(task, mesh, policies, group, length)) for group in groups]
         accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy
+
+
+def _abstract(create: Callable[..., RunState], mesh: Mesh, *arguments: Any) -> RunState:
+    """Shapes, types and shardings of the states."""
+    shapes = jax.eval_shape(create, *arguments)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.by_run(mesh)), shapes)
 
 
 def finetune(
@@ -155,10 +170,14 @@ def finetune(
     """
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
-    create = jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))
-    abstract = jax.eval_shape(create, model.params, hypers)
-    restored = directory.checkpoints.restore_latest(abstract)
-    done, states = restored if restored else (0, create(model.params, hypers))
+    mesh = sharding.runs_mesh(len(runs))
+    create = jax.jit(
+        jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)), out_shardings=sharding.by_run(mesh)
+    )
+    hypers = jax.device_put(hypers, sharding.by_run(mesh))
+    ref_params = jax.device_put(model.params, sharding.everywhere(mesh))
+    restored = directory.checkpoints.restore_latest(_abstract(create, mesh, ref_params, hypers))
+    done, states = restored if restored else (0, create(ref_params, hypers))
     directory.rewind_metrics(done if restored else -1)
     start, first = time.monotonic(), done
 
@@ -187,7 +206,8 @@ def finetune(
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
-        states, metrics = train_rounds(task, model.params, states, hypers, problems)
+        problems = jax.device_put(problems, sharding.by_run(mesh))
+        states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
         directory.log(_round_records(runs, done, jax.tree.map(np.asarray, metrics)))
         done += config.test_every
         target = run_test(done, states)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from ckl_jax import losses, transitions
+from ckl_jax import losses, sharding, transitions
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import Episodes, Task, collect
 from ckl_jax.model import ValueHead, values
@@ -202,13 +203,14 @@ def train_round(
     return state, metrics | terms
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_rounds(
-    task: Task, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
+    task: Task, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
 ) -> tuple[RunState, dict[str, jax.Array]]:
-    """Several rounds of all runs as one program.
+    """Several rounds of all runs as one program, every device its own runs.
 
     Args:
+      mesh: from ``sharding.runs_mesh``.
       states, hypers: with a leading axis of runs R.
       problems: with leading axes [R, rounds].
 
@@ -216,13 +218,19 @@ def train_rounds(
       the states after the rounds, and metrics with leading axes [R, rounds].
     """
 
-    def run(axis_name, state, hyper, problems_of_run):
+    def run(ref_params, axis_name, state, hyper, problems_of_run):
         def one(state, problems_of_round):
             return train_round(task, ref_params, state, hyper, problems_of_round, axis_name)
 
         return jax.lax.scan(one, state, problems_of_run)
 
-    return map_runs(task.config.runs_at_once, run, states, hypers, problems)
+    def on_device(ref_params, *of_device):
+        return map_runs(task.config.runs_at_once, functools.partial(run, ref_params), *of_device)
+
+    specs = (sharding.ALL, *[sharding.BY_RUN] * 3)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=sharding.BY_RUN, check_vma=False)(
+        ref_params, states, hypers, problems
+    )
 
 
 def map_runs(runs_at_once: int, run: Callable[..., Any], *arguments: Any) -> Any:

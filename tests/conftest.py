@@ -1,6 +1,7 @@
 """Suite-wide: CPU, no silent rank promotion, and models small enough to compile in seconds."""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -10,6 +11,8 @@ import pytest
 from ckl_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 
 
 @pytest.fixture(scope="session")

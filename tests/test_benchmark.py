@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,15 @@ import pytest
 from ckl_jax import cli
 from ckl_jax import problems as problems_lib
 from ckl_jax.addition import PAD, Problem, answer_text, decode, short_problems
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint import Model
+from ckl_jax.config import ConfigError, ModelConfig
+from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import rollout
 from ckl_jax.speculative import generate
 from experiments import benchmark
 from experiments.benchmarks import against_pytorch, ours, report, speculation, timing, workload
+from experiments.benchmarks.enlarge import enlarge
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "data" / "benchmark_results.json"
@@ -105,9 +109,32 @@ def test_a_table_of_some_sections_has_those_alone():
 def test_all_rollouts_that_are_compared_write_the_same_number_of_characters():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(short_problems(np.random.default_rng(0), 2, 1), 1, 1)
-    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1, drafted=True)
+    found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1)
     assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
     assert set(found["speedup"]) == {"ours", "speculative"}
+
+
+def test_an_enlarged_model_has_the_logits_of_the_small_one():
+    small = ModelConfig(num_layers=2, num_heads=2, width=16, block_size=40)
+    params = jax.jit(GPT2(small).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    large = ModelConfig(num_layers=3, num_heads=4, width=48, block_size=50)
+    enlarged = enlarge(Model(small, 1, params), large)
+    assert enlarged.config == large
+    shapes = jax.eval_shape(GPT2(large).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    chex.assert_trees_all_equal_shapes_and_dtypes(enlarged.params, shapes)
+    tokens = jax.random.randint(jax.random.key(1), (3, 40), 0, small.vocab_size)
+    expected = forward(small, params, tokens).logits_BxTxV
+    np.testing.assert_allclose(forward(large, enlarged.params, tokens).logits_BxTxV, expected, atol=1e-3)
+    assert np.std(expected) > 0.5
+
+
+@pytest.mark.parametrize(("field", "value"), [("width", 40), ("num_layers", 1), ("block_size", 20)])
+def test_a_model_that_cannot_hold_the_small_one_is_refused(field, value):
+    small = ModelConfig(num_layers=2, num_heads=2, width=16, block_size=40)
+    large = ModelConfig(**{"num_layers": 3, "num_heads": 4, "width": 48, "block_size": 50} | {field: value})
+    with pytest.raises(ConfigError, match=f"{field}: got {value}"):
+        enlarge(Model(small, 1, {}), large)
 
 
 def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_written():

@@ -22,6 +22,7 @@ from ckl_jax.episodes import Task, collect
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
 from ckl_jax.model import GPT2, values
 from ckl_jax.runs import RunDirectory
+from ckl_jax.sharding import runs_mesh
 from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
@@ -57,6 +58,9 @@ def task(model):
     return make_task(CONFIG, model)
 
 
+MESH = runs_mesh(1)
+
+
 def _random_critic(state):
     """The critic starts at zero and says nothing yet; here it has opinions."""
     kernel = state.params["value"]["params"]["out"]["kernel"]
@@ -82,7 +86,12 @@ def several(task, model):
     """Two rounds of two arms x two seeds, two runs at a time."""
     runs, hypers = make_runs(CONFIG, ARMS, 2)
     problems = _problems(task, runs, 2)
-    return runs, hypers, problems, *train_rounds(task, model.params, _states(task, model, hypers), hypers, problems)
+    return (
+        runs,
+        hypers,
+        problems,
+        *train_rounds(task, MESH, model.params, _states(task, model, hypers), hypers, problems),
+    )
 
 
 def test_runs_are_arms_times_seeds_with_the_arms_overrides():
@@ -170,7 +179,7 @@ def test_a_run_is_the_same_alone_and_among_others_one_or_two_at_a_time(several, 
     one_at_a_time = make_task(dataclasses.replace(CONFIG, runs_at_once=1), model)
     for index in (0, 3):
         row = jax.tree.map(lambda x, index=index: x[index : index + 1], (hypers, problems))
-        alone, of_it = train_rounds(one_at_a_time, model.params, _states(one_at_a_time, model, row[0]), *row)
+        alone, of_it = train_rounds(one_at_a_time, MESH, model.params, _states(one_at_a_time, model, row[0]), *row)
         np.testing.assert_array_equal(of_it["length"][0], metrics["length"][index])
         for name in metrics:
             np.testing.assert_allclose(of_it[name][0], metrics[name][index], rtol=1e-3, atol=1e-5, err_msg=name)
@@ -185,7 +194,7 @@ def test_repeated_rounds_are_one_compilation(several, task, model):
     before = train_rounds._cache_size()
     states = jax.tree.map(jnp.copy, states)
     for _ in range(2):
-        states, _ = train_rounds(task, model.params, states, hypers, problems)
+        states, _ = train_rounds(task, MESH, model.params, states, hypers, problems)
     assert train_rounds._cache_size() == before
     np.testing.assert_array_equal(states.round, 6)
 
@@ -297,9 +306,9 @@ def uninterrupted(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("uninterrupted")
     drawn = []
 
-    def recorded(task, ref_params, states, hypers, problems):
+    def recorded(task, mesh, ref_params, states, hypers, problems):
         drawn.append(problems)
-        return train_rounds(task, ref_params, states, hypers, problems)
+        return train_rounds(task, mesh, ref_params, states, hypers, problems)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_lib, "train_rounds", recorded)

@@ -15,7 +15,6 @@ from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model
 from ckl_jax.episodes import Episodes, collect
-from ckl_jax.finetune import draw_problems, make_task
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import answer_mask
@@ -24,6 +23,7 @@ from ckl_jax.speculative import generate
 from ckl_jax.updates import train_round, update
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
+from experiments.benchmarks.enlarge import enlarge
 from experiments.benchmarks.timing import alternate, speedup, spread, timed
 from experiments.benchmarks.workload import (
     PLAIN_BATCH,
@@ -32,12 +32,12 @@ from experiments.benchmarks.workload import (
     Round,
     Section,
     first_round,
+    model_config,
     num_parameters,
     pretrain_config,
     text_stream,
     tiny_config,
     tiny_model,
-    unending_model,
 )
 
 MINIBATCH = 8
@@ -46,9 +46,7 @@ LARGE_VALUE_BATCH = 256
 """tianshou's default of prefixes per value pass, which the authors replace by their minibatch size."""
 
 
-def _compare_rollouts(
-    model: Model, problems: Problems, max_length: int, batch: int, repeats: int, drafted: bool
-) -> dict[str, Any]:
+def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: int, repeats: int) -> dict[str, Any]:
     key = jax.random.key(0)
     ours = jax.jit(functools.partial(plain_rollout, model.config, max_length=max_length, batch=batch))
     theirs = baselines.to_transformers(model.config, model.params)
@@ -62,10 +60,9 @@ def _compare_rollouts(
         "ours": int(ours(*arguments).mask_BxT.sum()),
         "transformers": int(answer_mask(jnp.asarray(transformers())).sum()),
     }
-    if drafted:
-        auto = jax.jit(functools.partial(generate, model.config, max_length=max_length))
-        sides["speculative"] = timed(auto, *arguments)
-        characters["speculative"] = int(auto(*arguments).trajectory.mask_BxT.sum())
+    auto = jax.jit(functools.partial(generate, model.config, max_length=max_length))
+    sides["speculative"] = timed(auto, *arguments)
+    characters["speculative"] = int(auto(*arguments).trajectory.mask_BxT.sum())
     seconds = alternate(sides, repeats)
     episodes = len(problems.episodes_B)
     return {
@@ -83,27 +80,22 @@ def _compare_rollouts(
 def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Generation: ours, step by step and speculative, against transformers' cached ``generate``, all one batch.
 
-    The trained tiny model samples a round's episodes at temperature 1 until they end. Larger models have random weights
-    and write the same fixed number of characters on both sides; drafts that their outputs never follow would say
-    nothing of the speculative rollout, which is left out there.
+    The trained tiny model samples episodes at temperature 1 until they end. No trained model of the larger sizes
+    exists: there the tiny one's weights stand inside a model of that size (``enlarge``), which writes the same at its
+    cost.
     """
-    model, config = tiny_model(plan), tiny_config(plan)
-    task = make_task(config, model)
-    problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
     found = {}
-    compared = _compare_rollouts(model, problems, task.max_length, PLAIN_BATCH, plan.repeats, True)
-    found["tiny"] = compared | {"weights": "random" if plan.quick else "trained", "left_out": []}
-    progress(f"rollout, tiny: {found['tiny']['speedup']}")
-    for scale, episodes, length in plan.fixed_rollouts:
-        model = unending_model(plan, scale)
-        digits = model.max_pretrain_digits + 1
-        drawn = addition.rl_problems(np.random.default_rng(0), episodes, digits, model.max_pretrain_digits)
-        packed = problems_lib.pack(drawn, digits, model.max_pretrain_digits)
-        compared = _compare_rollouts(model, packed, length, episodes, plan.repeats, False)
-        assert set(compared["characters"].values()) == {episodes * length}, compared["characters"]
-        left_out = ["the speculative rollout: random weights follow no draft"]
-        found[scale] = compared | {"weights": "random, of fixed length", "left_out": left_out}
-        progress(f"rollout, {scale}: {compared['speedup']}")
+    for scale, digits, episodes in plan.rollouts:
+        model = tiny_model(plan)
+        if scale != "tiny":
+            model = enlarge(model, model_config(plan, scale))
+        rng = np.random.default_rng(0)
+        drawn = addition.varying_problems(rng, episodes, digits)
+        packed = jax.tree.map(jnp.asarray, problems_lib.pack(drawn, digits, model.max_pretrain_digits))
+        length = addition.max_answer_length(digits, tiny_config(plan).extra_length)
+        title = f"{scale}, {digits} digits"
+        found[title] = {"digits": digits} | _compare_rollouts(model, packed, length, PLAIN_BATCH, plan.repeats)
+        progress(f"rollout, {title}: {found[title]['speedup']}")
         jax.clear_caches()
     return found
 

@@ -24,6 +24,7 @@ from ckl_jax.finetune import draw_problems, make_runs, make_task
 from ckl_jax.model import forward, init_cache
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import CACHE_BLOCK, rollout, score
+from ckl_jax.sharding import runs_mesh
 from ckl_jax.updates import init_run, loss_terms, train_round, train_rounds, update
 from experiments.benchmarks.timing import alternate, seconds_of, spread, timed
 from experiments.benchmarks.workload import (
@@ -59,7 +60,7 @@ def _runs_seconds(model: Model, config: FinetuneConfig, count: int, repeats: int
 
     def side() -> float:
         states = jax.block_until_ready(create(model.params, hypers))
-        return seconds_of(train_rounds, task, model.params, states, hypers, problems)
+        return seconds_of(train_rounds, task, runs_mesh(count, 1), model.params, states, hypers, problems)
 
     return spread(alternate({"ours": side}, repeats)["ours"])
 

@@ -42,14 +42,12 @@ def _millions(parameters: float) -> str:
 def _rollout(found: dict[str, Any]) -> str:
     rows = []
     for values in found.values():
-        what = f"{_millions(values['parameters'])}, {values['weights']}: {values['episodes']} episodes"
+        what = f"{_millions(values['parameters'])}, {values['digits']} digits, {values['episodes']} episodes"
         for name, rate in values["characters_per_second"].items():
             faster = values["speedup"].get(name)
             episodes = _spread(values["episodes_per_second"][name])
             rows.append([what, name, episodes, _spread(rate), _spread(faster, "x") if faster else "1x"])
-    notes = sorted({note for values in found.values() for note in values["left_out"]})
-    table = _table(["rollout", "side", "episodes/s", "characters/s", "faster than transformers"], rows)
-    return table + "".join(f"\n\nLeft out: {note}." for note in notes)
+    return _table(["rollout", "side", "episodes/s", "characters/s", "faster than transformers"], rows)
 
 
 def _speculation(found: dict[str, Any]) -> str:

@@ -32,8 +32,13 @@ class Plan:
 
     repeats: int = 3
     """Pairs of measurements after the warm-up."""
-    fixed_rollouts: tuple[tuple[str, int, int], ...] = (("small", 32, 128), ("gpt2", 8, 64))
-    """Scale, episodes and characters of the rollouts with random weights."""
+    rollouts: tuple[tuple[str, int, int], ...] = (
+        ("tiny", 6, 128),
+        ("tiny", 5, 128),
+        ("small", 5, 32),
+        ("gpt2", 3, 8),
+    )
+    """Scale, digits and episodes of the rollouts against transformers."""
     authors_share: float = 0.01
     """Share of the authors' Adam steps, and of our transition mode's, that is timed."""
     pretraining: tuple[tuple[str, int, int], ...] = (("tiny", 16, 5), ("small", 4, 2), ("gpt2", 1, 1))
@@ -64,7 +69,7 @@ Section = Callable[[Plan, Progress], dict[str, Any]]
 
 QUICK = Plan(
     repeats=1,
-    fixed_rollouts=(("small", 2, 6),),
+    rollouts=(("tiny", 1, 2),),
     authors_share=0.01,
     pretraining=(("tiny", 2, 1),),
     speculation=((0, 1.0),),
@@ -81,7 +86,7 @@ QUICK = Plan(
     quick=True,
 )
 ACCELERATOR = Plan(
-    fixed_rollouts=(("small", 128, 256), ("gpt2", 128, 256)),
+    rollouts=(("tiny", 6, 128), ("tiny", 5, 128), ("small", 5, 128), ("gpt2", 5, 128)),
     pretraining=(("tiny", 64, 20), ("small", 64, 10), ("gpt2", 16, 5)),
     sizes=("tiny", "small", "gpt2"),
     sizes_episodes=32,
