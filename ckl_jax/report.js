@@ -21,14 +21,14 @@
     const glyph = element("div", visible(span.textContent));
     glyph.className = "glyph";
     const list = element("dl");
+    const note = span.classList.contains("critical") ? ", a critical token" : "";
     const rows = {
+      position: `${index}${note}`,
       certainty: certainty.toFixed(4),
       entropy: `${entropy.toFixed(3)} nats`,
       "probability, policy": percent(probability),
       "probability, pre-trained": percent(reference),
     };
-    if (span.classList.contains("critical")) rows.position = `${index}, a critical token`;
-    else rows.position = `${index}`;
     for (const [name, value] of Object.entries(rows)) list.append(element("dt", name), element("dd", value));
     const bars = element("ol");
     [...likeliest].forEach((character, rank) => {
@@ -43,9 +43,10 @@
   }
 
   function inLine(span, step) {
-    const line = span.parentElement;
+    const line = span.closest(".line");
     const next = step > 0 ? line.nextElementSibling : line.previousElementSibling;
-    return next?.children[Math.min([...line.children].indexOf(span), next.children.length - 1)];
+    const [here, there] = [line, next].map((found) => [...(found?.querySelectorAll("span") ?? [])]);
+    return there[Math.min(here.indexOf(span), there.length - 1)];
   }
 
   for (const kind of ["pointerover", "focusin", "click"])

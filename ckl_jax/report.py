@@ -82,18 +82,27 @@ def character_html(character: Character, *, first: bool = False) -> str:
 
 def scratchpad_html(scratchpad: Scratchpad) -> str:
     """An article with the answer's lines, each a block that wraps with an indent."""
-    lines: list[list[str]] = [[]]
+    lines: list[list[str]] = [[""]]
     for index, character in enumerate(scratchpad.characters):
-        lines[-1].append(character_html(character, first=index == 0))
+        span = character_html(character, first=index == 0)
+        if character.character in " \n":
+            lines[-1] += [span, ""]
+        else:
+            lines[-1][-1] += span
         if character.character == "\n":
-            lines.append([])
-    body = "".join(f'<div class="line">{"".join(line)}</div>' for line in lines if line)
+            lines.append([""])
+    body = "".join(f'<div class="line">{_words(line)}</div>' for line in lines if any(line))
     verdict = "right" if scratchpad.right else "wrong"
     title = html.escape(scratchpad.title)
     return (
         f'<article class="{verdict}"><h3>{title} <em>{verdict}</em></h3><p>{html.escape(scratchpad.note)}</p>'
         f'<div class="pad" role="group" aria-label="Answer to {title}, {verdict}">{body}</div></article>'
     )
+
+
+def _words(parts: Sequence[str]) -> str:
+    """A line from words, each kept together where the line wraps, and the spaces between them (parts of odd index)."""
+    return "".join(part if index % 2 or not part else f"<b>{part}</b>" for index, part in enumerate(parts))
 
 
 def section_html(section: Section) -> str:

@@ -47,7 +47,7 @@ def test_the_lowest_place_is_the_one_with_the_lowest_mean_over_answers():
     often, once = RIGHT.index("=8") + 1, RIGHT.index("C=0") + 2
     certainty = np.concatenate([sure_except({often: 0.6, once: 0.1}), *[sure_except({often: 0.6})] * 3])
     row = table1.delta_j(made(PROBLEM, [RIGHT] * 4, certainty))
-    place = row["noncritical_minimum_place"]
+    place = row["lowest_places"][0]
     assert (place["line"], place["word"], place["character"]) == (2, 8, 6)
     assert (place["mostly"], place["answers"]) == ("8", 4)
     assert row["noncritical_minimum"][0] == pytest.approx(0.6 - 1 + 0.9 / (LENGTH - 1) / 4)
@@ -58,9 +58,10 @@ def test_the_lowest_place_is_the_one_with_the_lowest_mean_over_answers():
 def test_places_that_few_answers_reach_do_not_count():
     certainty = np.concatenate([sure_except({LENGTH - 2: 0.01})] + [sure_except({})] * 5)
     texts = [RIGHT] + [RIGHT[:20]] * 5
-    place, values = table1.lowest_place(made(PROBLEM, texts), certainty[:, :LENGTH])
-    assert place["line"] <= 2
-    assert len(values) >= 5
+    found = table1.by_place(made(PROBLEM, texts), certainty[:, :LENGTH])
+    assert {place["answers"] for place, _ in found} == {6}
+    assert [len(values) for _, values in found] == [6] * len(found)
+    assert found[0][1].mean() == 1.0
 
 
 def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
