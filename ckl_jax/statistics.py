@@ -1,4 +1,4 @@
-"""Intervals: over seeds by Student's t, over problems by the bootstrap."""
+"""Intervals: over seeds by Student's t, over problems by the bootstrap, of shares by Wilson's score."""
 
 from __future__ import annotations
 
@@ -48,3 +48,18 @@ def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 
     means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def share_interval(successes: int, count: int) -> tuple[float, float, float]:
+    """Share of ``successes`` in ``count`` trials and Wilson's 95% score interval: (share, low, high).
+
+    No trial says nothing: a share of NaN between 0 and 1.
+
+    Raises:
+      ConfigError: ``successes`` outside 0..count.
+    """
+    require(0 <= successes <= count, "successes", successes, f"0..{count}")
+    if count == 0:
+        return float("nan"), 0.0, 1.0
+    interval = stats.binomtest(int(successes), int(count)).proportion_ci(method="wilson")
+    return successes / count, float(interval.low), float(interval.high)

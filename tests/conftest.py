@@ -19,3 +19,10 @@ jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent
 def small_model() -> ModelConfig:
     """Two layers of width 16 with a block that holds problems of up to 3 digits."""
     return ModelConfig(num_layers=2, num_heads=2, width=16, block_size=400, attention_chunk=64)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """Hundreds of programs in one process run into the system's limit on memory mappings."""
+    yield
+    jax.clear_caches()

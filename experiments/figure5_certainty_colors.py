@@ -1,0 +1,232 @@
+"""Figure 5: generated scratchpads, every character coloured by the pre-trained model's certainty, critical ones boxed.
+
+    python -m experiments.figure5_certainty_colors
+    python -m experiments.figure5_certainty_colors --finetuned runs/figure4/prioritized/seed_0     # before and after RL
+
+Writes figure5.html (one file, no network: point at a character for certainty, entropy, probabilities and the five
+likeliest characters), figure5.png, figure5.svg and results.json. The policy before and after RL answers the same
+problems of N + 1 digits with the same sampling noise at temperature 1; shown are the first right and the first wrong
+answers of each policy in the order of the problems, so none is picked by hand. The colour is the pre-trained model's
+certainty J on both policies' answers: what the prioritized KL weighs its tokens by.
+
+The figure's message is that colour finds the critical tokens. Verdict, by a rule fixed before the first run: of the
+pre-trained model's answers with a recorded critical token, the least certain character is one in more than half
+(*holds* if the lower end of Wilson's 95% interval is above one half, *fails* if the upper end is below, else
+*undecided*). Expect 20 seconds on 2 CPU cores for the tiny checkpoint, compiling included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from ckl_jax import addition, cli, critical, plots, report
+from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
+from ckl_jax.config import require
+from ckl_jax.critical import Generations, Sampling
+from ckl_jax.report import Character, Scratchpad, Section
+from ckl_jax.statistics import mean_interval, share_interval
+
+LIKELIEST = 5
+INTRODUCTION = (
+    "The model writes its additions as scratchpads, one character at a time. The stronger the colour, the less certain "
+    "the pre-trained model is of the next character. Most characters follow from the ones before and have no colour.",
+    "Boxed are the critical tokens: where a list of digits longer than any in pre-training has to be copied to its "
+    "end. A model that closes the list too early there has lost a digit, and with it the answer.",
+)
+
+
+@dataclass(frozen=True)
+class Figure5Command:
+    """Figure 5: scratchpads coloured by the pre-trained model's certainty, before and after RL."""
+
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    finetuned: pathlib.Path | None = None
+    """Policy after RL from that model, a directory of the same kind; default: only the pre-trained model is shown."""
+    out: pathlib.Path = pathlib.Path("runs/figure5")
+    """Directory that the page, the pictures and results.json are written to, over older ones."""
+    generations: int = 100
+    """Answers sampled per policy."""
+    examples: int = 2
+    """Right and wrong answers shown per policy, at most; the picture has one of each."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "examples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(not self.out.is_file(), "out", str(self.out), "a directory")
+
+
+def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scratchpad:
+    """The answer of one row, ready to be shown."""
+    text, right = found.text(row), addition.answer_text(problem.a, problem.b)
+    deviation = critical.first_deviation(text, right)
+    probabilities_TxV, ref_probabilities_TxV = found.probabilities_BxTxV[row], found.ref_probabilities_BxTxV[row]
+    best_TxK = np.argsort(-probabilities_TxV, axis=1)[:, :LIKELIEST]
+    critical_T = found.critical_BxT[row]
+    characters = tuple(
+        Character(
+            character,
+            certainty=float(found.certainty_BxT[row, t]),
+            entropy=float(found.entropy_BxT[row, t]),
+            probability=float(probabilities_TxV[t, token]),
+            reference_probability=float(ref_probabilities_TxV[t, token]),
+            likeliest=tuple((addition.VOCABULARY[v], float(probabilities_TxV[t, v])) for v in best_TxK[t]),
+            critical=bool(critical_T[t]),
+            deviates=t == deviation,
+        )
+        for t, (character, token) in enumerate(zip(text, found.answers_BxT[row], strict=False))
+    )
+    title = f"{problem.a} + {problem.b} = {problem.a + problem.b}"
+    return Scratchpad(title, bool(found.reward_B[row] > 0), _note(text, right, deviation, characters), characters)
+
+
+def _note(text: str, right: str, deviation: int | None, characters: Sequence[Character]) -> str:
+    if deviation is None:
+        return "Every character is as in the right answer."
+    written, wanted = (_named(x[deviation]) if deviation < len(x) else "its end" for x in (text, right))
+    where = ", a critical token" if deviation < len(text) and characters[deviation].critical else ""
+    return f"Leaves the right answer at character {deviation}{where}: {written} instead of {wanted}."
+
+
+def _named(character: str) -> str:
+    return {"\n": "a newline", " ": "a space"}.get(character, f"“{character}”")
+
+
+def section(name: str, found: Generations, problems: Sequence[addition.Problem], examples: int) -> Section:
+    """The first right answers beside the first wrong ones; what has no counterpart comes last."""
+    rows = (np.flatnonzero(found.reward_B > 0)[:examples], np.flatnonzero(found.reward_B == 0)[:examples])
+    right, wrong = ([scratchpad(found, problems[row], row) for row in some] for some in rows)
+    paired = min(len(right), len(wrong))
+    pads = [pad for pair in zip(right, wrong, strict=False) for pad in pair]
+    solved = int(found.reward_B.sum())
+    note = f"{solved} of {len(problems)} sampled answers are right. Shown are the first right and the first wrong ones."
+    return Section(name, note, (*pads, *right[paired:], *wrong[paired:]))
+
+
+def one_of_each(shown: Section) -> list[Scratchpad]:
+    """The section's first right and first wrong scratchpad, as far as it has them."""
+    first = {pad.right: pad for pad in reversed(shown.scratchpads)}
+    return [first[right] for right in (True, False) if right in first]
+
+
+def summarize(found: Generations) -> dict[str, Any]:
+    """Certainty at critical and other characters per answer, and how often the least certain character is critical."""
+    critical_BxT = found.critical_BxT
+    sure_BxT = np.where(found.mask_BxT, found.certainty_BxT.astype(np.float64), np.inf)
+    least_B = sure_BxT.argmin(axis=1)
+    hits = int(critical_BxT[np.arange(len(least_B)), least_B].sum())
+    count = int(critical_BxT.any(axis=1).sum())
+    at_critical, at_others = (
+        critical.mean_where(found.certainty_BxT, selected)
+        for selected in (critical_BxT, found.mask_BxT & ~critical_BxT)
+    )
+    right = np.take_along_axis(found.at_critical(found.probabilities_BxTxV), found.right_Bx3x2xC[..., None], axis=4)
+    recorded = found.recorded_Bx3x2xC
+    return {
+        "generations": len(least_B),
+        "right": share_interval(int(found.reward_B.sum()), len(least_B)),
+        "certainty_at_critical": mean_interval(at_critical[np.isfinite(at_critical)]),
+        "certainty_at_others": mean_interval(at_others[np.isfinite(at_others)]),
+        "probability_of_right_at_critical": float(right[recorded].mean()) if recorded.any() else None,
+        "least_certain_is_critical": share_interval(hits, count),
+        "answers_with_critical": count,
+        "critical_share_of_characters": float(critical_BxT.sum() / found.mask_BxT.sum()),
+    }
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Holds, fails or undecided: is the least certain character critical in more than half of the answers?"""
+    _, low, high = summary["least_certain_is_critical"]
+    return "holds" if low > 0.5 else "fails" if high < 0.5 else "undecided"
+
+
+def as_json(pad: Scratchpad) -> dict[str, Any]:
+    """What the picture shows of an answer; figure5.html has the likeliest characters too."""
+    values = {
+        name: [float(f"{getattr(character, name):.4g}") for character in pad.characters]
+        for name in ("certainty", "entropy", "probability", "reference_probability")
+    }
+    marks = {name: [i for i, c in enumerate(pad.characters) if getattr(c, name)] for name in ("critical", "deviates")}
+    return {"problem": pad.title, "right": pad.right, "note": pad.note, "text": pad.text, **marks, **values}
+
+
+def table(policies: dict[str, Any]) -> str:
+    """A line per policy, as Markdown."""
+    header = ["policy", "right, %", "J at critical", "J at others", "p(right) at critical", "least certain critical, %"]
+    lines = [header, ["---"] * len(header)]
+    for name, found in policies.items():
+        probability = found["probability_of_right_at_critical"]
+        cells = [
+            name,
+            _cell(found["right"], 100, 1),
+            _cell(found["certainty_at_critical"], 1, 4),
+            _cell(found["certainty_at_others"], 1, 4),
+            "none" if probability is None else f"{probability:.3f}",
+            _cell(found["least_certain_is_critical"], 100, 1),
+        ]
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(interval: tuple[float, float, float], scale: float, digits: int) -> str:
+    mean, low, high = (scale * value for value in interval)
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "none"
+
+
+def main(command: Figure5Command) -> None:
+    started = time.perf_counter()
+    reference = load_model(command.checkpoint)
+    digits = reference.max_pretrain_digits + 1
+    critical.require_room(reference, digits, command.sampling.extra_length)
+    policies = {"Before RL": reference}
+    if command.finetuned is not None:
+        policies["After RL"] = load_model(command.finetuned)
+        same = policies["After RL"][:2] == reference[:2]
+        require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape and N")
+    rng = np.random.default_rng([command.sampling.seed, digits - 1])
+    problems = addition.rl_problems(rng, command.generations, digits, digits - 1)
+    sections: list[Section] = []
+    summaries: dict[str, Any] = {}
+    for name, policy in policies.items():
+        other = None if policy is reference else reference
+        found = critical.sample(policy, problems, digits, command.sampling, other)
+        sections.append(section(name, found, problems, command.examples))
+        shown = [as_json(pad) for pad in sections[-1].scratchpads]
+        summaries[name] = {"checkpoint": fingerprint(policy.params), **summarize(found), "shown": shown}
+    command.out.mkdir(parents=True, exist_ok=True)
+    title = f"Where a model pre-trained on {digits - 1} digits is unsure when it adds {digits} digits"
+    (command.out / "figure5.html").write_text(report.page(title, INTRODUCTION, sections))
+    plots.save(plots.scratchpads([(part.title, one_of_each(part)) for part in sections]), command.out, "figure5")
+    config = {"command": "experiments.figure5_certainty_colors", **dataclasses.asdict(command)}
+    for name in ("checkpoint", "finetuned", "out"):
+        del config[name]
+    said = verdict(summaries["Before RL"])
+    results = {
+        "policies": summaries,
+        "verdict": said,
+        "config": config,
+        "device": jax.devices()[0].device_kind,
+        "platform": f"{platform.machine()}, python {platform.python_version()}, jax {jax.__version__}",
+        "wall_seconds": time.perf_counter() - started,
+    }
+    write_json(command.out / "results.json", results)
+    print(table(summaries))
+    print(f"colour finds the critical tokens, before RL: {said}")
+    files = "results.json, figure5.html, figure5.png and figure5.svg"
+    print(f"{results['wall_seconds']:.0f} s; {files} in {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Figure5Command)

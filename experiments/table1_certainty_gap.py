@@ -1,0 +1,303 @@
+"""Table 1 and section 3.3: critical tokens are those a pre-trained model is unsure of, and they decide the answer.
+
+    python -m experiments.table1_certainty_gap
+    python -m experiments.table1_certainty_gap --checkpoints runs/n3 runs/n5 runs/n7        # one row each
+    python -m experiments.table1_certainty_gap --certainty negentropy_max_prob --certainty-temperature 4   # authors' J
+
+Each checkpoint answers RL problems of N + 1 digits, sampled at temperature 1. Delta J is the certainty J of the
+pre-trained model at a token minus the mean certainty of the other tokens of that answer.
+
+*Critical*: the mean over the critical tokens recorded in an answer (the comma and the digit, of both operands, in steps
+1 to 3, as far as that operand was copied rightly), then the mean over answers. The single kinds are listed below it.
+
+*Non-critical (minimum)*: the paper gives a minimum of something "averaged over 50 generations" and does not say over
+what. Here: Delta J is averaged over the answers at each place of the scratchpad's grammar (line, word of the line,
+character of the word; recorded critical tokens left out; places that a fifth of the answers reach), and the lowest of
+these means is given. Its interval is that of the place found, so it leaves out that it was chosen for being low. Two
+other readings stand beside it: each answer's lowest Delta J, averaged over answers; and the mean of all non-critical
+tokens.
+
+Intervals are Student's over answers, for shares Wilson's, all of 95%. Verdicts, with rules fixed before the first run:
+
+- criterion 2, the gap: *holds* if the interval of the critical tokens lies below that of the non-critical minimum,
+  *fails* if it lies above, else *undecided*.
+- criterion 1, "if it is wrong, the final answer is almost surely wrong": *holds* if, of the answers with a wrong
+  critical token, the share that ended wrong has its lower end at 95% or more, *fails* if its upper end is below, else
+  *undecided*. How many answers without one ended right is reported beside it; the paper claims nothing of it.
+- the gap's size: *as in the paper* if the intervals of both overlap at the same N.
+
+Expect a minute on 2 CPU cores for the tiny checkpoint, half of it compiling.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+import platform
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from ckl_jax import addition, cli, critical
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.config import require
+from ckl_jax.critical import Generations, Sampling
+from ckl_jax.statistics import mean_interval, share_interval
+
+Interval = tuple[float, float, float]
+PAPER = {
+    3: ((-0.33, 0.01), (0.0012, 0.0001)),
+    5: ((-0.21, 0.18), (0.0002, 0.0001)),
+    7: ((-0.13, 0.04), (0.0004, 0.0001)),
+}
+SHARES = (
+    "wrong_critical_ended_wrong",
+    "none_wrong_ended_right",
+    "all_met_and_right_ended_right",
+    "ended_wrong_had_wrong_critical",
+)
+SHOWN_PLACES = 5
+LEAST_SHARE = 0.2
+ALMOST_SURELY = 0.95
+
+
+@dataclass(frozen=True)
+class Table1Command:
+    """Table 1: how much less certain pre-trained models are of critical tokens, and whether those decide the answer."""
+
+    checkpoints: tuple[pathlib.Path, ...] = (SHIPPED_TINY,)
+    """Pre-trained models, a row each: directories with params/ and model.json; default: the tiny one that ships."""
+    out: pathlib.Path = pathlib.Path("runs/table1")
+    """Directory that results.json is written to, over an older one."""
+    generations: int = 50
+    """Answers per model that Delta J is averaged over."""
+    criterion_generations: int = 1000
+    """Answers per model that criterion 1 is counted on; the first of them are those of Delta J."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        require(len(self.checkpoints) > 0, "checkpoints", self.checkpoints, "1 or more directories")
+        for name in ("generations", "criterion_generations"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(not self.out.is_file(), "out", str(self.out), "a directory")
+
+
+def _interval(values: np.ndarray) -> Interval:
+    return mean_interval(values[np.isfinite(values)])
+
+
+def delta_j(generations: Generations) -> dict[str, Any]:
+    """The row of Table 1: each quantity as (mean, low, high) over answers, and the per-answer values behind it."""
+    mask_BxT, recorded = generations.mask_BxT, generations.recorded_Bx3x2xC
+    gaps_BxT = critical.certainty_gaps(generations.certainty_BxT, mask_BxT)
+    at_critical = np.where(recorded, generations.at_critical(gaps_BxT), np.nan)
+    critical_B = critical.mean_where(gaps_BxT, generations.critical_BxT)
+    others_BxT = np.where(generations.critical_BxT, np.nan, gaps_BxT)
+    lowest_B = np.where(np.isnan(others_BxT), np.inf, others_BxT).min(axis=1)
+    common = by_place(generations, others_BxT)
+    kinds = [f"n+{slot // 2 + 1}_{('comma', 'digit')[slot % 2]}" for slot in range(at_critical.shape[3])]
+    return {
+        "critical": _interval(critical_B),
+        "noncritical_minimum": _interval(common[0][1] if common else np.zeros(0)),
+        "places": len(common),
+        "lowest_places": [{**place, "delta_j": _interval(values)} for place, values in common[:SHOWN_PLACES]],
+        "noncritical_minimum_of_each_answer": _interval(lowest_B),
+        "noncritical_mean": _interval(critical.mean_where(others_BxT, mask_BxT)),
+        "mean_certainty": _interval(critical.mean_where(generations.certainty_BxT, mask_BxT)),
+        "by_kind": {
+            f"step {step + 1}, operand {operand + 1}, {kind}": {
+                "delta_j": _interval(at_critical[:, step, operand, slot]),
+                "answers": int(recorded[:, step, operand, slot].sum()),
+            }
+            for step in range(at_critical.shape[1])
+            for operand in range(2)
+            for slot, kind in enumerate(kinds)
+        },
+        "per_answer": {
+            "critical": _or_none(critical_B),
+            "noncritical_lowest": _or_none(lowest_B),
+            "recorded": recorded.sum(axis=(1, 2, 3)).tolist(),
+            "reward": generations.reward_B.astype(int).tolist(),
+        },
+    }
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def by_place(generations: Generations, values_BxT: np.ndarray) -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Every place that enough answers reach with the finite values [B, T] there, the lowest mean first."""
+    found: dict[critical.Place, list[float]] = collections.defaultdict(list)
+    written: dict[critical.Place, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row, values_T in enumerate(values_BxT):
+        text = generations.text(row)
+        for place, character, value in zip(critical.places(text), text, values_T, strict=False):
+            if np.isfinite(value):
+                found[place].append(float(value))
+                written[place][character] += 1
+    least = max(2, math.ceil(LEAST_SHARE * len(values_BxT)))
+    common = [
+        (
+            {
+                "line": line,
+                "word": word,
+                "character": character,
+                "mostly": written[line, word, character].most_common(1)[0][0],
+                "answers": len(values),
+            },
+            np.array(values),
+        )
+        for (line, word, character), values in found.items()
+        if len(values) >= least
+    ]
+    return sorted(common, key=lambda pair: pair[1].mean())
+
+
+def criterion_1(generations: Generations) -> dict[str, Any]:
+    """Counts and (share, low, high): how answers with a wrong critical token, with none, and with all right ended."""
+    wrong_B = generations.wrong_critical_B
+    recorded_B = generations.recorded_Bx3x2xC.sum(axis=(1, 2, 3))
+    ended_right_B = generations.reward_B > 0
+    has_wrong_B = wrong_B > 0
+    all_right_B = ~has_wrong_B & (recorded_B == generations.expected_B)
+
+    def share(ended_B: np.ndarray, among_B: np.ndarray) -> dict[str, Any]:
+        hits, count = int((ended_B & among_B).sum()), int(among_B.sum())
+        return {"count": count, "ended_so": hits, "share": share_interval(hits, count)}
+
+    return {
+        "generations": len(wrong_B),
+        "right": share(ended_right_B, np.ones(len(wrong_B), bool)),
+        "wrong_critical_ended_wrong": share(~ended_right_B, has_wrong_B),
+        "none_wrong_ended_right": share(ended_right_B, ~has_wrong_B),
+        "all_met_and_right_ended_right": share(ended_right_B, all_right_B),
+        "ended_wrong_had_wrong_critical": share(has_wrong_B, ~ended_right_B),
+    }
+
+
+def verdicts(row: dict[str, Any], criterion: dict[str, Any], max_pretrain_digits: int) -> dict[str, str]:
+    """Holds, fails or undecided, by the rules of this module's docstring."""
+    _, low, high = row["critical"]
+    _, low_others, high_others = row["noncritical_minimum"]
+    _, low_share, high_share = criterion["wrong_critical_ended_wrong"]["share"]
+    said = {
+        "gap": _verdict(high < low_others, low > high_others),
+        "wrong_critical_token_decides": _verdict(low_share >= ALMOST_SURELY, high_share < ALMOST_SURELY),
+    }
+    if max_pretrain_digits in PAPER and math.isfinite(low):
+        mean, half = PAPER[max_pretrain_digits][0]
+        overlap = low <= mean + half and mean - half <= high
+        said["size"] = "as in the paper" if overlap else "not as in the paper"
+    return said
+
+
+def _verdict(holds: bool, fails: bool) -> str:
+    return "holds" if holds else "fails" if fails else "undecided"
+
+
+def _cell(interval: Interval, scale: float = 1.0, digits: int = 4) -> str:
+    mean, low, high = (scale * value for value in interval)
+    if not math.isfinite(mean):
+        return "none"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Table 1 beside the paper's, the kinds of critical tokens, and criterion 1, as Markdown."""
+    return "\n\n".join(
+        [
+            "Delta J, mean over answers with 95% interval",
+            _markdown(
+                ["N", "critical", "non-critical (minimum)", "paper: critical", "paper: non-critical", "gap", "size"],
+                [_gap_cells(row) for row in rows],
+            ),
+            _markdown(["N", "tokens", "Delta J", "answers"], [cells for row in rows for cells in _kind_cells(row)]),
+            "Criterion 1, % with 95% interval",
+            _markdown(
+                ["N", "answers", "right", *(name.replace("_", " ") for name in SHARES), "wrong token decides"],
+                [_criterion_cells(row) for row in rows],
+            ),
+        ]
+    )
+
+
+def _gap_cells(row: dict[str, Any]) -> list[str]:
+    base, gap, said = row["max_pretrain_digits"], row["delta_j"], row["verdicts"]
+    paper = [f"{mean:g} ± {half:g}" for mean, half in PAPER.get(base, ())] or ["-", "-"]
+    ours = [_cell(gap[name]) for name in ("critical", "noncritical_minimum")]
+    return [str(base), *ours, *paper, said["gap"], said.get("size", "-")]
+
+
+def _kind_cells(row: dict[str, Any]) -> list[list[str]]:
+    base, gap = str(row["max_pretrain_digits"]), row["delta_j"]
+    found = list(gap["by_kind"].items())
+    for place in gap["lowest_places"]:
+        where = f"line {place['line']}, word {place['word']}, character {place['character']}"
+        found.append((f"non-critical, {where}, mostly {place['mostly']!r}", place))
+    for name in ("noncritical_minimum_of_each_answer", "noncritical_mean"):
+        found.append((name.replace("_", " "), {"delta_j": gap[name], "answers": row["generations"]}))
+    return [[base, kind, _cell(values["delta_j"]), str(values["answers"])] for kind, values in found]
+
+
+def _criterion_cells(row: dict[str, Any]) -> list[str]:
+    found = row["criterion_1"]
+    shares = [f"{found[n]['ended_so']} of {found[n]['count']}: {_cell(found[n]['share'], 100, 1)}" for n in SHARES]
+    start = [str(row["max_pretrain_digits"]), str(found["generations"]), _cell(found["right"]["share"], 100, 1)]
+    return [*start, *shares, row["verdicts"]["wrong_critical_token_decides"]]
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def _row(command: Table1Command, model: Model) -> dict[str, Any]:
+    base = model.max_pretrain_digits
+    count = max(command.generations, command.criterion_generations)
+    rng = np.random.default_rng([command.sampling.seed, base])
+    problems = addition.rl_problems(rng, count, base + 1, base)
+    generations = critical.sample(model, problems, base + 1, command.sampling)
+    gap = delta_j(generations.first(command.generations))
+    criterion = criterion_1(generations.first(command.criterion_generations))
+    return {
+        "max_pretrain_digits": base,
+        "checkpoint": fingerprint(model.params),
+        "generations": command.generations,
+        "problems": [f"{problem.a}+{problem.b}" for problem in problems[: command.generations]],
+        "delta_j": gap,
+        "criterion_1": criterion,
+        "verdicts": verdicts(gap, criterion, base),
+    }
+
+
+def main(command: Table1Command) -> None:
+    started = time.perf_counter()
+    models = [load_model(path) for path in command.checkpoints]
+    for model in models:
+        critical.require_room(model, model.max_pretrain_digits + 1, command.sampling.extra_length)
+    rows = [_row(command, model) for model in models]
+    config = {"command": "experiments.table1_certainty_gap", **dataclasses.asdict(command)}
+    del config["checkpoints"], config["out"]
+    results = {
+        "models": rows,
+        "definition": "non-critical minimum: lowest mean over answers of all places that a fifth of the answers reach",
+        "paper": {str(base): values for base, values in PAPER.items()},
+        "config": config,
+        "device": jax.devices()[0].device_kind,
+        "platform": f"{platform.machine()}, python {platform.python_version()}, jax {jax.__version__}",
+        "wall_seconds": time.perf_counter() - started,
+    }
+    command.out.mkdir(parents=True, exist_ok=True)
+    write_json(command.out / "results.json", results)
+    print(table(rows))
+    print(f"\n{results['wall_seconds']:.0f} s; results.json in {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Table1Command)

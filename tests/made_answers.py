@@ -1,0 +1,44 @@
+"""Answers written by hand instead of by a policy, as ``critical.Generations``."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from ckl_jax import addition
+from ckl_jax import problems as problems_lib
+from ckl_jax.critical import Generations
+from ckl_jax.rollout import answer_mask
+
+DIGITS, MAX_PRETRAIN_DIGITS = 3, 2
+
+
+def made(problem, texts, certainty=None):
+    """Answers to one problem of up to 3 digits for a model of N = 2.
+
+    Args:
+      certainty: [B, T'] for the first T' characters; 1 elsewhere. The policy has probability J for what it writes.
+    """
+    packed = problems_lib.pack([problem] * len(texts), DIGITS, MAX_PRETRAIN_DIGITS)
+    length = max(map(len, texts)) + 5
+    answers_BxT = np.stack([addition.encode(text.ljust(length, addition.PAD)) for text in texts]).astype(np.int32)
+    indices, recorded = problems_lib.critical_indices(jnp.asarray(answers_BxT), packed)
+    certainty_BxT = np.ones(answers_BxT.shape, np.float32)
+    if certainty is not None:
+        certainty_BxT[:, : np.shape(certainty)[1]] = certainty
+    probabilities_BxTxV = np.repeat((1 - certainty_BxT)[..., None] / (addition.VOCAB_SIZE - 1), addition.VOCAB_SIZE, 2)
+    np.put_along_axis(probabilities_BxTxV, answers_BxT[..., None], certainty_BxT[..., None], axis=2)
+    return Generations(
+        answers_BxT,
+        np.array(answer_mask(jnp.asarray(answers_BxT))),
+        np.array(problems_lib.reward(jnp.asarray(answers_BxT), packed.results_BxR.astype(np.int32))),
+        certainty_BxT,
+        1 - certainty_BxT,
+        probabilities_BxTxV,
+        probabilities_BxTxV,
+        np.where(recorded, indices, -1),
+        np.array(problems_lib.critical_characters(packed)),
+        (packed.critical_Bx3x2xC >= 0).sum(axis=(1, 2, 3)),
+    )
+
+
+def replaced(text, index, character):
+    return text[:index] + character + text[index + 1 :]

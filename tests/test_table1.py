@@ -1,0 +1,161 @@
+"""Table 1 on made answers whose numbers are known by hand, its verdicts, and the command end to end."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from made_answers import made, replaced
+
+from ckl_jax import addition, cli
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+from experiments import table1_certainty_gap as table1
+
+PROBLEM = addition.Problem(123, 45)
+RIGHT = addition.answer_text(123, 45)
+TOKENS = addition.critical_tokens(123, 45, 2)
+LENGTH = len(RIGHT)
+
+
+def sure_except(by_index):
+    certainty = np.ones((1, LENGTH))
+    for index, value in by_index.items():
+        certainty[0, index] = value
+    return certainty
+
+
+def test_delta_j_of_an_answer_that_is_unsure_at_its_critical_tokens_alone():
+    count = len(TOKENS)
+    found = made(PROBLEM, [RIGHT] * 2, sure_except({token.index: 0.5 for token in TOKENS}))
+    row = table1.delta_j(found)
+    missing = 0.5 / (LENGTH - 1)
+    assert row["critical"][0] == pytest.approx(-0.5 + (count - 1) * missing)
+    assert row["noncritical_minimum"][0] == pytest.approx(count * missing)
+    assert row["noncritical_minimum_of_each_answer"][0] == pytest.approx(count * missing)
+    assert row["noncritical_mean"][0] == pytest.approx(count * missing)
+    assert row["per_answer"]["recorded"] == [count] * 2
+    kind = row["by_kind"]["step 1, operand 1, n+1_comma"]
+    assert kind["answers"] == 2
+    assert kind["delta_j"][0] == pytest.approx(row["critical"][0])
+    assert row["by_kind"]["step 1, operand 2, n+1_comma"]["answers"] == 0
+
+
+def test_the_lowest_place_is_the_one_with_the_lowest_mean_over_answers():
+    often, once = RIGHT.index("=8") + 1, RIGHT.index("C=0") + 2
+    certainty = np.concatenate([sure_except({often: 0.6, once: 0.1}), *[sure_except({often: 0.6})] * 3])
+    row = table1.delta_j(made(PROBLEM, [RIGHT] * 4, certainty))
+    place = row["lowest_places"][0]
+    assert (place["line"], place["word"], place["character"]) == (2, 8, 6)
+    assert (place["mostly"], place["answers"]) == ("8", 4)
+    assert row["noncritical_minimum"][0] == pytest.approx(0.6 - 1 + 0.9 / (LENGTH - 1) / 4)
+    of_each = row["noncritical_minimum_of_each_answer"][0]
+    assert of_each == pytest.approx((0.1 - 1 + 0.4 / (LENGTH - 1)) / 4 + (0.6 - 1) * 3 / 4)
+
+
+def test_places_that_few_answers_reach_do_not_count():
+    certainty = np.concatenate([sure_except({LENGTH - 2: 0.01})] + [sure_except({})] * 5)
+    texts = [RIGHT] + [RIGHT[:20]] * 5
+    found = table1.by_place(made(PROBLEM, texts), certainty[:, :LENGTH])
+    assert {place["answers"] for place, _ in found} == {6}
+    assert [len(values) for _, values in found] == [6] * len(found)
+    assert found[0][1].mean() == 1.0
+
+
+def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
+    comma = TOKENS[1].index
+    texts = [
+        RIGHT,
+        replaced(RIGHT, comma, "]").replace("1 6 8", "1 6"),
+        replaced(RIGHT, comma, "]"),
+        RIGHT.replace("1 6 8", "1 6 9"),
+        RIGHT[:5],
+    ]
+    found = table1.criterion_1(made(PROBLEM, texts))
+
+    def counts(name):
+        return found[name]["ended_so"], found[name]["count"]
+
+    assert counts("right") == (2, 5)
+    assert counts("wrong_critical_ended_wrong") == (1, 2)
+    assert counts("none_wrong_ended_right") == (1, 3)
+    assert counts("all_met_and_right_ended_right") == (1, 2)
+    assert counts("ended_wrong_had_wrong_critical") == (1, 3)
+    assert found["right"]["share"][0] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("critical", "others", "share", "expected"),
+    [
+        ((-0.3, -0.4, -0.2), (0.001, 0.0, 0.002), (0.99, 0.96, 1.0), ("holds", "holds", "as in the paper")),
+        ((-0.3, -0.4, -0.2), (-0.3, -0.5, -0.1), (0.95, 0.9, 0.98), ("undecided", "undecided", "as in the paper")),
+        ((0.1, 0.05, 0.2), (-0.3, -0.4, -0.2), (0.5, 0.4, 0.6), ("fails", "fails", "not as in the paper")),
+    ],
+)
+def test_verdicts_follow_their_rules(critical, others, share, expected):
+    row = {"critical": critical, "noncritical_minimum": others}
+    said = table1.verdicts(row, {"wrong_critical_ended_wrong": {"share": share}}, 5)
+    assert (said["gap"], said["wrong_critical_token_decides"], said["size"]) == expected
+
+
+def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
+    row = {"critical": (-0.3, -0.4, -0.2), "noncritical_minimum": (0.0, 0.0, 0.0)}
+    criterion = {"wrong_critical_ended_wrong": {"share": (1.0, 0.9, 1.0)}}
+    assert "size" not in table1.verdicts(row, criterion, 4)
+    nan = float("nan")
+    said = table1.verdicts({**row, "critical": (nan, nan, nan)}, criterion, 5)
+    assert "size" not in said
+    assert said["gap"] == "undecided"
+
+
+def command(path, *extra):
+    options = ["--generations", "3", "--criterion-generations", "5", "--extra-length", "5"]
+    paths = ["--checkpoints", str(path / "model"), str(path / "model"), "--out", str(path / "out")]
+    return cli.parse(table1.Table1Command, None, [*options, *paths, *extra])
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("table1")
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(path / "model", Model(small_model, 1, params), {})
+    return path
+
+
+def test_the_command_writes_results_and_prints_the_tables(model_path, capsys):
+    table1.main(command(model_path))
+    results = json.loads((model_path / "out" / "results.json").read_text())
+    first, second = results["models"]
+    assert json.dumps(first) == json.dumps(second)
+    assert len(first["problems"]) == first["generations"] == len(first["delta_j"]["per_answer"]["reward"]) == 3
+    assert first["criterion_1"]["generations"] == 5
+    assert results["config"]["sampling"]["extra_length"] == 5
+    assert results["wall_seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "| N | critical |" in printed
+    assert "Criterion 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (["--generations", "0"], "generations"),
+        (["--criterion-generations", "0"], "criterion_generations"),
+        (["--temperature", "0"], "temperature"),
+        (["--certainty", "shannon"], "certainty"),
+        (["--extra-length", "1000"], "extra_length"),
+        (["--checkpoints", "missing"], "checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(model_path, options, field):
+    with pytest.raises(ConfigError, match=field) as error:
+        table1.main(command(model_path, *options))
+    assert "\n" not in str(error.value)
+
+
+def test_an_out_that_is_a_file_is_refused(model_path):
+    (model_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out: .*file', allowed is a directory"):
+        command(model_path, "--out", str(model_path / "file"))
