@@ -82,7 +82,7 @@ POLICIES = {
         {"slots": 3, "window": 1},
         {"drafter": spiteful, "slots": 3},
     ],
-    ids=str,
+    ids=["default", "one slot", "one character", "drafts of nonsense"],
 )
 def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, options):
     expected = plain(MODEL, POLICIES[name], pack(), KEY)
