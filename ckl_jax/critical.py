@@ -162,7 +162,7 @@ def sample(
                 how,
                 policy.params,
                 None if reference is None else reference.params,
-                jax.tree.map(lambda x, start=start: x[start : start + BATCH], packed),
+                problems_lib.rows(packed, start, BATCH),
                 jax.random.key(how.seed),
                 max_length=addition.max_answer_length(digits, how.extra_length),
             )

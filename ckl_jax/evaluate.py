@@ -51,7 +51,7 @@ def judge(
         _rewards(
             model.config,
             model.params,
-            jax.tree.map(lambda x, start=start: x[start : start + BATCH], packed),
+            problems_lib.rows(packed, start, BATCH),
             jax.random.key(seed),
             max_length=addition.max_answer_length(digits, extra_length),
             temperature=1.0 if temperature is None else temperature,

@@ -89,10 +89,6 @@ def _stack(items: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
-def _rows(problems: Problems, start: int, count: int) -> Problems:
-    return jax.tree.map(lambda x: x[start : start + count], problems)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
     """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
@@ -143,7 +139,7 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         length = addition.max_answer_length(digits, extra)
         # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
         starts = range(0, len(drawn), task.config.test_problems)
-        groups = [_rows(packed, start, task.config.test_problems) for start in starts]
+        groups = [problems_lib.rows(packed, start, task.config.test_problems) for start in starts]
         rewards = [np.asarray(_test_rewards(task, mesh, policies, group, length)) for group in groups]
         accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy

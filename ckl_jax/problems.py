@@ -71,6 +71,11 @@ def pack(problems: Sequence[addition.Problem], digits: int, max_pretrain_digits:
     return Problems(prompts_BxP, lengths_B, results_BxR, lists_Bx3x2xJ, critical_Bx3x2xC, episodes_B)
 
 
+def rows(problems: Problems, start: int, count: int) -> Problems:
+    """At most ``count`` of the problems, from number ``start`` on; their identities for the noise stay."""
+    return jax.tree.map(lambda x: x[start : start + count], problems)
+
+
 def reward(answers_BxT: jax.Array, results_BxR: jax.Array) -> jax.Array:
     """1 where the line after ``</scratch>`` equals the right result, else 0: float32 [B].
 

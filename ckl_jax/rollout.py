@@ -101,11 +101,7 @@ def rollout(
     Raises:
       ValueError: ``temperature`` is not above 0, or prompt + answer exceed the model's block.
     """
-    if not isinstance(temperature, jax.core.Tracer):
-        require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
-    num_prompt = problems.prompts_BxP.shape[1]
-    total = num_prompt + max_length
-    require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
+    require_possible(config, problems, max_length, temperature)
     decode = functools.partial(
         _decode, config, params, key, max_length=max_length, temperature=temperature, greedy=greedy, axis_name=axis_name
     )
@@ -116,6 +112,36 @@ def rollout(
     grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(count // group, group, *x.shape[1:]), problems)
     trajectories = jax.lax.map(decode, grouped)
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), trajectories)
+
+
+def require_possible(config: ModelConfig, problems: Problems, max_length: int, temperature: float | jax.Array) -> None:
+    """Raises ConfigError where ``temperature`` is not above 0, or prompt + answer exceed the model's block."""
+    if not isinstance(temperature, jax.core.Tracer):
+        require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
+    total = problems.prompts_BxP.shape[1] + max_length
+    require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
+
+
+def layout(problems: Problems, max_length: int) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments [B, P + T] of left-padded prompts and answers, as ``Trajectory`` has them."""
+    count, num_prompt = problems.prompts_BxP.shape
+    total = num_prompt + max_length
+    padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
+    columns_BxL = jnp.broadcast_to(jnp.arange(total)[None], (count, total))
+    positions_BxL = jnp.maximum(columns_BxL - padding_B[:, None], 0)
+    return positions_BxL, (columns_BxL >= padding_B[:, None]).astype(jnp.int32)
+
+
+def judged(problems: Problems, answers_BxT: jax.Array, log_probs_BxT: jax.Array) -> Trajectory:
+    """The trajectory of answers with nothing but ``PAD_ID`` after their end."""
+    prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
+    return Trajectory(
+        jnp.concatenate([prompts_BxP, answers_BxT], axis=1),
+        *layout(problems, answers_BxT.shape[1]),
+        log_probs_BxT,
+        answer_mask(answers_BxT),
+        problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
+    )
 
 
 def largest_divisor(count: int, at_most: int) -> int:
@@ -139,11 +165,7 @@ def _decode(
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     batch = prompts_BxP.shape[0]
     episodes_B = jnp.asarray(problems.episodes_B)
-    padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
-    columns_BxL = jnp.broadcast_to(jnp.arange(total)[None], (batch, total))
-    positions_BxL = jnp.maximum(columns_BxL - padding_B[:, None], 0)
-    segments_BxL = (columns_BxL >= padding_B[:, None]).astype(jnp.int32)
-
+    positions_BxL, segments_BxL = layout(problems, max_length)
     mark = jnp.asarray(addition.encode(addition.RESULT_MARK)).astype(jnp.int32)
 
     def extend(tokens, first, count, cache) -> Output:
@@ -202,15 +224,7 @@ def _decode(
         slots = min(total, slots + CACHE_BLOCK)
         state = state._replace(cache=_grow(state.cache, slots))
 
-    answers_BxT = state.answers_BxT[:, len(mark) :]
-    return Trajectory(
-        jnp.concatenate([prompts_BxP, answers_BxT], axis=1),
-        positions_BxL,
-        segments_BxL,
-        state.log_probs_BxT,
-        answer_mask(answers_BxT),
-        problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
-    )
+    return judged(problems, state.answers_BxT[:, len(mark) :], state.log_probs_BxT)
 
 
 def answer_mask(answers_BxT: jax.Array) -> jax.Array:

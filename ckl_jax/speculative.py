@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import addition
-from ckl_jax import problems as problems_lib
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.drafts import draft
 from ckl_jax.model import Cache, forward, init_cache
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise, rollout, score
+from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise, judged, require_possible, rollout, score
 
 Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 How = Literal["auto", "speculative", "plain"]
@@ -114,11 +113,9 @@ def speculative_rollout(
       drafter: writes the drafts; takes and gives what ``drafts.draft`` does. A bad one costs passes, no exactness.
       least_accepted: gives up if the first ``TRIAL_PASSES`` accept fewer characters per window, on average.
     """
-    if not isinstance(temperature, jax.core.Tracer):
-        require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
+    require_possible(config, problems, max_length, temperature)
     count, num_prompt = problems.prompts_BxP.shape
     total = num_prompt + max_length
-    require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
     require(window >= 1, "window", window, "1 or more")
     require(slots is None or slots >= 1, "slots", slots, "1 or more")
     num_slots = min(slots or (CPU_SLOTS if jax.default_backend() == "cpu" else count), count)
@@ -227,15 +224,7 @@ def speculative_rollout(
     answers_BxT = written.tokens[:count, num_prompt:total]
     mask_BxT = answer_mask(answers_BxT)
     answers_BxT = jnp.where(mask_BxT, answers_BxT, addition.PAD_ID)
-    columns_BxL = jnp.broadcast_to(jnp.arange(total)[None], (count, total))
-    trajectory = Trajectory(
-        jnp.concatenate([prompts_BxP, answers_BxT], axis=1),
-        jnp.maximum(columns_BxL - padding_B[:, None], 0),
-        (columns_BxL >= padding_B[:, None]).astype(jnp.int32),
-        jnp.where(mask_BxT, written.log_probs_BxT, 0.0),
-        mask_BxT,
-        problems_lib.reward(answers_BxT, jnp.asarray(problems.results_BxR).astype(jnp.int32)),
-    )
+    trajectory = judged(problems, answers_BxT, jnp.where(mask_BxT, written.log_probs_BxT, 0.0))
     return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.windows, state.complete)
 
 
