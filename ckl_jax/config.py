@@ -95,12 +95,17 @@ class PretrainConfig:
     """Steps between checkpoints, metric lines and greedy evaluations."""
     eval_problems: int = 100
     """Problems per cell of the evaluations on the way."""
+    data_devices: int | None = None
+    """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
+    shard_state: bool = False
+    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_number(self, "seed warmup_steps weight_decay", 0)
         _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
+        require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
         _require_number(self, "num_documents", self.max_digits**2)
         _require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
         _require_choice(self, "packing", ("stream", "documents"))
@@ -225,6 +230,10 @@ class FinetuneConfig:
     transition_batch: int = 8
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length. It changes the speed alone."""
+    data_devices: int | None = None
+    """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
+    shard_state: bool = False
+    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     runs_at_once: int = 1
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
@@ -241,6 +250,7 @@ class FinetuneConfig:
         _require_number(self, "rounds episodes epochs test_every test_problems", 1)
         _require_number(self, "minibatch_episodes minibatch_transitions", 1)
         _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)
+        require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
         _require_number(
             self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
         )

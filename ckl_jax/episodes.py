@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition, losses
+from ckl_jax import addition, losses, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.config import FinetuneConfig, ModelConfig
@@ -49,18 +49,23 @@ def collect(
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out the policy, judges the answers, passes policy and reference over them, and estimates advantages."""
     config = task.config
-    trajectory, logits_BxTxV, hidden_BxTxD, *_ = generate(
-        task.model,
-        params["policy"],
-        problems,
-        key,
-        how=config.rollout,
-        batch=config.rollout_batch,
-        max_length=task.max_length,
-        temperature=config.temperature,
-        with_scores=True,
-        axis_name=axis_name,
-    )
+
+    def roll_out(whole, problems):
+        policy, key = whole
+        return generate(
+            task.model,
+            policy,
+            problems,
+            key,
+            how=config.rollout,
+            batch=config.rollout_batch,
+            max_length=task.max_length,
+            temperature=config.temperature,
+            with_scores=True,
+            axis_name=axis_name,
+        )[:3]
+
+    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], key), problems)
     assert logits_BxTxV is not None
     assert hidden_BxTxD is not None
     ref_logits_BxTxV, _ = score(task.model, ref_params, trajectory)

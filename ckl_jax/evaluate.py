@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import ModelConfig, require
@@ -27,8 +27,12 @@ BATCH = 200
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
 def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
-    sampling = {"temperature": temperature, "greedy": greedy}
-    return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+    def roll_out(whole, problems):
+        params, key, temperature = whole
+        sampling = {"temperature": temperature, "greedy": greedy}
+        return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+
+    return sharding.over_rows(roll_out, (params, key, temperature), problems)
 
 
 def judge(
@@ -47,18 +51,23 @@ def judge(
       extra_length: characters that an answer may be longer than the longest right one.
     """
     packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
-    rewards = [
-        _rewards(
-            model.config,
-            model.params,
-            problems_lib.rows(packed, start, BATCH),
-            jax.random.key(seed),
-            max_length=addition.max_answer_length(digits, extra_length),
-            temperature=1.0 if temperature is None else temperature,
-            greedy=temperature is None,
-        )
-        for start in range(0, len(problems), BATCH)
-    ]
+    rewards = []
+    for start in range(0, len(problems), BATCH):
+        group = problems_lib.rows(packed, start, BATCH)
+        mesh = sharding.make_mesh(1, len(group.episodes_B))
+        params = jax.device_put(model.params, sharding.everywhere(mesh))
+        with jax.set_mesh(mesh):
+            rewards.append(
+                _rewards(
+                    model.config,
+                    params,
+                    group,
+                    jax.random.key(seed),
+                    max_length=addition.max_answer_length(digits, extra_length),
+                    temperature=1.0 if temperature is None else temperature,
+                    greedy=temperature is None,
+                )
+            )
     return np.concatenate(rewards)
 
 

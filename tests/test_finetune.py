@@ -22,7 +22,7 @@ from ckl_jax.episodes import Task, collect
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
 from ckl_jax.model import GPT2, values
 from ckl_jax.runs import RunDirectory
-from ckl_jax.sharding import runs_mesh
+from ckl_jax.sharding import make_mesh
 from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
@@ -58,7 +58,7 @@ def task(model):
     return make_task(CONFIG, model)
 
 
-MESH = runs_mesh(1)
+MESH = make_mesh(1, 1)
 
 
 def _random_critic(state):
