@@ -352,8 +352,8 @@ def test_the_code_is_that_of_the_command_and_a_failed_one_is_started_again(cloud
 
 
 def test_a_worker_that_fails_ends_the_others_and_its_code_goes_before_their_abortion(cloud):
-    cloud.machine(workers=3, ends={"0": [[0, 134]], "1": [[0.3, 7]], "2": [[60, 0]]})
-    cloud.environment["POLL_SECONDS"] = "1"
+    cloud.machine(workers=3, ends={"0": [[0, 134]], "1": [[0, 7]], "2": [[60, 0]]})
+    cloud.environment["POLL_SECONDS"] = "3"  # Both have ended by the first look.
     assert cloud.run("run.sh", "a.module").returncode == 7
     (code,) = (cloud.path / "0" / "2").glob("ckl_runs/*/exit_code")
     assert code.read_text() == "143\n"
@@ -482,11 +482,11 @@ def test_supervise_replaces_a_machine_that_stays_unreachable(cloud):
 @pytest.mark.parametrize("keep", [[], ["--keep"]], ids=["", "keep"])
 def test_a_signal_deletes_what_supervise_made_unless_it_is_to_be_kept(cloud, sent, code, keep):
     cloud.plan(ends={"0": [[60, 0]]})
-    cloud.environment["POLL_SECONDS"] = "20"  # A signal must not wait for the next look.
+    cloud.environment["POLL_SECONDS"] = "60"  # A signal must not wait for the next look.
     process = cloud.start("supervise.sh", *keep, "a.module")
     cloud.wait_for(lambda: cloud.jobs())
     os.killpg(process.pid, sent)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=UNTIL)
     assert process.returncode == code
     assert cloud.is_there() == bool(keep)
     assert ("kept, and paid for" if keep else "deleting t-1") in err
