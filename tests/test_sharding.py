@@ -64,7 +64,7 @@ def on_one_device(model):
 
 def assert_same_numbers(found, expected):
     np.testing.assert_array_equal(found[1]["length"], expected[1]["length"])
-    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=3e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_pretraining_on_several_devices_is_that_on_one(small_model, devices, sha
         return state, jax.tree.map(np.asarray, (state.params, metrics))
 
     (_, expected), (state, found) = train(1), train(devices)
-    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=3e-5)
     embedding = state.params["params"]["wpe"]["embedding"]
     assert len(embedding.sharding.device_set) == devices
     assert embedding.addressable_shards[0].data.size * (devices if shard_state else 1) == embedding.size
@@ -127,7 +127,7 @@ def test_the_mesh_uses_as_many_devices_as_share_runs_and_rows_evenly():
         (3, 2): (3, 2),
         (3, 12): (3, 2),
         (6, 1): (6, 1),
-        (6, 2): (3, 2),
+        (6, 2): (6, 1),
         (6, 12): (2, 4),
         (7, 1): (7, 1),
         (7, 2): (7, 1),
