@@ -1,15 +1,18 @@
-"""Figure 2: its rules on made cells, and the command end to end on models of width 16, interrupted and redrawn."""
+"""Figure 2: its rules on made cells, and the command with a made judge, interrupted and redrawn."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
+from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import cli
+from ckl_jax import addition, cli
+from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.config import ConfigError, PretrainConfig
 from ckl_jax.statistics import share_interval
 from experiments import figure2_pretraining as figure2
+from experiments import models
 from experiments.models import Models
 
 
@@ -80,44 +83,37 @@ def test_the_papers_numbers_are_compared_at_its_own_size_and_n_alone():
     assert {tuple(row["max_pretrain_digits"]) for row in none_left} == {(7,), (8,)}
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory, small_model):
-    path = tmp_path_factory.mktemp("figure2")
-    pretrain = PretrainConfig(
-        max_digits=1,
-        num_documents=60,
-        packing="documents",
-        batch_size=4,
-        num_steps=2,
-        warmup_steps=1,
-        checkpoint_every=2,
-        eval_problems=2,
-        model=dataclasses.replace(small_model, num_layers=1, block_size=350),
-    )
-    models = Models("tiny", (1, 2), pretrain, path / "pretrained", path / "tfds")
-    return figure2.Figure2Command(models, path / "out", problems=4, extra_length=5)
+@pytest.fixture
+def command(tmp_path, small_model):
+    model = dataclasses.replace(small_model, num_layers=1, block_size=350)
+    pretrain = PretrainConfig(max_digits=1, num_documents=60, packing="documents", model=model)
+    return figure2.Figure2Command(Models("tiny", (1, 2), pretrain, tmp_path / "models"), tmp_path / "out", 4, 0, 40)
 
 
-@pytest.fixture(scope="module")
-def finished(command):
-    """Interrupted before its fourth cell, with a line half written, and started again."""
-    measure_cell, measured = figure2.measure_cell, []
+@pytest.fixture
+def finished(command, monkeypatch):
+    """Interrupted before its fourth cell, with a line half written, and started again; half of all is solved."""
+    measured = []
 
-    def counted(command, model, operands, digits):
+    def write_model(config, run, data_dir, progress):
+        save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits)), {})
+
+    def half_right(model, operands, digits, count, *, seed, extra_length):
+        assert (seed, extra_length) == (0, 40)
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append((model.max_pretrain_digits, operands, digits))
-        return measure_cell(command, model, operands, digits)
+        return np.arange(count, dtype=np.float32) % 2
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figure2, "measure_cell", counted)
-        with pytest.raises(KeyboardInterrupt):
-            figure2.main(command)
-        with (command.out / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 4, "oper')
-        first = list(measured)
-        measured[:] = [None] * 4
+    monkeypatch.setattr(models, "pretrain", write_model)
+    monkeypatch.setattr(figure2, "judge_cell", half_right)
+    with pytest.raises(KeyboardInterrupt):
         figure2.main(command)
+    with (command.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "oper')
+    first = list(measured)
+    measured[:] = [None] * 4
+    figure2.main(command)
     return first, measured[4:], json.loads((command.out / "results.json").read_text())
 
 
@@ -125,23 +121,24 @@ def test_all_cells_are_there_once_and_those_that_were_done_are_kept(finished):
     first, second, results = finished
     assert first == [(1, "identical", 1), (1, "varying", 1), (1, "identical", 2)]
     assert second[0] == (1, "varying", 2)
-    assert len(second) == 13
-    keys = [(c["max_pretrain_digits"], c["operands"], c["digits"]) for c in results["cells"]]
-    assert keys == first + second
+    cells = results["cells"]
+    keys = [(c["max_pretrain_digits"], c["operands"], c["digits"]) for c in cells]
+    assert keys == [(n, kind, n + k) for n in (1, 2) for k in range(4) for kind in ("identical", "varying")]
+    assert [key for key, cell in zip(keys, cells, strict=True) if cell["fits"]] == first + second
+    assert len({cell["checkpoint"] for cell in cells}) == 2
     assert results["wall_seconds"] > 0
     assert {"device", "config", "paper", "verdicts"} <= results.keys()
 
 
 def test_a_cell_has_its_interval_or_says_why_not(finished):
     for cell in finished[2]["cells"]:
-        if cell["digits"] == 5:
-            assert not cell["fits"]
-            assert cell["characters"] > cell["block_size"] == 350
+        assert cell["fits"] == (cell["digits"] <= 3)
+        if cell["fits"]:
+            assert (cell["solved"], cell["problems"]) == (2, 4)
+            assert cell["accuracy"] == [0.5, 0.0, 1.0]
+            assert cell["score_interval"] == pytest.approx(share_interval(2, 4))
         else:
-            accuracy, low, high = cell["accuracy"]
-            assert accuracy == cell["solved"] / cell["problems"]
-            assert 0 <= low <= accuracy <= high <= 1
-            assert cell["problems"] == 4
+            assert cell["characters"] > cell["block_size"] == 350
 
 
 def test_plot_only_draws_again_and_the_table_names_what_does_not_fit(finished, command, capsys):
@@ -152,13 +149,21 @@ def test_plot_only_draws_again_and_the_table_names_what_does_not_fit(finished, c
     assert "<svg" in (command.out / "figure2.svg").read_text()
     assert (command.out / "results.json").read_bytes() == written
     printed = capsys.readouterr().out
-    assert "| identical | 2 | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | 0.0 [0.0, 0.0] | does not fit |" in printed
+    assert "| identical | 2 | 50.0 [0.0, 100.0] | 50.0 [0.0, 100.0] | does not fit | does not fit |" in printed
     assert "| varying, paper (85M) | 13 | 95.6 ± 1.4 | 92.5 ± 1.9 | 84.7 ± 2.4 | 51.8 ± 3.2 |" in printed
 
 
 def test_another_number_of_problems_is_refused_before_anything_is_trained(finished, command):
     with pytest.raises(ConfigError, match="problems"):
         figure2.main(dataclasses.replace(command, problems=5))
+
+
+def test_a_cell_counts_what_the_model_solves(command, small_model):
+    problem = addition.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
+    params = scripted_policy(addition.answer_text(problem.a, problem.b), addition.max_prompt_length(1))
+    cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
+    asked = addition.identical_problems(np.random.default_rng([0, 1]), 4, 1)
+    assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1
 
 
 def test_the_papers_numbers_have_all_four_n_and_lengths():
