@@ -150,7 +150,7 @@ def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(results: dict[str, Any]) -> str:
     """Accuracies in percent and the verdicts, as Markdown."""
     lines = [
-        "| N | digits | before | after | gain | since the last test but one | old lengths before | old lengths after |",
+        "| N | digits | before | after | gain | since the test before | old lengths before | old lengths after |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in results["runs"]:
