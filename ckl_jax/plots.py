@@ -52,7 +52,13 @@ def curves(
 
 
 def points(
-    axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
+    axes: Axes,
+    x: np.ndarray,
+    by_arm: Mapping[str, np.ndarray],
+    *,
+    scale: float = 1.0,
+    label: str = "{arm}",
+    colors: Mapping[str, Any] = COLORS,
 ) -> None:
     """Mean over seeds at few x, with the 95% interval as a bar or, with few seeds, a small point for each."""
     for arm, values in by_arm.items():
@@ -60,9 +66,9 @@ def points(
         few = len(values) < FEW_SEEDS
         errors = None if few else [mean - low, high - mean]
         style: dict[str, Any] = {"fmt": "o", "markersize": 8, "capsize": 4, "markeredgecolor": "white"}
-        axes.errorbar(x, mean, errors, color=COLORS.get(arm), label=label.format(arm=arm), **style)
+        axes.errorbar(x, mean, errors, color=colors.get(arm), label=label.format(arm=arm), **style)
         if few:
-            axes.plot(x, scale * values.T, ".", color=COLORS.get(arm), markersize=4)
+            axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
 
 
 def save(figure: Figure, directory: pathlib.Path, name: str) -> None:

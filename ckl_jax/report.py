@@ -145,23 +145,33 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def document(title: str, body: str, *, style: str = "", images: bool = False) -> str:
+    """A whole HTML document that may load nothing: report.css, then ``style``; ``images`` allows those in data URIs."""
+    base = _HERE.joinpath("report.css").read_text()
+    policy = _POLICY + ("; img-src data:" if images else "")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{html.escape(title)}</title>\n<style>\n{base}{style}</style></head>\n"
+        f"<body>{body}</body></html>\n"
+    )
+
+
 def page(title: str, introduction: Sequence[str], sections: Sequence[Section]) -> str:
-    """The whole document.
+    """The document of some sections of scratchpads.
 
     Args:
       introduction: paragraphs under the title.
     """
-    style, script = (_HERE.joinpath(f"report.{suffix}").read_text() for suffix in ("css", "js"))
+    script = _HERE.joinpath("report.js").read_text()
     paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in introduction)
     data = characters_json([scratchpad for section in sections for scratchpad in section.scratchpads])
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style></head>\n"
-        f"<body><main><h1>{html.escape(title)}</h1>{paragraphs}{legend_html()}\n"
+    return document(
+        title,
+        f"<main><h1>{html.escape(title)}</h1>{paragraphs}{legend_html()}\n"
         + "\n".join(section_html(section) for section in sections)
         + '</main>\n<aside id="details" aria-live="polite"><p>Point at a character, or focus a scratchpad and use the '
         "arrow keys, to see the model's distribution there.</p></aside>\n"
-        f'<script type="application/json" id="characters">{data}</script>\n<script>\n{script}</script></body></html>\n'
+        f'<script type="application/json" id="characters">{data}</script>\n<script>\n{script}</script>',
     )

@@ -40,6 +40,7 @@ from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.problems import Problems
 from ckl_jax.runs import earlier_results, machine
 from ckl_jax.speculative import generate
+from experiments.claims import Claim, as_json
 
 COMMAND = "experiments.figure1_scratchpad"
 COLORMAP = "YlGnBu_r"  # Its luminance rises with J: it survives grey print and every colour blindness.
@@ -67,7 +68,7 @@ class Figure1Command:
     out: pathlib.Path = pathlib.Path("runs/figure1")
     """Directory of results.json, figure1.png and figure1.svg; an earlier call's are replaced."""
     plot_only: bool = False
-    """Figure again from results.json."""
+    """Claim and figure again from results.json."""
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "at least 0")
@@ -159,6 +160,25 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
         "certainty": sure_T.tolist(),
         "probability": p_TxV[np.arange(length), np.asarray(tokens_T)].tolist(),
     }
+
+
+def claims(results: dict[str, Any]) -> list[Claim]:
+    """The picture's message in numbers; one addition decides nothing."""
+    sure = results["certainty"]
+    least = min(range(len(sure)), key=sure.__getitem__)
+    at_least = "a critical token" if least in {token["index"] for token in results["critical"]} else "no critical token"
+    critical, others = results["mean_certainty_critical"], results["mean_certainty_other"]
+    shown = "none recorded" if critical is None else f"{critical:.3f}"
+    return [
+        Claim(
+            "Critical tokens are those that the pre-trained model is least certain of",
+            "drawn for one addition, no numbers",
+            f"J {shown} at critical tokens, {others:.3f} elsewhere; the least certain character is {at_least}",
+            (),
+            "undecided",
+            "an illustration: one addition, whose operands may be picked, decides nothing; figure 5 and table 1 count",
+        )
+    ]
 
 
 def cells(text: str, columns: int) -> list[tuple[int, int]]:
@@ -270,9 +290,10 @@ def main(command: Figure1Command) -> None:
             "wall_seconds": time.monotonic() - start,
         }
         command.out.mkdir(parents=True, exist_ok=True)
-        write_json(command.out / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
+    results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+    write_json(command.out / "results.json", results)
     draw(results, command.out)
     print(results["text"])
     print("\n".join(legend(results, operand) for operand in (1, 2)))

@@ -12,36 +12,31 @@ differ in beta alone (0 against 150). An interrupted run goes on with the same c
 from __future__ import annotations
 
 import pathlib
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 from ckl_jax import cli, plots
-from ckl_jax.checkpoint import SHIPPED_TINY, load_model, write_json
+from ckl_jax.checkpoint import write_json
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
-from ckl_jax.finetune import describe, finetune, make_runs, make_task
-from ckl_jax.runs import RunDirectory, by_run, critical_probability, machine
+from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
+from experiments import arms as arms_lib
+from experiments.claims import Claim, as_json, verdict
 
+COMMAND = "experiments.figure4_prioritized_kl"
 COMMA, SECOND_OPERAND = 0, 2
 
 
 @dataclass(frozen=True)
-class Figure4Command:
+class Figure4Command(arms_lib.ArmsCommand):
     """Figure 4: prioritized against standard KL penalty over several seeds."""
 
-    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
-    checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
     out: pathlib.Path = pathlib.Path("runs/figure4")
     """Directory of the run: new, empty, or of the same command interrupted."""
-    seeds: int = 2
-    """Seeds per arm."""
-    plot_only: bool = False
-    """Table and figure again from the metrics of a finished run."""
 
     def __post_init__(self) -> None:
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
@@ -55,46 +50,34 @@ def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
     return {"standard": {"beta": 0.0}, "prioritized": {"beta": config.beta}}
 
 
-def summarize(command: Figure4Command, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per-seed values, means with 95% intervals over seeds, and paired differences, from metrics.jsonl's records."""
-    config = command.config
-    names = list(arms(config))
-    seeds = list(range(config.seed, config.seed + command.seeds))
-    tests = by_run(records, "test_target")
-    rounds = by_run(records, "success")
-    test_steps = sorted({step for _, _, step in tests})
-    round_steps = sorted({step for _, _, step in rounds})
+def summarize(run: arms_lib.Run) -> dict[str, Any]:
+    """Per-seed values, means with 95% intervals over seeds, and paired differences."""
 
-    def critical(arm: str, seed: int, step: int, line: int) -> float:
-        return critical_probability(rounds[arm, seed, step], line, SECOND_OPERAND, COMMA)
+    def critical(line: int) -> Callable[[dict[str, Any]], float]:
+        return lambda record: critical_probability(record, line, SECOND_OPERAND, COMMA)
 
-    by_arm: dict[str, Any] = {}
-    for arm in names:
-        by_arm[arm] = {
-            "learning_curve": [[tests[arm, seed, step]["test_target"] for step in test_steps] for seed in seeds],
-            "old_curve": [[tests[arm, seed, step]["test_old"] for step in test_steps] for seed in seeds],
-            "critical_comma_step1": [[critical(arm, seed, step, 1) for step in round_steps] for seed in seeds],
-            "critical_comma_step2": [[critical(arm, seed, step, 2) for step in round_steps] for seed in seeds],
-            "collect_success": [[rounds[arm, seed, step]["success"] for step in round_steps] for seed in seeds],
-            "kl": [[rounds[arm, seed, step]["kl"] for step in round_steps] for seed in seeds],
-        }
-        for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
-            values = np.array(by_arm[arm][curve])
-            by_arm[arm][f"{name}_before"] = mean_interval(values[:, 0])
-            by_arm[arm][f"{name}_after"] = mean_interval(values[:, -1])
-            by_arm[arm][f"{name}_gain"] = mean_interval(values[:, -1] - values[:, 0])
-    after = {arm: np.array(by_arm[arm]["learning_curve"])[:, -1] for arm in names}
-    old = {arm: np.array(by_arm[arm]["old_curve"])[:, -1] for arm in names}
-    return {
-        "seeds": seeds,
-        "test_episodes": [step * config.episodes for step in test_steps],
-        "round_episodes": [step * config.episodes for step in round_steps],
-        "arms": by_arm,
-        "paired_difference": {
-            "target": mean_interval(after["prioritized"] - after["standard"]),
-            "old": mean_interval(old["prioritized"] - old["standard"]),
-        },
+    lines = {f"critical_comma_step{line}": critical(line) for line in (1, 2)}
+    results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
+    results["paired_difference"] = {
+        name: mean_interval(arms_lib.after(results, "prioritized", curve) - arms_lib.after(results, "standard", curve))
+        for name, curve in (("target", "learning_curve"), ("old", "old_curve"))
     }
+    return results
+
+
+def claims(results: dict[str, Any], digits: int) -> list[Claim]:
+    difference = results["paired_difference"]["target"]
+    return [
+        Claim(
+            f"After training the prioritized KL solves more problems of {digits} digits than the standard KL",
+            "prioritized above standard (7 to 8 digits, 10 seeds; numbers not printed)",
+            f"{percent(difference, '+')} points ({digits - 1} to {digits} digits, {len(results['seeds'])} seeds)",
+            (difference,),
+            verdict(difference),
+            "final accuracy, prioritized minus standard of the same seed: reproduced if Student's 95% interval over "
+            "seeds is above 0, not reproduced if it is below, else undecided",
+        )
+    ]
 
 
 def table(results: dict[str, Any], digits: int) -> str:
@@ -137,23 +120,13 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
 
 
 def main(command: Figure4Command) -> None:
-    config = command.config
-    model = load_model(command.checkpoint)
-    make_task(config, model)
-    make_runs(config, arms(config), command.seeds)
-    described = {"command": "experiments.figure4_prioritized_kl", **describe(command, model)}
-    if command.plot_only:
-        require((command.out / "results.json").exists(), "plot_only", str(command.out), "a finished run's directory")
-    directory = RunDirectory(command.out, described)
-    if not command.plot_only:
-        finetune(config, model, directory, arms(config), command.seeds)
-    results = summarize(command, directory.metrics())
-    results |= {"config": described, **machine(), "wall_seconds": directory.seconds()}
-    digits = model.max_pretrain_digits + config.extra_digits
-    write_json(directory.path / "results.json", results)
-    draw(results, digits, directory.path)
-    print(table(results, digits))
-    print(f"{results['wall_seconds']:.0f} s; results.json, figure4.png and figure4.svg in {directory.path}")
+    run = arms_lib.run_arms(command, COMMAND, arms(command.config))
+    results = summarize(run)
+    results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
+    write_json(command.out / "results.json", results)
+    draw(results, run.digits, command.out)
+    print(table(results, run.digits))
+    print(f"{results['wall_seconds']:.0f} s; results.json, figure4.png and figure4.svg in {command.out}")
 
 
 if __name__ == "__main__":

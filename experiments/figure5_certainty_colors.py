@@ -20,13 +20,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -35,7 +33,10 @@ from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Sampling
 from ckl_jax.report import Character, Scratchpad, Section
+from ckl_jax.runs import machine
 from ckl_jax.statistics import mean_interval, share_interval
+from experiments import claims as claims_lib
+from experiments.claims import Claim, decided
 
 LIKELIEST = 5
 INTRODUCTION = (
@@ -152,6 +153,24 @@ def verdict(summary: dict[str, Any]) -> str:
     return "holds" if low > 0.5 else "fails" if high < 0.5 else "undecided"
 
 
+def claims(policies: dict[str, Any]) -> list[Claim]:
+    """The figure's message, by the rule of this module's docstring."""
+    summary = policies["Before RL"]
+    share = summary["least_certain_is_critical"]
+    return [
+        Claim(
+            "Colour alone finds the critical tokens",
+            "drawn for single answers, no numbers",
+            f"the least certain character is a critical one in {_cell(share, 100, 1)}% of the "
+            f"{summary['answers_with_critical']} answers with a critical token",
+            (share,),
+            decided(verdict(summary) == "holds", verdict(summary) == "fails"),
+            "share of the pre-trained model's answers with a critical token whose least certain character is one: "
+            "reproduced if Wilson's 95% interval lies above one half, not reproduced if below, else undecided",
+        )
+    ]
+
+
 def as_json(pad: Scratchpad) -> dict[str, Any]:
     """What the picture shows of an answer; figure5.html has the likeliest characters too."""
     values = {
@@ -216,9 +235,10 @@ def main(command: Figure5Command) -> None:
     results = {
         "policies": summaries,
         "verdict": said,
+        "seeds": [command.sampling.seed],
+        "claims": claims_lib.as_json(claims(summaries)),
         "config": config,
-        "device": jax.devices()[0].device_kind,
-        "platform": f"{platform.machine()}, python {platform.python_version()}, jax {jax.__version__}",
+        **machine(),
         "wall_seconds": time.perf_counter() - started,
     }
     write_json(command.out / "results.json", results)

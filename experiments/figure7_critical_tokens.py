@@ -33,6 +33,7 @@ from ckl_jax.checkpoint import write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
+from experiments.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")
@@ -49,19 +50,11 @@ class Figure7Command:
     out: pathlib.Path | None = None
     """Directory of results.json, figure7.png and figure7.svg; default: figure7 inside the run's."""
     plot_only: bool = False
-    """Table and figure again from results.json."""
+    """Table, claims and figure again from results.json."""
 
     @property
     def directory(self) -> pathlib.Path:
         return self.run / "figure7" if self.out is None else self.out
-
-
-def verdict(difference: tuple[float, float, float]) -> str:
-    """What a difference (mean, low, high) between the arms says about the paper's claim; see the module's rule."""
-    _, low, high = difference
-    if low > 0:
-        return "reproduced"
-    return "not reproduced" if high < 0 else "undecided"
 
 
 def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,6 +114,30 @@ def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int,
     }
 
 
+def claims(results: dict[str, Any]) -> list[Claim]:
+    """One per token, by the rule of this module's docstring."""
+    rule = (
+        "the token's probability in the last round, prioritized minus standard of the same seed: reproduced if "
+        "Student's 95% interval over seeds is above 0, not reproduced if it is below, else undecided"
+    )
+    found = []
+    for token in results["tokens"]:
+        difference = token["final_difference"]
+        final = {arm: percent(token["arms"][arm]["final"]) for arm in ARMS}
+        found.append(
+            Claim(
+                f"RL raises step {token['step']}, operand {token['operand']}'s comma more under the prioritized KL",
+                "prioritized above standard (10 seeds; numbers not printed)",
+                f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
+                f"({token['pairs']} seeds)",
+                (difference,),
+                verdict(difference),
+                rule,
+            )
+        )
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     """The six tokens as a Markdown table of probabilities in percent."""
     lines = [
@@ -178,9 +195,10 @@ def main(command: Figure7Command) -> None:
     if not command.plot_only:
         results = measure(command.run)
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {directory}, allowed is a directory with an earlier call's results.json")
+    results["claims"] = as_json(claims(results))
+    write_json(directory / "results.json", results)
     draw(results, directory)
     print(table(results))
     print(f"results.json, figure7.png and figure7.svg in {directory}")

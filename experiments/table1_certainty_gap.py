@@ -35,12 +35,10 @@ import collections
 import dataclasses
 import math
 import pathlib
-import platform
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -48,7 +46,9 @@ from ckl_jax import addition, cli, critical
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Sampling
+from ckl_jax.runs import machine
 from ckl_jax.statistics import mean_interval, share_interval
+from experiments.claims import Claim, as_json, decided
 
 Interval = tuple[float, float, float]
 PAPER = {
@@ -202,6 +202,48 @@ def _verdict(holds: bool, fails: bool) -> str:
     return "holds" if holds else "fails" if fails else "undecided"
 
 
+def claims(rows: list[dict[str, Any]]) -> list[Claim]:
+    """Both criteria and the gap's size for every model, by the rules of this module's docstring."""
+    return [claim for row in rows for claim in _claims(row)]
+
+
+def _claims(row: dict[str, Any]) -> list[Claim]:
+    base, gap, said = row["max_pretrain_digits"], row["delta_j"], row["verdicts"]
+    critical, others = gap["critical"], gap["noncritical_minimum"]
+    share = row["criterion_1"]["wrong_critical_ended_wrong"]
+    paper = [f"{mean:g} ± {half:g}" for mean, half in PAPER.get(base, ())]
+    size = said.get("size")
+    return [
+        Claim(
+            f"N = {base}: critical tokens are less certain than all others (Delta J, criterion 2)",
+            f"{paper[0]} against {paper[1]} at the least certain others" if paper else "no model of this N",
+            f"{_cell(critical)} against {_cell(others)} ({row['generations']} answers)",
+            (critical, others),
+            decided(said["gap"] == "holds", said["gap"] == "fails"),
+            "95% intervals over answers: reproduced if that of the critical tokens lies below that of the non-critical "
+            "minimum, not reproduced if above, else undecided",
+        ),
+        Claim(
+            f"N = {base}: how much less certain (Delta J at critical tokens)",
+            paper[0] if paper else "no model of this N",
+            f"{_cell(critical)} ({row['generations']} answers)",
+            (critical,),
+            decided(size == "as in the paper", True) if size else "not comparable at this size",
+            "reproduced if our 95% interval and the paper's at the same N overlap, else not reproduced; not comparable "
+            "where the paper has no such N",
+        ),
+        Claim(
+            f"N = {base}: a wrong critical token makes the answer wrong (criterion 1)",
+            "almost surely, no number",
+            f"{share['ended_so']} of {share['count']} wrong: {_cell(share['share'], 100, 1)}%",
+            (share["share"],),
+            decided(said["wrong_critical_token_decides"] == "holds", said["wrong_critical_token_decides"] == "fails"),
+            "share of the answers with a wrong critical token that end wrong, Wilson's 95% interval: reproduced if its "
+            "lower end is 95% or more, not reproduced if its upper end is below, else undecided",
+        ),
+    ]
+
+
 def _cell(interval: Interval, scale: float = 1.0, digits: int = 4) -> str:
     mean, low, high = (scale * value for value in interval)
     if not math.isfinite(mean):
@@ -288,9 +330,10 @@ def main(command: Table1Command) -> None:
         "models": rows,
         "definition": "non-critical minimum: lowest mean over answers of all places that a fifth of the answers reach",
         "paper": {str(base): values for base, values in PAPER.items()},
+        "seeds": [command.sampling.seed],
+        "claims": as_json(claims(rows)),
         "config": config,
-        "device": jax.devices()[0].device_kind,
-        "platform": f"{platform.machine()}, python {platform.python_version()}, jax {jax.__version__}",
+        **machine(),
         "wall_seconds": time.perf_counter() - started,
     }
     command.out.mkdir(parents=True, exist_ok=True)

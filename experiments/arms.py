@@ -1,0 +1,129 @@
+"""What the figures that compare arms of one RL program share: their options, the run, and its summary per arm."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.config import ConfigError, FinetuneConfig, require
+from ckl_jax.finetune import Arms, describe, finetune, make_runs, make_task
+from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
+from ckl_jax.statistics import mean_interval
+
+
+@dataclass(frozen=True)
+class ArmsCommand:
+    """Arms of one fine-tuning program over several seeds."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    out: pathlib.Path = pathlib.Path("runs/arms")
+    """Directory of the run: new, empty, or of the same command interrupted."""
+    seeds: int = 2
+    """Seeds per arm."""
+    plot_only: bool = False
+    """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
+    other options say; the checkpoint must be the run's."""
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      config: its config.json.
+      records: of its metrics.jsonl.
+      made: device, platform and wall seconds.
+      digits: length that it was fine-tuned on.
+    """
+
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    made: dict[str, Any]
+    digits: int
+
+    @property
+    def seeds(self) -> list[int]:
+        first = self.config["config"]["seed"]
+        return list(range(first, first + self.config["seeds"]))
+
+
+def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> Run:
+    """Trains what is missing of all arms x seeds; with ``plot_only`` reads what is there.
+
+    Args:
+      name: the module, as config.json names it.
+      described: what determines the numbers beside the command's config, seeds and checkpoint.
+
+    Raises:
+      ConfigError: what ``finetune`` and ``RunDirectory`` refuse; ``plot_only`` without a finished run.
+    """
+    model = load_model(command.checkpoint)
+    if command.plot_only:
+        return _finished(command, name, model.max_pretrain_digits, fingerprint(model.params))
+    make_task(command.config, model)
+    make_runs(command.config, arms, command.seeds)
+    config = {"command": name, **describe(command, model), **described}
+    directory = RunDirectory(command.out, config)
+    finetune(command.config, model, directory, arms, command.seeds)
+    made = {**machine(), "wall_seconds": directory.seconds()}
+    return Run(config, directory.metrics(), made, model.max_pretrain_digits + command.config.extra_digits)
+
+
+def _finished(command: ArmsCommand, name: str, max_pretrain_digits: int, checkpoint: str) -> Run:
+    made = earlier_results(command.out, name)
+    if made is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a finished run's directory")
+    config = read_json(command.out / "config.json", "plot_only")
+    same = config["checkpoint"] == checkpoint
+    require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
+    records = read_metrics(command.out / "metrics.jsonl", "plot_only")
+    kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
+    return Run(config, records, kept, max_pretrain_digits + config["config"]["extra_digits"])
+
+
+def summarize(
+    run: Run, arms: Iterable[str], of_rounds: Mapping[str, Callable[[dict[str, Any]], float]]
+) -> dict[str, Any]:
+    """Values per arm, seed and test or round, and means with 95% intervals over seeds.
+
+    Args:
+      of_rounds: curve's name -> its value in a round's record; ``collect_success`` and ``kl`` are there always.
+    """
+    of_rounds = {**of_rounds, "collect_success": lambda record: record["success"], "kl": lambda record: record["kl"]}
+    tests = by_run(run.records, "test_target")
+    rounds = by_run(run.records, "success")
+    test_steps = sorted({step for _, _, step in tests})
+    round_steps = sorted({step for _, _, step in rounds})
+    by_arm: dict[str, Any] = {}
+    for arm in arms:
+        found: dict[str, Any] = {
+            f"{curve}_curve": [[tests[arm, seed, step][f"test_{name}"] for step in test_steps] for seed in run.seeds]
+            for name, curve in (("target", "learning"), ("old", "old"))
+        }
+        for name, value in of_rounds.items():
+            found[name] = [[value(rounds[arm, seed, step]) for step in round_steps] for seed in run.seeds]
+        for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
+            values = np.array(found[curve])
+            found[f"{name}_before"] = mean_interval(values[:, 0])
+            found[f"{name}_after"] = mean_interval(values[:, -1])
+            found[f"{name}_gain"] = mean_interval(values[:, -1] - values[:, 0])
+        by_arm[arm] = found
+    episodes = run.config["config"]["episodes"]
+    return {
+        "seeds": run.seeds,
+        "test_episodes": [step * episodes for step in test_steps],
+        "round_episodes": [step * episodes for step in round_steps],
+        "arms": by_arm,
+    }
+
+
+def after(results: Mapping[str, Any], arm: str, curve: str = "learning_curve") -> np.ndarray:
+    """An arm's accuracy after training, [seeds], from ``summarize``'s results."""
+    return np.array(results["arms"][arm][curve])[:, -1]

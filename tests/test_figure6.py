@@ -1,0 +1,166 @@
+"""Figure 6: its numbers and verdicts from records written by hand, and the command end to end on a random model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import cli
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+from experiments import arms as arms_lib
+from experiments import figure6_beta_sweep as figure6
+
+OPTIONS = (
+    "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
+    "--final-problems 8 --extra-length 5 --seeds 2 --rollout plain --betas 1000 10"
+)
+# Final accuracy of seeds 3 and 4; t(0.975, 1) = 12.7062 makes the half width 6.3531 times the two values' distance.
+FINAL = {
+    "standard": (0.30, 0.40),
+    "beta_10": (0.40, 0.50),
+    "beta_500": (0.60, 0.70),
+    "beta_1000": (0.50, 0.60),
+    "beta_10000": (0.05, 0.55),
+}
+WEIGHTS = {"standard": 1.0, "beta_10": 0.9, "beta_500": 0.6, "beta_1000": 0.5, "beta_10000": 0.2}
+
+
+def records():
+    found = []
+    for arm, final in FINAL.items():
+        for seed in (3, 4):
+            for step, value in ((0, 0.2), (2, final[seed - 3])):
+                found.append({"step": step, "arm": arm, "seed": seed, "test_target": value, "test_old": 0.9})
+            for step in (1, 2):
+                pressure = {"kl_weight": WEIGHTS[arm] - 0.1 * (step - 1), "kl": 0.01 * step, "loss/kl": 0.1 * seed}
+                found.append({"step": step, "arm": arm, "seed": seed, "success": 0.2, **pressure})
+    return found
+
+
+@pytest.fixture(scope="module")
+def made():
+    config = {"config": {"seed": 3, "episodes": 10}, "seeds": 2, "betas": [10.0, 500.0, 1000.0, 10000.0]}
+    return figure6.summarize(arms_lib.Run(config, records(), {}, 6))
+
+
+def command(tmp_path, *extra):
+    paths = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    return cli.parse(figure6.Figure6Command, figure6.preset, [*OPTIONS.split(), *paths, *extra])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("figure6")
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(path / "model", Model(small_model, 1, params), {})
+    figure6.main(command(path))
+    return path
+
+
+def test_the_pressure_is_the_mean_over_rounds_with_its_interval_over_seeds(made):
+    assert made["test_episodes"] == [0, 20]
+    pressure = made["arms"]["beta_500"]["pressure"]
+    assert pressure["kl_weight"] == pytest.approx((0.55, 0.55, 0.55))
+    assert pressure["kl"] == pytest.approx((0.015, 0.015, 0.015))
+    assert pressure["kl_loss"] == pytest.approx((0.35, 0.35 - 12.7062 * 0.05, 0.35 + 12.7062 * 0.05), abs=1e-5)
+
+
+def test_differences_to_the_standard_arm_are_paired_by_seed(made):
+    assert made["arms"]["beta_500"]["target_minus_standard"] == pytest.approx((0.3, 0.3, 0.3))
+    assert made["arms"]["beta_500"]["against_standard"] == "above"
+    mean, _, high = made["arms"]["beta_10000"]["target_minus_standard"]
+    assert (mean, high - mean) == pytest.approx((-0.05, 6.3531 * 0.4), abs=1e-4)
+    assert made["arms"]["beta_10000"]["against_standard"] == "undecided"
+
+
+def test_the_four_claims_follow_their_rules(made):
+    better, best, decline, collapse = figure6.claims(made)
+    assert better.intervals[0] == pytest.approx((0.2, 0.2, 0.2))  # Means of 10 and 500: 0.5, 0.6.
+    assert best.intervals[0] == pytest.approx((0.1, 0.1, 0.1))
+    assert "beta 1000" in best.here
+    assert decline.intervals[0] == pytest.approx((0.1, 0.1, 0.1))
+    assert collapse.intervals[0][0] == pytest.approx(0.05)
+    assert [claim.verdict for claim in (better, best, decline, collapse)] == ["reproduced"] * 3 + ["undecided"]
+
+
+def test_a_better_rival_of_beta_500_is_not_reproduced(made):
+    better = json.loads(json.dumps(made))
+    for row in better["arms"]["standard"]["learning_curve"]:
+        row[-1] += 0.5
+    claims = figure6.claims(better)
+    assert [claim.verdict for claim in claims] == ["not reproduced", "not reproduced", "reproduced", "undecided"]
+    assert "(standard)" in claims[1].here
+
+
+def test_claims_about_betas_that_were_not_swept_are_left_out(made):
+    few = {**made, "betas": [1000.0]}
+    assert figure6.claims(few) == []
+
+
+def test_one_seed_decides_nothing(made):
+    one = json.loads(json.dumps(made))
+    for values in one["arms"].values():
+        values["learning_curve"] = values["learning_curve"][:1]
+    assert {claim.verdict for claim in figure6.claims(one)} == {"undecided"}
+
+
+def test_all_arms_are_one_run_and_their_weights_fall_with_beta(finished):
+    results = json.loads((finished / "out" / "results.json").read_text())
+    assert list(results["arms"]) == ["standard", "beta_10", "beta_1000"]
+    assert results["betas"] == [10, 1000]
+    assert results["seeds"] == [0, 1]
+    weights = [results["arms"][arm]["pressure"]["kl_weight"][0] for arm in results["arms"]]
+    assert weights[0] == 1
+    assert weights[0] > weights[1] > weights[2]
+    assert np.shape(results["arms"]["beta_10"]["kl_loss"]) == (2, 2)
+    assert [claim["claim"] for claim in results["claims"]] == [
+        "Beta from 10 to 500 is slightly better than the standard KL"
+    ]
+    assert (finished / "out" / "beta_1000" / "seed_1" / "model.json").exists()
+
+
+def test_the_picture_is_a_png_and_an_svg(finished):
+    assert (finished / "out" / "figure6.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (finished / "out" / "figure6.svg").read_text()
+
+
+def test_plot_only_needs_three_files_and_gives_the_same_results(finished, tmp_path, capsys):
+    for name in ("config.json", "metrics.jsonl", "results.json"):
+        (tmp_path / name).write_bytes((finished / "out" / name).read_bytes())
+    figure6.main(command(finished, "--out", str(tmp_path), "--plot-only", "True", "--betas", "7"))
+    assert (tmp_path / "results.json").read_bytes() == (finished / "out" / "results.json").read_bytes()
+    assert (tmp_path / "figure6.png").exists()
+    assert "| beta 1000 |" in capsys.readouterr().out
+
+
+def test_plot_only_without_a_finished_run_is_refused(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"^plot_only: "):
+        figure6.main(command(finished, "--out", str(tmp_path / "new"), "--plot-only", "True"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_plot_only_with_another_checkpoint_is_refused(finished, tmp_path, small_model):
+    params = GPT2(small_model).init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+    save_model(tmp_path / "other", Model(small_model, 1, params), {})
+    with pytest.raises(ConfigError, match=r"^checkpoint: "):
+        figure6.main(command(finished, "--checkpoint", str(tmp_path / "other"), "--plot-only", "True"))
+
+
+def test_other_betas_in_the_same_directory_are_refused(finished):
+    with pytest.raises(ConfigError, match="betas"):
+        figure6.main(command(finished, "--betas", "10"))
+
+
+@pytest.mark.parametrize("betas", [("0",), ("-1", "10"), ("10", "10"), ("nan",), ("inf",)])
+def test_betas_that_are_no_exponents_are_refused(tmp_path, betas):
+    with pytest.raises(ConfigError, match=r"\bbetas: "):
+        command(tmp_path, "--betas", *betas)
+
+
+def test_the_single_beta_has_no_meaning_here(tmp_path):
+    with pytest.raises(ConfigError, match=r"\bbeta: .*--betas"):
+        command(tmp_path, "--beta", "7")
