@@ -15,7 +15,7 @@ from experiments import controls
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
-    "--final-problems 4 --extra-length 5 --beta 2 --kl-coefficient 0.5 --learning-rate 0.01 --seeds 1"
+    "--final-problems 4 --extra-length 5 --rollout plain --beta 2 --kl-coefficient 0.5 --learning-rate 0.01 --seeds 1"
 )
 ARMS = ["standard", "prioritized", "matched", "shuffled", "renormalized", "standard_0.1x", "standard_0.3x", "no_kl"]
 
