@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ckl_jax import addition
 
 Scale = Literal["tiny", "small", "gpt2"]
 Recipe = Literal["ours"]
 CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
+KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
 
 
 class ConfigError(ValueError):
@@ -209,6 +210,15 @@ class FinetuneConfig:
     (the paper's is k2; k1 has no gradient in expectation)."""
     beta: float = 150.0
     """Exponent of the certainty J; 0 is the standard KL penalty."""
+    kl_weights: KLWeights = "prioritized"
+    """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
+    round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its
+    mean). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv 2512.04359),
+    `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778)."""
+    kl_quantile: float = 0.8
+    """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
+    kl_weak: float = 0.1
+    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0)."""
     certainty: CertaintyKind = "negentropy"
     certainty_temperature: float = 1.0
     """Temperature of the reference's distribution inside J."""
@@ -244,6 +254,7 @@ class FinetuneConfig:
         _require_choice(self, "minibatch", ("episodes", "transitions"))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
+        _require_choice(self, "kl_weights", get_args(KLWeights))
         _require_number(
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
@@ -254,7 +265,8 @@ class FinetuneConfig:
         _require_number(
             self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
         )
-        _require_number(self, "discount gae_lambda", 0, high=1)
+        _require_number(self, "discount gae_lambda kl_weak", 0, high=1)
+        _require_number(self, "kl_quantile", 0, exclusive=True, high=1)
         _require_number(self, "extra_digits", 1, high=2)
         _require_number(self, "diagnostic_episodes", 1, high=self.episodes)
         divides = self.minibatch == "transitions" or self.episodes % self.minibatch_episodes == 0

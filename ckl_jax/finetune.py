@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding
+from ckl_jax import addition, cli, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
@@ -66,7 +66,7 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     """All arms x seeds and what differs between them, as arrays [runs].
 
     Args:
-      arms: name -> overrides of ``learning_rate``, ``kl_coefficient`` and ``beta``.
+      arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
 
     Raises:
       ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
@@ -80,9 +80,11 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
         of_arm = dataclasses.replace(config, **overrides)
         for seed in range(config.seed, config.seed + seeds):
             runs.append(Run(arm, seed))
-            rows.append((seed, *(float(getattr(of_arm, name)) for name in traced)))
-    seed_R, *columns = zip(*rows, strict=True)
-    return runs, Hyper(jnp.array(seed_R, jnp.uint32), *(jnp.array(column, jnp.float32) for column in columns))
+            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
+            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
+    types = {"seed": jnp.uint32, "kl_weights": jnp.int32}
+    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
+    return runs, Hyper(**{name: jnp.array(of_run, types.get(name, jnp.float32)) for name, of_run in columns.items()})
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ckl_jax import losses, sharding, transitions
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.episodes import Episodes, Task, collect
+from ckl_jax.episodes import Episodes, Task, collect, weighed
 from ckl_jax.model import ValueHead, values
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import largest_divisor, score
@@ -31,6 +31,7 @@ class Hyper(NamedTuple):
     learning_rate: jax.Array
     kl_coefficient: jax.Array
     beta: jax.Array
+    kl_weights: jax.Array
 
 
 class RunState(NamedTuple):
@@ -73,7 +74,7 @@ def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episo
         "policy": losses.policy_gradient_loss(log_probs_BxT, episodes.advantages_BxT, mask_BxT),
         "value": config.value_coefficient * losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT),
         "entropy": -config.entropy_coefficient * losses.masked_mean(entropy_BxT, mask_BxT),
-        "kl": hyper.kl_coefficient * losses.prioritized_kl(kl_BxT, episodes.certainty_BxT, hyper.beta, mask_BxT),
+        "kl": hyper.kl_coefficient * losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT),
     }
 
 
@@ -202,10 +203,10 @@ def train_round(
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
-    rollout_key, shuffle_key = jax.random.split(key)
+    rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     episodes, metrics = collect(task, state.params, ref_params, problems, rollout_key, axis_name)
-    weights_BxT = jnp.power(episodes.certainty_BxT, hyper.beta)
-    metrics["kl_weight"] = losses.masked_mean(weights_BxT, episodes.trajectory.mask_BxT)
+    episodes = weighed(task.config, episodes, hyper.kl_weights, hyper.beta, weights_key)
+    metrics["kl_weight"] = losses.masked_mean(episodes.kl_weights_BxT, episodes.trajectory.mask_BxT)
     metrics |= gradient_norms(task, hyper, state.params, episodes)
     state, terms = update(task, hyper, state, episodes, shuffle_key, axis_name)
     return state, metrics | terms
