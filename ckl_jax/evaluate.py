@@ -26,8 +26,8 @@ BATCH = 200
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
-def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
-    sampling = {"temperature": temperature, "greedy": greedy}
+def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *, max_length, temperature, greedy):
+    sampling = {"temperature": temperature, "greedy": greedy, "given_BxT": given}
     return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
 
 
@@ -39,12 +39,14 @@ def judge(
     temperature: float | None = None,
     seed: int = 0,
     extra_length: int = addition.EXTRA_LENGTH,
+    given_BxT: np.ndarray | None = None,
 ) -> np.ndarray:
     """1 for each problem of up to ``digits`` digits that the model solves, else 0: float32 [B].
 
     Args:
       temperature: of sampling; None takes the likeliest character.
       extra_length: characters that an answer may be longer than the longest right one.
+      given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
     packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
     rewards = [
@@ -52,6 +54,7 @@ def judge(
             model.config,
             model.params,
             problems_lib.rows(packed, start, BATCH),
+            None if given_BxT is None else given_BxT[start : start + BATCH],
             jax.random.key(seed),
             max_length=addition.max_answer_length(digits, extra_length),
             temperature=1.0 if temperature is None else temperature,
