@@ -2,8 +2,8 @@
 
 The rules are those of ``experiments.critical_token_discovery``, whose docstring says why. *Probes* are the characters
 that were tried, each a dict: the number of its answer, its index and place there, gap, own character and runner-up with
-its probability, whether it is a candidate (else a control) and whether it is a known critical token, and, once it has
-been tried, the success rates of the completions from either character.
+their probabilities, whether it is a candidate (else a control) and a known critical token, and, once it has been tried,
+``open`` and ``better`` as the first completions say, and the success rates of the others from either character.
 """
 
 from __future__ import annotations
@@ -31,24 +31,27 @@ class Rule:
     """Least certain characters tried in each answer, at most."""
     least_gap: float = 0.01
     """How much less certain than the answer's other characters a candidate must be."""
-    controls: int = 2
+    controls: int = 1
     """Other characters tried in each answer, picked at random."""
+    first_completions: int = 4
+    """Times that an answer is completed from each of the two characters to see whether it is open, and for which."""
     completions: int = 8
-    """Times that an answer is completed from each of the two characters."""
+    """Times that an open answer is completed from each of them after that, for the drop."""
     least_drop: float = 0.2
     """Mean drop in success that makes a type critical."""
     least_answers: int = 5
     """Drops that a type must have been measured on."""
 
     def __post_init__(self) -> None:
-        for name, least in (("candidates", 1), ("controls", 0), ("completions", 1), ("least_answers", 2)):
+        at_least = {"candidates": 1, "controls": 0, "first_completions": 1, "completions": 1, "least_answers": 2}
+        for name, least in at_least.items():
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         require(0 <= self.least_gap < 1, "least_gap", self.least_gap, "from 0 to below 1")
         require(0 < self.least_drop <= 1, "least_drop", self.least_drop, "above 0, up to 1")
 
 
 def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:
-    """The characters to try, in answers that ended right: candidates first, then controls, answer by answer."""
+    """The characters to try, answer by answer, candidates before controls."""
     rng = np.random.default_rng(seed)
     gaps_BxT = certainty_gaps(answers.certainty_BxT, answers.mask_BxT)
     critical_BxT = answers.critical_BxT
@@ -72,6 +75,7 @@ def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:
                 "known": bool(critical_BxT[row, index]),
                 "gap": float(gaps_T[index]),
                 "own": addition.VOCABULARY[own],
+                "own_probability": float(answers.probabilities_BxTxV[row, index, own]),
                 "runner_up": addition.VOCABULARY[runner_up],
                 "runner_up_probability": float(others_V[runner_up]),
             }
@@ -84,7 +88,7 @@ def part(text: str, place: Place) -> str:
     line, word, _ = place
     lines = text.split("\n")
     if line > 0 and lines[line - 1] == "</scratch>":
-        return "result"
+        return f"result digit {word + 1}"
     if not lines[line].startswith("["):
         return "frame"
     named = "list" if lines[line].startswith("[] + []") and word == 4 else WORDS.get(word, "separator")
@@ -97,13 +101,13 @@ def summarize(
     """Types with their verdicts, those that are critical first, then precision, recall and their verdicts.
 
     Args:
-      probes: what ``choose`` gives, with ``success_own`` and ``success_runner_up``.
+      probes: what ``choose`` gives, tried.
       known: place and part of every known token of the answers.
       answers: how many there are.
     """
     by_place: dict[Place, list[dict[str, Any]]] = collections.defaultdict(list)
     for probe in probes:
-        if probe["candidate"]:
+        if probe["candidate"] and probe["open"]:
             by_place[probe["place"]].append(probe)
     parts = dict(known) | {place: some[0]["part"] for place, some in by_place.items()}
     met = collections.Counter(place for place, _ in known)
@@ -111,16 +115,15 @@ def summarize(
     for place, named in parts.items():
         some = by_place[place]
         drops_P = drops(some)
-        drop, chance_P = mean_interval(drops_P), np.array([probe["runner_up_probability"] for probe in some])
+        drop, chance_P = mean_interval(drops_P), np.array([probe[f"{worse(probe)}_probability"] for probe in some])
         kind = {
             "place": place,
             "name": f"{named}, character {place[2] + 1}",
             "candidates": len(some),
             "known_candidates": sum(probe["known"] for probe in some),
             "known_tokens": met[place],
-            "gap": _mean(some, "gap"),
-            "success_own": _mean(some, "success_own"),
-            "success_runner_up": _mean(some, "success_runner_up"),
+            "gap": float(np.mean([probe["gap"] for probe in some])) if some else float("nan"),
+            "own_is_better": sum(probe["better"] == "own" for probe in some),
             "drop": drop,
             "cost": float((chance_P * drops_P).sum() / answers),
             "verdict": type_verdict(len(some), drop, rule.least_answers, rule.least_drop),
@@ -135,11 +138,14 @@ def summarize(
         "types": types,
         **shares,
         "verdicts": {name: verdict(share) for name, share in shares.items()},
-        "known_that_are_candidates": share_interval(known_candidates, len(known)),
+        "known_that_are_open_candidates": share_interval(known_candidates, len(known)),
         "types_known": len(met),
         "types_critical": len(found),
         "types_critical_and_known": sum(is_known(kind) for kind in found),
-        "drop_of_controls": mean_interval(drops([probe for probe in probes if not probe["candidate"]])),
+        "drop_of_controls": mean_interval(
+            drops([probe for probe in probes if probe["open"] and not probe["candidate"]])
+        ),
+        "open_candidates": sum(len(some) for some in by_place.values()),
     }
 
 
@@ -148,13 +154,14 @@ def is_known(kind: dict[str, Any]) -> bool:
     return 2 * kind["known_candidates"] > kind["candidates"] or (not kind["candidates"] and kind["known_tokens"] > 0)
 
 
-def _mean(probes: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([probe[name] for probe in probes])) if probes else float("nan")
+def worse(probe: dict[str, Any]) -> str:
+    """Which of the two characters is not the better one: ``own`` or ``runner_up``."""
+    return "runner_up" if probe["better"] == "own" else "own"
 
 
 def drops(probes: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Success from the model's own character minus that from the runner-up: float64 [P]."""
-    return np.array([probe["success_own"] - probe["success_runner_up"] for probe in probes], np.float64)
+    """Success from the better character minus that from the other, of probes that are open: float64 [P]."""
+    return np.array([p[f"success_{p['better']}"] - p[f"success_{worse(p)}"] for p in probes], np.float64)
 
 
 def type_verdict(count: int, drop: tuple[float, float, float], least_answers: int, least_drop: float) -> str:

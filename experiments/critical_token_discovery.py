@@ -4,30 +4,34 @@
     python -m experiments.critical_token_discovery --checkpoint runs/figure4/prioritized/seed_0 --digits 7
 
 Section 3.3 of the paper calls a token critical that the model is unsure of and that decides the answer. Both can be
-measured with nothing but the model, prompts and rewards. The rules, fixed before the first run:
+measured with nothing but the model, prompts and rewards. The rules were fixed before the run that is published, which
+has seed 1. A run with seed 0 had come before, on right answers alone: it left out the states in which the model errs,
+and is why ``open`` was put in its place.
 
-- *Answers*: the model's own sampled answers that ended right. Where an earlier character has spoiled an answer, another
-  one changes nothing, so a drop in success can only be seen where there is success; knowing the reward is enough to
-  pick these. All completions are drawn anew, so that having picked right answers does not flatter their own branch;
-  it does leave out the states that only wrong answers come to.
-- *Candidates*: of each answer the ``candidates`` characters with the lowest certainty gap (J at the character minus the
-  mean J of the answer's others), as far as it is below minus ``least_gap``.
-- *Drop*: the answer up to the candidate is completed ``completions`` times from the model's own character and as often
-  from the runner-up, the likeliest other one, with the same sampling noise in both branches. The drop is the difference
-  of their success rates. A drop below 0 says that the model's own character was the worse one.
+- *Candidates*: of each sampled answer the ``candidates`` characters with the lowest certainty gap (J at the character
+  minus the mean J of the answer's others), as far as it is below minus ``least_gap``.
+- *Open*: where an earlier character has spoiled the answer, no other one changes anything, and most answers of a weak
+  model are spoiled somewhere. The answer up to the candidate is completed ``first_completions`` times from the model's
+  own character and as often from the runner-up, the likeliest other one. Only if one of them ends right the candidate
+  is open and counts; the character with more successes is called the better one (the own one if equal).
+- *Drop*: what forcing the other character costs. An open answer is completed ``completions`` times more from either,
+  with noise of its own that both branches share; the drop is the success of the better character minus that of the
+  other. As these completions have not chosen what is compared, it is not flattered by chance: between equally good
+  characters it is 0 on average. Where the model is mostly wrong, its own character is the worse one.
 - *Type*: the place in the text: line, word of the line, character of the word. An answer has each place once, so the
   drops of a type come from different problems; Student's 95% interval is over them. A type is *critical* if
   ``least_answers`` or more drops were measured, their mean is ``least_drop`` or more and the interval is above 0; *not
   critical* if the interval ends below ``least_drop``; else *undecided*; with fewer drops, *too few*. No correction is
   made for the number of types.
-- *Control*: ``controls`` other characters of each answer, picked at random, are completed the same way: in a task where
-  any slip is fatal, they decide too, and only certainty tells critical tokens from them.
+- *Control*: ``controls`` other characters of each answer, picked at random, are tried the same way: in a task where any
+  slip is fatal they decide too, and only certainty tells critical tokens from them.
 
-Only then the task is asked. *Known* tokens are those of the paper. Precision: of the candidates of critical types, the
-share that is known. Recall: of all known tokens in the answers, the share that is such a candidate. Intervals of shares
-are Wilson's, of 95%, and take tokens of one answer as independent. Verdicts: *holds* if the interval is above one half,
-*fails* if below, else *undecided*. Types are named by what stands there. The cost of a type is the success that its
-runner-up loses per answer: the sum of probability times drop over its candidates, over the number of answers.
+Only then the task is asked. *Known* tokens are those of the paper. Precision: of the open candidates of critical
+types, the share that is known. Recall: of all known tokens that the answers came to, the share that is such a
+candidate. Intervals of shares are Wilson's, of 95%, and take tokens of one answer as independent. Verdicts: *holds* if
+the interval is above one half, *fails* if below, else *undecided*. Types are named by what stands there. The cost of a
+type is the success that its worse characters lose per answer: the sum of their probability times the drop over its
+candidates, over all answers.
 
 Expect some 4 minutes on 2 CPU cores for the tiny checkpoint; it is not resumed but run again.
 """
@@ -55,6 +59,8 @@ from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import percent, share_interval
 
 COMMAND = "experiments.critical_token_discovery"
+BRANCHES = ("own", "runner_up")
+COUNTS = ("candidates", "own_is_better", "known_candidates", "known_tokens")
 KNOWN, OTHER, CONTROL = plots.COLORS["prioritized"], plots.COLORS["standard"], plots.SOFT
 
 
@@ -68,18 +74,15 @@ class DiscoveryCommand:
     """Digits of the longer operand; default: one more than the model was pre-trained on."""
     out: pathlib.Path = pathlib.Path("runs/discovery")
     """Directory of results.json, discovery.png and discovery.svg; an earlier call's are replaced."""
-    drawn: int = 400
-    """Answers sampled to find right ones."""
-    answers: int = 50
-    """Right answers looked at, at most: the first ones."""
+    answers: int = 70
+    """Answers sampled and looked at."""
     rule: Annotated[Rule, tyro.conf.arg(name="")] = field(default_factory=Rule)
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     plot_only: bool = False
     """Tables and figure again from results.json."""
 
     def __post_init__(self) -> None:
-        for name in ("drawn", "answers"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.answers >= 1, "answers", self.answers, "at least 1")
         digits, most = self.digits, addition.MAX_DIGITS
         require(digits is None or 1 <= digits <= most, "digits", digits, f"1..{most}, or None")
 
@@ -87,39 +90,47 @@ class DiscoveryCommand:
 def discover(
     command: DiscoveryCommand, model: Model, problems: Sequence[addition.Problem], digits: int
 ) -> dict[str, Any]:
-    """Answers to the problems, what was tried in them with both success rates, and ``discovery.summarize``.
+    """Answers to the problems, what was tried in them, and ``discovery.summarize``.
 
     Raises:
-      ConfigError: no answer ended right, or an episode does not fit into the block.
+      ConfigError: nothing to try, or an episode does not fit into the block.
     """
-    drawn = critical.sample(model, problems, digits, command.sampling)
-    rows = np.flatnonzero(drawn.reward_B > 0)[: command.answers]
-    require(len(rows) > 0, "drawn", command.drawn, "so many that an answer ends right: here none did")
-    answers = Generations(*(array[rows] for array in drawn))
-    probes = discovery.choose(answers, command.rule, command.sampling.seed)
-    of_probes = [problems[rows[probe["answer"]]] for probe in probes]
-    for branch in ("own", "runner_up"):
-        given_PxT = starts(answers, probes, branch)
+    rule = command.rule
+    answers = critical.sample(model, problems, digits, command.sampling)
+    probes = discovery.choose(answers, rule, command.sampling.seed)
+    require(len(probes) > 0, "least_gap", rule.least_gap, "low enough for a candidate (or controls above 0)")
+
+    def complete(some: Sequence[dict[str, Any]], branch: str, times: range) -> np.ndarray:
+        of_probes = [problems[probe["answer"]] for probe in some]
+        given_PxT = starts(answers, some, branch)
+        how: dict[str, Any] = {
+            "temperature": command.sampling.temperature,
+            "extra_length": command.sampling.extra_length,
+        }
         rewards = []
-        for again in range(1, command.rule.completions + 1):
-            seed = command.sampling.seed + again  # The noise of the answers themselves is the seed's own.
-            rewards.append(judge(model, of_probes, digits, seed=seed, given_BxT=given_PxT, **_how(command)))
-            print(f"{branch.replace('_', '-')}: completed {again} of {command.rule.completions} times", flush=True)
-        for probe, success in zip(probes, np.mean(rewards, axis=0), strict=True):
-            probe[f"success_{branch}"] = float(success)
-    texts = [answers.text(row) for row in range(len(rows))]
+        for time_ in times:  # The noise of the answers themselves is the seed's own.
+            seed = command.sampling.seed + 1 + time_
+            rewards.append(judge(model, of_probes, digits, seed=seed, given_BxT=given_PxT, **how))
+            print(f"{branch}: completed {len(some)} answers, time {time_ + 1}", flush=True)
+        return np.mean(rewards, axis=0)
+
+    first = range(rule.first_completions)
+    for probe, own, runner_up in zip(probes, *(complete(probes, b, first) for b in BRANCHES), strict=True):
+        probe |= {"open": bool(own + runner_up > 0), "better": BRANCHES[int(runner_up > own)]}
+    still_open = [probe for probe in probes if probe["open"]]
+    if still_open:
+        times = range(first.stop, first.stop + rule.completions)
+        for branch in BRANCHES:
+            for probe, success in zip(still_open, complete(still_open, branch, times), strict=True):
+                probe[f"success_{branch}"] = float(success)
+    texts = [answers.text(row) for row in range(len(problems))]
     marked = [(texts[row], critical.places(texts[row])[index]) for row, index in np.argwhere(answers.critical_BxT)]
     known = [(place, discovery.part(text, place)) for text, place in marked]
     return {
-        "success": share_interval(int(drawn.reward_B.sum()), len(drawn.reward_B)),
-        "answers": len(rows),
-        **discovery.summarize(probes, known, len(rows), command.rule),
+        "success": share_interval(int(answers.reward_B.sum()), len(problems)),
+        **discovery.summarize(probes, known, len(problems), rule),
         "probes": probes,
     }
-
-
-def _how(command: DiscoveryCommand) -> dict[str, Any]:
-    return {name: getattr(command.sampling, name) for name in ("temperature", "extra_length")}
 
 
 def starts(answers: Generations, probes: Sequence[dict[str, Any]], branch: str) -> np.ndarray:
@@ -134,18 +145,16 @@ def starts(answers: Generations, probes: Sequence[dict[str, Any]], branch: str) 
 def table(results: dict[str, Any]) -> str:
     """Types with enough candidates or known tokens, precision and recall, as Markdown."""
     lines = [
-        "| type | candidates | of them known | known tokens | mean gap | success, own | runner-up | drop | cost | |",
-        "|" + "---|" * 10,
+        "| type | open candidates | own is better | of them known | known tokens | mean gap | drop | cost | |",
+        "|" + "---|" * 9,
     ]
     for kind in results["types"]:
         if kind["verdict"] != "too few" or kind["known_tokens"]:
-            counts = " | ".join(str(kind[name]) for name in ("candidates", "known_candidates", "known_tokens"))
-            own, runner_up = (f"{100 * kind[name]:.0f}" for name in ("success_own", "success_runner_up"))
-            measured = f"{kind['gap']:.3f} | {own} | {runner_up} | {percent(kind['drop'], '+')}"
-            cells = measured if kind["candidates"] else "- | - | - | -"
+            counts = " | ".join(str(kind[name]) for name in COUNTS)
+            cells = f"{kind['gap']:.3f} | {percent(kind['drop'], '+')}" if kind["candidates"] else "- | -"
             lines.append(f"| {kind['name']} | {counts} | {cells} | {100 * kind['cost']:.1f} | {kind['verdict']} |")
     lines += ["", "| | % | most of them? |", "|---|---|---|"]
-    for name in ("precision", "recall", "known_that_are_candidates", "success", "drop_of_controls"):
+    for name in ("precision", "recall", "known_that_are_open_candidates", "success", "drop_of_controls"):
         lines.append(f"| {name.replace('_', ' ')} | {percent(results[name])} | {results['verdicts'].get(name, '')} |")
     found, known = results["types_critical"], results["types_critical_and_known"]
     lines += ["", f"{found} critical types, {known} of them known; {results['types_known']} types are known"]
@@ -155,10 +164,11 @@ def table(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     bars = [kind for kind in results["types"] if kind["verdict"] == "critical"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 0.25 * len(bars))), layout="constrained")
+    probes = [probe for probe in results["probes"] if probe["open"]]
     groups = (
-        ("random other character", CONTROL, [p for p in results["probes"] if not p["candidate"]]),
-        ("candidate, not known", OTHER, [p for p in results["probes"] if p["candidate"] and not p["known"]]),
-        ("candidate, known critical token", KNOWN, [p for p in results["probes"] if p["candidate"] and p["known"]]),
+        ("random other character", CONTROL, [p for p in probes if not p["candidate"]]),
+        ("candidate, not known", OTHER, [p for p in probes if p["candidate"] and not p["known"]]),
+        ("candidate, known critical token", KNOWN, [p for p in probes if p["candidate"] and p["known"]]),
     )
     rng = np.random.default_rng(0)
     for label, color, probes in groups:
@@ -192,7 +202,7 @@ def measure(command: DiscoveryCommand) -> dict[str, Any]:
     rng = np.random.default_rng([command.sampling.seed, digits])
     longer = digits > base
     draw_problems = addition.rl_problems if longer else addition.varying_problems
-    problems = draw_problems(rng, command.drawn, digits, *([base] if longer else []))
+    problems = draw_problems(rng, command.answers, digits, *([base] if longer else []))
     config = {"command": COMMAND, **dataclasses.asdict(command), "digits": digits, "max_pretrain_digits": base}
     for name in ("checkpoint", "out", "plot_only"):
         del config[name]

@@ -46,6 +46,7 @@ def test_the_runner_up_is_the_likeliest_character_that_was_not_written():
     probes = discovery.choose(found, Rule(candidates=1, controls=0), seed=0)
     assert [(probe["own"], probe["runner_up"]) for probe in probes] == [(",", "]")] * 2
     assert [probe["runner_up_probability"] for probe in probes] == pytest.approx([0.3, 0.8])
+    assert [probe["own_probability"] for probe in probes] == pytest.approx([0.4, 0.1])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_the_runner_up_is_the_likeliest_character_that_was_not_written():
         ("[] + [] , A=[1,", "END line list"),
         ("[] + [] , A=[1,6,8] C=0 , E", "END line rest"),
         ("</scr", "frame"),
-        ("</scratch>\n1 ", "result"),
+        ("</scratch>\n1 ", "result digit 2"),
     ],
 )
 def test_places_are_named_in_the_scratchpads_words(after, named):
@@ -70,19 +71,24 @@ def test_places_are_named_in_the_scratchpads_words(after, named):
     assert discovery.part(RIGHT, critical.places(RIGHT)[index]) == named
 
 
-def probes_of(place, drops, known, *, candidate=True, chance=0.5):
-    common = {"place": place, "part": f"line {place[0]}", "gap": -0.1, "candidate": candidate, "known": known}
-    return [{**common, "success_own": 1.0, "success_runner_up": 1 - d, "runner_up_probability": chance} for d in drops]
+def probes_of(place, drops, known, **other):
+    """Open candidates; the runner-up has probability 0.3 and is the better one where the drop is below 0."""
+    common = {"place": place, "part": f"line {place[0]}", "gap": -0.1, "candidate": True, "known": known, "open": True}
+    common |= {"own_probability": 0.6, "runner_up_probability": 0.3, "success_own": 0.5}
+    return [
+        {**common, "better": "own" if d >= 0 else "runner_up", "success_runner_up": 0.5 - d, **other} for d in drops
+    ]
 
 
 # Two critical types, one known; one known type that does not decide; one that nobody is unsure of; one met too rarely.
 A, B, C, D, E = ((line, 0, 0) for line in range(2, 7))
 PROBES = (
-    probes_of(A, [1.0, 0.8, 0.9], known=True)
-    + probes_of(B, [0.5, 0.4, 0.3, 0.4], known=False, chance=0.1)
+    probes_of(A, [0.5, 0.3, -0.4], known=True)
+    + probes_of(A, [0.0] * 9, known=True, open=False)
+    + probes_of(B, [0.5, 0.4, 0.3, 0.5], known=False)
     + probes_of(C, [0.0, 0.1, 0.0], known=True)
-    + probes_of(D, [1.0, 1.0], known=False)
-    + probes_of(A, [1.0, 0.5], known=False, candidate=False)
+    + probes_of(D, [0.5, 0.5], known=False)
+    + probes_of(A, [0.5, 0.25], known=False, candidate=False)
 )
 KNOWN = [(A, "line 2")] * 5 + [(C, "line 4")] * 4 + [(E, "line 6")]
 
@@ -92,17 +98,19 @@ def test_precision_and_recall_of_hand_made_probes():
     types = {kind["place"]: kind for kind in found["types"]}
     said = {place: kind["verdict"] for place, kind in types.items()}
     assert said == {A: "critical", B: "critical", C: "not critical", D: "too few", E: "too few"}
-    assert [kind["place"] for kind in found["types"]][:2] == [A, B]
+    assert [kind["place"] for kind in found["types"]][:2] == [B, A]
     assert found["precision"][0] == pytest.approx(3 / 7)
     assert found["recall"][0] == pytest.approx(3 / 10)
-    assert found["known_that_are_candidates"][0] == pytest.approx(6 / 10)
+    assert found["known_that_are_open_candidates"][0] == pytest.approx(6 / 10)
+    assert found["open_candidates"] == 12
     assert (found["types_critical"], found["types_critical_and_known"], found["types_known"]) == (2, 1, 3)
-    assert found["drop_of_controls"][0] == pytest.approx(0.75)
-    # 1.0, 0.8, 0.9: mean 0.9, standard deviation 0.1, t(0.975, 2) = 4.302653.
+    assert found["drop_of_controls"][0] == pytest.approx(0.375)
+    # 0.5, 0.3, 0.4: mean 0.4, standard deviation 0.1, t(0.975, 2) = 4.302653.
     half = 4.302653 * 0.1 / 3**0.5
-    assert types[A]["drop"] == pytest.approx((0.9, 0.9 - half, 0.9 + half), abs=1e-6)
-    assert types[A]["cost"] == pytest.approx(0.5 * 2.7 / 10)
-    assert types[B]["cost"] == pytest.approx(0.1 * 1.6 / 10)
+    assert types[A]["drop"] == pytest.approx((0.4, 0.4 - half, 0.4 + half), abs=1e-6)
+    assert types[A]["own_is_better"] == 2
+    assert types[A]["cost"] == pytest.approx((0.3 * 0.5 + 0.3 * 0.3 + 0.6 * 0.4) / 10)
+    assert types[B]["cost"] == pytest.approx(0.3 * 1.7 / 10)
     assert (types[E]["candidates"], types[E]["known_tokens"], types[E]["name"]) == (0, 1, "line 6, character 1")
     assert [discovery.is_known(types[place]) for place in (A, B, C, D, E)] == [True, False, True, False, True]
 
@@ -146,7 +154,7 @@ def policy_that_says(text, wavers_at=()):
 
 
 def command(path, *extra):
-    options = ["--drawn", "12", "--answers", "6", "--completions", "2", "--controls", "1", "--extra-length", "3"]
+    options = ["--answers", "10", "--first-completions", "2", "--completions", "2", "--extra-length", "3"]
     paths = ["--checkpoint", str(path / "model"), "--out", str(path / "out")]
     return cli.parse(experiment.DiscoveryCommand, None, [*options, *paths, *extra])
 
@@ -164,18 +172,19 @@ def finished(tmp_path_factory):
 
 def test_a_policy_that_wavers_where_it_matters_and_where_it_does_not(finished):
     found = json.loads((finished / "out" / "results.json").read_text())
-    assert found["answers"] == 6
-    assert 0.5 <= found["success"][0] < 1
+    assert 0.4 <= found["success"][0] <= 0.9
     places = critical.places(SAID)
     types = {tuple(kind["place"]): kind for kind in found["types"] if kind["candidates"]}
     assert set(types) == {places[RESULT], places[HARMLESS]}
-    assert types[places[RESULT]]["verdict"] == "critical"
-    assert types[places[HARMLESS]]["verdict"] == "not critical"
-    assert types[places[HARMLESS]]["drop"] == [0.0, 0.0, 0.0]
-    result = [probe for probe in found["probes"] if probe["candidate"] and probe["index"] == RESULT]
-    assert [(probe["own"], probe["runner_up"]) for probe in result] == [("4", "9")] * 6
-    assert [probe["success_own"] for probe in result] == [1.0] * 6
-    assert [probe["success_runner_up"] for probe in result] == [0.0] * 6
+    result, harmless = types[places[RESULT]], types[places[HARMLESS]]
+    assert (result["verdict"], result["drop"], result["candidates"]) == ("critical", [1.0, 1.0, 1.0], 10)
+    assert (harmless["verdict"], harmless["drop"]) == ("not critical", [0.0, 0.0, 0.0])
+    assert result["own_is_better"] == round(10 * found["success"][0])
+    probes = [probe for probe in found["probes"] if probe["candidate"] and probe["index"] == RESULT]
+    assert {(probe["own"], probe["runner_up"], probe["better"]) for probe in probes} == {
+        ("4", "9", "own"),
+        ("9", "4", "runner_up"),
+    }
     assert (found["precision"][0], found["recall"][0], found["types_critical_and_known"]) == (0.0, 0.0, 0)
     assert found["verdicts"]["recall"] == "fails"
     assert found["types_known"] == len(addition.critical_tokens(21, 43, 1))
@@ -186,7 +195,7 @@ def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatc
     assert results["config"]["digits"] == 2
     assert results["config"]["rule"]["completions"] == 2
     assert str(finished) not in json.dumps(results)
-    assert len(results["probes"]) == sum(kind["candidates"] for kind in results["types"]) + 6
+    assert sum(probe["open"] and probe["candidate"] for probe in results["probes"]) == results["open_candidates"]
     assert (finished / "out" / "discovery.png").read_bytes().startswith(b"\x89PNG")
     (finished / "out" / "discovery.svg").unlink()
     monkeypatch.setattr(experiment, "measure", None)
@@ -195,22 +204,27 @@ def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatc
     assert "| precision | 0.0 [" in capsys.readouterr().out
 
 
-def test_a_model_that_solves_nothing_is_refused(tmp_path):
-    save_model(tmp_path / "model", policy_that_says(addition.PAD), {})
-    with pytest.raises(ConfigError, match=r"^drawn: got 12, allowed is .* here none did"):
-        experiment.main(command(tmp_path))
-    assert not (tmp_path / "out").exists()
+def test_a_model_that_solves_nothing_has_nothing_open_and_one_that_is_sure_nothing_to_try(finished, monkeypatch):
+    monkeypatch.setattr(addition, "rl_problems", lambda rng, count, digits, base: [addition.Problem(11, 11)] * count)
+    save_model(finished / "wrong" / "model", policy_that_says(SAID, (RESULT, HARMLESS)), {})
+    options = command(finished, "--checkpoint", str(finished / "wrong" / "model"), "--out", str(finished / "wrong"))
+    experiment.main(options)
+    results = json.loads((finished / "wrong" / "results.json").read_text())
+    assert not any(probe["open"] for probe in results["probes"])
+    assert (results["open_candidates"], results["types_critical"]) == (0, 0)
+    with pytest.raises(ConfigError, match=r"^least_gap: got 0.99, allowed is low enough for a candidate"):
+        experiment.main(command(finished, "--least-gap", "0.99", "--controls", "0"))
 
 
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        (["--drawn", "0"], "drawn"),
         (["--answers", "0"], "answers"),
         (["--digits", "0"], "digits"),
         (["--digits", "19"], "digits"),
         (["--candidates", "0"], "candidates"),
         (["--completions", "0"], "completions"),
+        (["--first-completions", "0"], "first_completions"),
         (["--controls", "-1"], "controls"),
         (["--least-gap", "1"], "least_gap"),
         (["--least-drop", "0"], "least_drop"),
