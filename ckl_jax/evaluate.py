@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax import addition, cli, sharding
@@ -27,13 +28,14 @@ DRAWS = {"identical": addition.identical_problems, "varying": addition.varying_p
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
-def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
-    def roll_out(whole, problems):
+def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *, max_length, temperature, greedy):
+    def roll_out(whole, rows):
         params, key, temperature = whole
-        sampling = {"temperature": temperature, "greedy": greedy}
+        problems, given_BxT = rows
+        sampling = {"temperature": temperature, "greedy": greedy, "given_BxT": given_BxT}
         return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
 
-    return sharding.over_rows(roll_out, (params, key, temperature), problems)
+    return sharding.over_rows(roll_out, (params, key, temperature), (problems, given))
 
 
 def judge(
@@ -44,17 +46,20 @@ def judge(
     temperature: float | None = None,
     seed: int = 0,
     extra_length: int = addition.EXTRA_LENGTH,
+    given_BxT: np.ndarray | None = None,
 ) -> np.ndarray:
     """1 for each problem of up to ``digits`` digits that the model solves, else 0: float32 [B].
 
     Args:
       temperature: of sampling; None takes the likeliest character.
       extra_length: characters that an answer may be longer than the longest right one.
+      given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
     packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
     rewards = []
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH)
+        given = None if given_BxT is None else jnp.asarray(given_BxT[start : start + BATCH])
         mesh = sharding.make_mesh(1, len(group.episodes_B))
         params = jax.device_put(model.params, sharding.everywhere(mesh))
         with jax.set_mesh(mesh):
@@ -63,6 +68,7 @@ def judge(
                     model.config,
                     params,
                     group,
+                    given,
                     jax.random.key(seed),
                     max_length=addition.max_answer_length(digits, extra_length),
                     temperature=1.0 if temperature is None else temperature,
