@@ -82,6 +82,8 @@ class Cloud:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A test run in the background ignores interrupts and hang-ups; its scripts would too, and never end.
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )
 
     def run(self, script, *arguments, **environment):
