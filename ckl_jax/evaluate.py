@@ -23,6 +23,7 @@ from ckl_jax.speculative import generate
 from ckl_jax.statistics import bootstrap_interval
 
 BATCH = 200
+DRAWS = {"identical": addition.identical_problems, "varying": addition.varying_problems}
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
@@ -62,6 +63,31 @@ def judge(
     return np.concatenate(rewards)
 
 
+def longest_episode(digits: int, extra_length: int = addition.EXTRA_LENGTH) -> int:
+    """Characters that a block must hold for problems of up to ``digits`` digits: prompt and length limit."""
+    return addition.max_prompt_length(digits) + addition.max_answer_length(digits, extra_length)
+
+
+def judge_cell(
+    model: Model,
+    operands: str,
+    digits: int,
+    count: int,
+    *,
+    temperature: float | None = None,
+    seed: int = 0,
+    extra_length: int = addition.EXTRA_LENGTH,
+) -> np.ndarray:
+    """``judge`` of one cell of Tables 4 and 5, on problems that depend on ``seed``, ``operands`` and ``digits`` alone.
+
+    Args:
+      operands: ``identical`` (both of ``digits`` digits) or ``varying`` (one may be shorter).
+      count: problems.
+    """
+    problems = DRAWS[operands](np.random.default_rng([seed, digits]), count, digits)
+    return judge(model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length)
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Accuracy of a checkpoint on N to N+3 digits, identical and varying operand lengths."""
@@ -86,14 +112,15 @@ def main(config: EvaluateConfig) -> None:
     print(f"N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval")
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
-        length = addition.max_prompt_length(digits) + addition.max_answer_length(digits)
+        length = longest_episode(digits)
         if length > model.config.block_size:
             print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
             continue
         cells = []
-        for draw in (addition.identical_problems, addition.varying_problems):
-            problems = draw(np.random.default_rng([config.seed, digits]), config.problems, digits)
-            solved = judge(model, problems, digits, temperature=config.temperature, seed=config.seed)
+        for operands in DRAWS:
+            solved = judge_cell(
+                model, operands, digits, config.problems, temperature=config.temperature, seed=config.seed
+            )
             low, high = bootstrap_interval(solved)
             cells.append(f"{100 * solved.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         print(f"{digits:>8} {cells[0]:>24} {cells[1]:>24}", flush=True)

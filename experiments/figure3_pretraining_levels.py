@@ -1,0 +1,235 @@
+"""Figure 3: RL fine-tuning on longer operands, from models pre-trained to several N.
+
+    python -m experiments.figure3_pretraining_levels
+    python -m experiments.figure3_pretraining_levels --seeds 10 --extra-digits 2       # the figure's N + 2 alone
+    python -m experiments.figure3_pretraining_levels --scale gpt2                      # the paper's size, N = 7 and 9
+
+Accuracy against RL episodes under the standard KL penalty (beta 0, alpha twice that of figure 4, as section 5.2 has 10
+where section 5.3 has 5), on each round's new problems (lines) and on common test problems (points), sampled. The
+paper's text says N + 1 digits and its caption N + 2: a panel for each. A run with several seeds per N and panel lies
+under ``out``; all have the same budget, but not the same problems, since these have other lengths.
+
+The models come from the cache that experiments share (``experiments.models``); the missing ones are trained first. A
+call that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
+model's block cannot hold are refused before anything is trained.
+
+The paper's claims, compared between the largest and the smallest N in each panel by rules that were written before any
+run. *Reproduced* if the interval of the largest N lies above that of the smallest, *not reproduced* if it lies below,
+else *undecided* (all of 95%):
+
+- starts higher: the share of test problems solved before RL, with Wilson's interval over problems.
+- ends higher: the accuracy after the last round, with Student's interval over seeds. Whether the curves have levelled
+  off by then is not decided; the change between the last two tests stands beside it.
+
+The paper's sizes (N = 7 to 13, 85M parameters) make its curves' heights not comparable at other scales.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+from ckl_jax import cli, plots
+from ckl_jax.checkpoint import Model, fingerprint, write_json
+from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset, require
+from ckl_jax.finetune import finetune, make_runs, make_task
+from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
+from ckl_jax.statistics import mean_interval, percent, share_interval
+from experiments.figure2_pretraining import above
+from experiments.models import Models, colors_of, models_preset
+
+COMMAND = "experiments.figure3_pretraining_levels"
+ARM = "standard"
+
+
+def standard_kl(scale: str, recipe: str = "ours") -> FinetuneConfig:
+    """A scale's fine-tuning with section 5.2's penalty; room for 11 digits in a block of 1,024 characters."""
+    config = finetune_preset(scale, recipe)
+    alpha, room = 2 * config.kl_coefficient, min(config.extra_length, 40)
+    return dataclasses.replace(config, beta=0.0, kl_coefficient=alpha, extra_length=room)
+
+
+@dataclass(frozen=True)
+class Figure3Command:
+    """Figure 3: RL learning curves on N + 1 and N + 2 digits for models of several N, under the standard KL."""
+
+    models: Annotated[Models, tyro.conf.arg(name="")] = field(default_factory=Models)
+    finetune: FinetuneConfig = field(default_factory=lambda: standard_kl("tiny"))
+    """Its extra_digits is replaced by each of extra_digits."""
+    extra_digits: tuple[int, ...] = (1, 2)
+    """Target lengths beyond N, a panel each."""
+    out: pathlib.Path = pathlib.Path("runs/figure3")
+    """Directory of the results and of a run per N and target: new, empty, or of the same command interrupted."""
+    seeds: int = 2
+    """Seeds per N and target."""
+    plot_only: bool = False
+    """Table and figure again from results.json."""
+
+    def __post_init__(self) -> None:
+        possible = self.extra_digits in ((1,), (2,), (1, 2))
+        require(possible, "extra_digits", self.extra_digits, "1, 2, or 1 2")
+        scale = self.models.scale
+        require(self.finetune.scale == scale, "finetune.scale", self.finetune.scale, f"scale = {scale}")
+        require(self.finetune.beta == 0, "finetune.beta", self.finetune.beta, "0, the standard KL penalty")
+        for config in self.models.configs:
+            for extra in self.extra_digits:
+                self.check(Model(config.model, config.max_digits, None), extra)
+
+    def target(self, extra: int) -> FinetuneConfig:
+        """The fine-tuning on N + ``extra`` digits."""
+        return dataclasses.replace(self.finetune, extra_digits=extra)
+
+    def check(self, model: Model, extra: int) -> None:
+        """Raises ConfigError, naming N, where the model's block is too short or the seeds are not possible."""
+        try:
+            make_task(self.target(extra), model)
+        except ConfigError as error:
+            raise ConfigError(f"digits: N = {model.max_pretrain_digits} does not fit: {error}") from error
+        make_runs(self.target(extra), {ARM: {}}, self.seeds)
+
+
+def preset(scale: str = "tiny", recipe: str = "ours") -> Figure3Command:
+    return Figure3Command(models_preset(scale), standard_kl(scale, recipe))
+
+
+def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per-seed curves and intervals of one run (N = ``base`` and one target), from metrics.jsonl's records."""
+    numbers = range(config.seed, config.seed + seeds)
+    tests, rounds = by_run(records, "test_target"), by_run(records, "success")
+    test_steps, round_steps = (sorted({step for _, _, step in found}) for found in (tests, rounds))
+
+    def curve(found: dict[tuple[str, int, int], dict[str, Any]], steps: list[int], name: str) -> np.ndarray:
+        return np.array([[found[ARM, seed, step][name] for step in steps] for seed in numbers])
+
+    target, old = (curve(tests, test_steps, name) for name in ("test_target", "test_old"))
+    first = tests[ARM, config.seed, 0]
+    return {
+        "max_pretrain_digits": base,
+        "extra_digits": config.extra_digits,
+        "digits": base + config.extra_digits,
+        "seeds": list(numbers),
+        "test_episodes": [step * config.episodes for step in test_steps],
+        "round_episodes": [step * config.episodes for step in round_steps],
+        "learning_curve": target.tolist(),
+        "old_curve": old.tolist(),
+        "collect_success": curve(rounds, round_steps, "success").tolist(),
+        "kl": curve(rounds, round_steps, "kl").tolist(),
+        "before": share_interval(round(first["test_target"] * first["test_problems"]), first["test_problems"]),
+        "after": mean_interval(target[:, -1]),
+        "gain": mean_interval(target[:, -1] - target[:, 0]),
+        "last_change": mean_interval(target[:, -1] - target[:, -2]),
+        "old_before": float(old[0, 0]),
+        "old_after": mean_interval(old[:, -1]),
+    }
+
+
+def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The module's rules: the largest against the smallest N of each panel, with the intervals that decide."""
+    found = []
+    for extra in sorted({run["extra_digits"] for run in runs}):
+        panel = sorted((r for r in runs if r["extra_digits"] == extra), key=lambda r: r["max_pretrain_digits"])
+        low, high = panel[0], panel[-1]
+        for claim, name in (("starts higher", "before"), ("ends higher", "after")) if low is not high else ():
+            found.append(
+                {
+                    "claim": f"larger N {claim} on N+{extra}",
+                    "max_pretrain_digits": [high["max_pretrain_digits"], low["max_pretrain_digits"]],
+                    "verdict": above(high[name], low[name]),
+                    "intervals": (high[name], low[name]),
+                }
+            )
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracies in percent and the verdicts, as Markdown."""
+    lines = [
+        "| N | digits | before | after | gain | since the test before | old lengths before | old lengths after |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in results["runs"]:
+        changes = " | ".join(percent(run[name], "+") for name in ("gain", "last_change"))
+        lines.append(
+            f"| {run['max_pretrain_digits']} | {run['digits']} | {percent(run['before'])} | {percent(run['after'])} "
+            f"| {changes} | {100 * run['old_before']:.1f} | {percent(run['old_after'])} |"
+        )
+    lines += ["", "| claim | N | verdict |", "|---|---|---|"]
+    for row in results["verdicts"]:
+        lines.append(
+            f"| {row['claim']} | {' against '.join(map(str, row['max_pretrain_digits']))} | {row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+    runs = results["runs"]
+    extras = sorted({run["extra_digits"] for run in runs})
+    colors = colors_of(sorted({run["max_pretrain_digits"] for run in runs}))
+    size = (5.2 * len(extras), 4.4)
+    figure, panels = plt.subplots(1, len(extras), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, extra in zip(panels[0], extras, strict=True):
+        for run in (run for run in runs if run["extra_digits"] == extra):
+            name = f"N = {run['max_pretrain_digits']}"
+            panel.set_prop_cycle(color=[colors[run["max_pretrain_digits"]]])
+            before = np.array(run["round_episodes"]) - run["round_episodes"][0]
+            plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100)
+            tested = {name: np.array(run["learning_curve"])}
+            plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_")
+        panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
+    panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
+    panels[0, 0].set_ylim(bottom=-1)
+    panels[0, -1].legend(frameon=False, title=f"standard KL, {len(runs[0]['seeds'])} seeds")
+    plots.save(figure, directory, "figure3")
+
+
+def measure(command: Figure3Command) -> dict[str, Any]:
+    """All runs with their verdicts, config, device and wall seconds of the fine-tuning."""
+    settings = {"finetune": dataclasses.asdict(command.finetune), "extra_digits": list(command.extra_digits)}
+    described = {"command": COMMAND, "models": command.models.describe(), "seeds": command.seeds, **settings}
+    RunDirectory(command.out, described).checkpoints.close()
+    runs = []
+    for config in command.models.configs:
+        model = command.models.load(config)
+        for extra in command.extra_digits:
+            runs.append(run_target(command, model, extra))
+    return {
+        "runs": runs,
+        "verdicts": verdicts(runs),
+        "config": described,
+        **machine(),
+        "wall_seconds": sum(run["wall_seconds"] for run in runs),
+    }
+
+
+def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, Any]:
+    """One model's fine-tuning on N + ``extra`` digits, all seeds, in its own directory; its summary."""
+    base, config, name = model.max_pretrain_digits, command.target(extra), fingerprint(model.params)
+    settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, "checkpoint": name}
+    directory = RunDirectory(command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings})
+    print(f"N = {base}, {base + extra} digits, {command.seeds} seeds: {directory.path}", flush=True)
+    finetune(config, model, directory, {ARM: {}}, command.seeds)
+    directory.checkpoints.close()
+    found = summarize(config, base, command.seeds, directory.metrics())
+    return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
+
+
+def main(command: Figure3Command) -> None:
+    results = earlier_results(command.out, COMMAND)
+    if not command.plot_only:
+        results = measure(command)
+        write_json(command.out / "results.json", results)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
+    draw(results, command.out)
+    print(table(results))
+    print(f"{results['wall_seconds']:.0f} s of fine-tuning; results.json, figure3.png and .svg in {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Figure3Command, preset)

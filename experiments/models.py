@@ -1,0 +1,97 @@
+"""Pre-trained models that experiments share: each is trained once and read from then on.
+
+A model of N digits at a scale lies under ``<pretrained>/<scale>_N<N>``, as ``python -m ckl_jax.pretrain --scale <scale>
+--max-digits <N> --out <pretrained>/<scale>_N<N>`` writes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
+from ckl_jax.pretrain import pretrain
+from ckl_jax.runs import RunDirectory
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which pre-trained models an experiment compares, and where they are kept."""
+
+    scale: Scale = "tiny"
+    """Preset that the other fields start from."""
+    digits: tuple[int, ...] = (3, 4, 5)
+    """N of each model, ascending: it is pre-trained on operands of 1 to N digits."""
+    pretrain: PretrainConfig = field(default_factory=lambda: pretrain_preset("tiny"))
+    """How each is pre-trained; its max_digits is replaced by each N."""
+    pretrained: pathlib.Path = pathlib.Path("runs/pretrained")
+    """Holds a directory per model, <scale>_N<N>, that all experiments share; what is missing there is trained."""
+    data_dir: pathlib.Path | None = None
+    """Where TFDS keeps the datasets; default: TFDS's own default directory."""
+
+    def __post_init__(self) -> None:
+        ascending = all(low < high for low, high in itertools.pairwise(self.digits))
+        require(len(self.digits) >= 1 and ascending, "digits", self.digits, "1 or more numbers of digits, ascending")
+        require(self.pretrain.scale == self.scale, "pretrain.scale", self.pretrain.scale, f"scale = {self.scale}")
+        _ = self.configs  # Refuses here what the block cannot hold.
+
+    @property
+    def configs(self) -> list[PretrainConfig]:
+        """The pre-training of each N. Raises ConfigError where the model's block is too short for it."""
+        return [dataclasses.replace(self.pretrain, max_digits=digits) for digits in self.digits]
+
+    def describe(self) -> dict[str, Any]:
+        """What determines the models: everything but where files lie."""
+        paths = ("pretrained", "data_dir")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in paths}
+
+    def load(self, config: PretrainConfig, progress: Progress = print) -> Model:
+        """The model of one of ``configs``, trained first if it is not there."""
+        return load_model(pretrained(config, self.pretrained, progress, self.data_dir))
+
+
+def models_preset(scale: str) -> Models:
+    """N = 3, 4, 5 at the tiny scale; elsewhere those of the paper's that a block of 1,024 characters holds."""
+    config = pretrain_preset(scale)
+    return Models(config.scale, (3, 4, 5) if scale == "tiny" else (7, 9), config)
+
+
+def pretrained(
+    config: PretrainConfig,
+    directory: pathlib.Path,
+    progress: Progress = print,
+    data_dir: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """The checkpoint of ``config``'s model: the one that ships if it is of that config, else ``directory``'s.
+
+    What is missing is trained and what was interrupted goes on.
+
+    Raises:
+      ConfigError: the model's place holds a run of another config; nothing is touched.
+    """
+    if config == pretrain_preset("tiny"):
+        return SHIPPED_TINY
+    name = f"{config.scale}_N{config.max_digits}"
+    run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})
+    if not (run.path / "model.json").exists():  # It is written last.
+        progress(f"pre-training {name} in {run.path}")
+        pretrain(config, run, data_dir, lambda line: progress(f"{name}: {line}"))
+    run.checkpoints.close()
+    return run.path
+
+
+def colors_of(digits: Sequence[int]) -> dict[int, str]:
+    """A colour for each N, darkest for the smallest: the same in all figures of the same models."""
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.8, len(digits)))
+    return {base: to_hex(shade) for base, shade in zip(digits, shades, strict=True)}
