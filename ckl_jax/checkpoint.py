@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
+from ckl_jax.paths import files_below, resolved
 
 Params = Any
 SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
@@ -29,11 +29,11 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    files = sorted(files_below(directory))
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -56,7 +56,7 @@ class StateCheckpoints:
     """Numbered checkpoints of a train state under ``directory``; the newest two are kept."""
 
     def __init__(self, directory: pathlib.Path):
-        self.directory = directory.resolve()
+        self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
@@ -114,7 +114,7 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     Args:
       made_by: what a reader needs to make it again: command, seed, config.
     """
-    directory = directory.resolve()
+    directory = resolved(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
     with ocp.StandardCheckpointer() as checkpointer:
@@ -135,7 +135,7 @@ def load_model(directory: pathlib.Path) -> Model:
     Raises:
       ConfigError: missing, damaged, or parameters of other names, shapes or types than model.json says.
     """
-    directory = directory.resolve()
+    directory = resolved(directory)
     path = directory / "params"
     needed = (directory / "model.json", _manifest_path(path), path)
     complete = all(file.exists() for file in needed)

@@ -17,9 +17,28 @@ from typing import Any
 import jax
 import tyro
 
+from ckl_jax import paths
 from ckl_jax.config import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+_PATHS = tyro.constructors.ConstructorRegistry()
+
+
+@_PATHS.primitive_rule
+def _path_or_bucket(
+    kind: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if kind.type is not pathlib.Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: paths.parse(words[0]),
+        is_instance=lambda value: isinstance(value, pathlib.PurePath),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
 def parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequence[str]) -> Any:
@@ -41,7 +60,8 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
             finder.add_argument(f"--{name}", default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
-    return tyro.cli(config_type, default=default, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+    flags = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(config_type, default=default, args=list(arguments), config=flags, registry=_PATHS)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ckl_jax import addition
 
 Scale = Literal["tiny", "small", "gpt2"]
 Recipe = Literal["ours"]
 CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
+KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
 
 
 class ConfigError(ValueError):
@@ -95,12 +96,17 @@ class PretrainConfig:
     """Steps between checkpoints, metric lines and greedy evaluations."""
     eval_problems: int = 100
     """Problems per cell of the evaluations on the way."""
+    data_devices: int | None = None
+    """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
+    shard_state: bool = False
+    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_number(self, "seed warmup_steps weight_decay", 0)
         _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
+        require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
         _require_number(self, "num_documents", self.max_digits**2)
         _require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
         _require_choice(self, "packing", ("stream", "documents"))
@@ -204,6 +210,15 @@ class FinetuneConfig:
     (the paper's is k2; k1 has no gradient in expectation)."""
     beta: float = 150.0
     """Exponent of the certainty J; 0 is the standard KL penalty."""
+    kl_weights: KLWeights = "prioritized"
+    """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
+    round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its
+    mean). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv 2512.04359),
+    `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778)."""
+    kl_quantile: float = 0.8
+    """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
+    kl_weak: float = 0.1
+    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0)."""
     certainty: CertaintyKind = "negentropy"
     certainty_temperature: float = 1.0
     """Temperature of the reference's distribution inside J."""
@@ -225,6 +240,10 @@ class FinetuneConfig:
     transition_batch: int = 8
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length. It changes the speed alone."""
+    data_devices: int | None = None
+    """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
+    shard_state: bool = False
+    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     runs_at_once: int = 1
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
@@ -235,16 +254,19 @@ class FinetuneConfig:
         _require_choice(self, "minibatch", ("episodes", "transitions"))
         _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
         _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
+        _require_choice(self, "kl_weights", get_args(KLWeights))
         _require_number(
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
         _require_number(self, "rounds episodes epochs test_every test_problems", 1)
         _require_number(self, "minibatch_episodes minibatch_transitions", 1)
         _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)
+        require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
         _require_number(
             self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
         )
-        _require_number(self, "discount gae_lambda", 0, high=1)
+        _require_number(self, "discount gae_lambda kl_weak", 0, high=1)
+        _require_number(self, "kl_quantile", 0, exclusive=True, high=1)
         _require_number(self, "extra_digits", 1, high=2)
         _require_number(self, "diagnostic_episodes", 1, high=self.episodes)
         divides = self.minibatch == "transitions" or self.episodes % self.minibatch_episodes == 0

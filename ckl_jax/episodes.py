@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition, losses
+from ckl_jax import addition, losses, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.config import FinetuneConfig, ModelConfig
@@ -35,13 +35,17 @@ class Task(NamedTuple):
 
 
 class Episodes(NamedTuple):
-    """A round's collect with everything that its updates need; the reference's pass is done once."""
+    """A round's collect with everything that its updates need; the reference's pass is done once.
+
+    ``kl_weights_BxT`` are the standard KL's, 1, until ``weighed``.
+    """
 
     trajectory: Trajectory
     ref_logits_BxTxV: jax.Array
     certainty_BxT: jax.Array
     advantages_BxT: jax.Array
     returns_BxT: jax.Array
+    kl_weights_BxT: jax.Array
 
 
 def collect(
@@ -49,18 +53,23 @@ def collect(
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out the policy, judges the answers, passes policy and reference over them, and estimates advantages."""
     config = task.config
-    trajectory, logits_BxTxV, hidden_BxTxD, *_ = generate(
-        task.model,
-        params["policy"],
-        problems,
-        key,
-        how=config.rollout,
-        batch=config.rollout_batch,
-        max_length=task.max_length,
-        temperature=config.temperature,
-        with_scores=True,
-        axis_name=axis_name,
-    )
+
+    def roll_out(whole, problems):
+        policy, key = whole
+        return generate(
+            task.model,
+            policy,
+            problems,
+            key,
+            how=config.rollout,
+            batch=config.rollout_batch,
+            max_length=task.max_length,
+            temperature=config.temperature,
+            with_scores=True,
+            axis_name=axis_name,
+        )[:3]
+
+    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], key), problems)
     assert logits_BxTxV is not None
     assert hidden_BxTxD is not None
     ref_logits_BxTxV, _ = score(task.model, ref_params, trajectory)
@@ -74,9 +83,25 @@ def collect(
     advantages_BxT = _normalize(raw_BxT, mask_BxT, final_B) if config.normalize_advantages else raw_BxT
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
     returns_BxT = raw_BxT + values_BxT
-    episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT)
+    ones_BxT = token_weights.uniform(mask_BxT)
+    episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, ones_BxT)
     metrics = _collect_metrics(task, episodes, logits_BxTxV, values_BxT, final_B, problems)
     return episodes, metrics
+
+
+def weighed(
+    config: FinetuneConfig, episodes: Episodes, kl_weights: jax.Array | int, beta: float | jax.Array, key: jax.Array
+) -> Episodes:
+    """A whole round's episodes with the weight of every token's KL.
+
+    Args:
+      kl_weights: index of the word, from ``token_weights.index_of``; it and ``beta`` replace the config's.
+      key: for weights that are shuffled.
+    """
+    entropy_BxT = losses.entropy(episodes.ref_logits_BxTxV, config.certainty_temperature)
+    mask_BxT, share, weak = episodes.trajectory.mask_BxT, config.kl_quantile, config.kl_weak
+    weights_BxT = token_weights.weigh(kl_weights, episodes.certainty_BxT, entropy_BxT, beta, mask_BxT, key, share, weak)
+    return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
 def _normalize(advantages_BxT: jax.Array, mask_BxT: jax.Array, final_B: jax.Array) -> jax.Array:

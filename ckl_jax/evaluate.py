@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import ModelConfig, require
@@ -27,9 +28,14 @@ DRAWS = {"identical": addition.identical_problems, "varying": addition.varying_p
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
-def _rewards(config: ModelConfig, params: Any, problems: Problems, key, *, max_length, temperature, greedy):
-    sampling = {"temperature": temperature, "greedy": greedy}
-    return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *, max_length, temperature, greedy):
+    def roll_out(whole, rows):
+        params, key, temperature = whole
+        problems, given_BxT = rows
+        sampling = {"temperature": temperature, "greedy": greedy, "given_BxT": given_BxT}
+        return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+
+    return sharding.over_rows(roll_out, (params, key, temperature), (problems, given))
 
 
 def judge(
@@ -40,26 +46,35 @@ def judge(
     temperature: float | None = None,
     seed: int = 0,
     extra_length: int = addition.EXTRA_LENGTH,
+    given_BxT: np.ndarray | None = None,
 ) -> np.ndarray:
     """1 for each problem of up to ``digits`` digits that the model solves, else 0: float32 [B].
 
     Args:
       temperature: of sampling; None takes the likeliest character.
       extra_length: characters that an answer may be longer than the longest right one.
+      given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
     packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
-    rewards = [
-        _rewards(
-            model.config,
-            model.params,
-            problems_lib.rows(packed, start, BATCH),
-            jax.random.key(seed),
-            max_length=addition.max_answer_length(digits, extra_length),
-            temperature=1.0 if temperature is None else temperature,
-            greedy=temperature is None,
-        )
-        for start in range(0, len(problems), BATCH)
-    ]
+    rewards = []
+    for start in range(0, len(problems), BATCH):
+        group = problems_lib.rows(packed, start, BATCH)
+        given = None if given_BxT is None else jnp.asarray(given_BxT[start : start + BATCH])
+        mesh = sharding.make_mesh(1, len(group.episodes_B))
+        params = jax.device_put(model.params, sharding.everywhere(mesh))
+        with jax.set_mesh(mesh):
+            rewards.append(
+                _rewards(
+                    model.config,
+                    params,
+                    group,
+                    given,
+                    jax.random.key(seed),
+                    max_length=addition.max_answer_length(digits, extra_length),
+                    temperature=1.0 if temperature is None else temperature,
+                    greedy=temperature is None,
+                )
+            )
     return np.concatenate(rewards)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding
+from ckl_jax import addition, cli, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
@@ -55,11 +56,17 @@ def make_task(config: FinetuneConfig, model: Model) -> Task:
     return task
 
 
+def make_mesh(config: FinetuneConfig, num_runs: int) -> Mesh:
+    """Devices for the runs and for what they collect and learn from; raises ConfigError like ``sharding.make_mesh``."""
+    size = config.minibatch_episodes if config.minibatch == "episodes" else config.minibatch_transitions
+    return sharding.make_mesh(num_runs, math.gcd(config.episodes, size), data_devices=config.data_devices)
+
+
 def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
     """All arms x seeds and what differs between them, as arrays [runs].
 
     Args:
-      arms: name -> overrides of ``learning_rate``, ``kl_coefficient`` and ``beta``.
+      arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
 
     Raises:
       ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
@@ -73,9 +80,11 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
         of_arm = dataclasses.replace(config, **overrides)
         for seed in range(config.seed, config.seed + seeds):
             runs.append(Run(arm, seed))
-            rows.append((seed, *(float(getattr(of_arm, name)) for name in traced)))
-    seed_R, *columns = zip(*rows, strict=True)
-    return runs, Hyper(jnp.array(seed_R, jnp.uint32), *(jnp.array(column, jnp.float32) for column in columns))
+            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
+            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
+    types = {"seed": jnp.uint32, "kl_weights": jnp.int32}
+    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
+    return runs, Hyper(**{name: jnp.array(of_run, types.get(name, jnp.float32)) for name, of_run in columns.items()})
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
@@ -95,25 +104,26 @@ def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max
     config = task.config
 
     def run_test(problems, axis_name, params):
-        return generate(
-            task.model,
-            params,
-            problems,
-            jax.random.key(TEST_SEED),
-            how=config.rollout,
-            batch=config.rollout_batch,
-            max_length=max_length,
-            temperature=config.temperature,
-            axis_name=axis_name,
-        ).trajectory.reward_B
+        def roll_out(whole, problems):
+            params, key = whole
+            return generate(
+                task.model,
+                params,
+                problems,
+                key,
+                how=config.rollout,
+                batch=config.rollout_batch,
+                max_length=max_length,
+                temperature=config.temperature,
+                axis_name=axis_name,
+            ).trajectory.reward_B
 
-    def on_device(policies, problems):
+        return sharding.over_rows(roll_out, (params, jax.random.key(TEST_SEED)), problems)
+
+    def on_device(problems, policies):
         return map_runs(config.runs_at_once, functools.partial(run_test, problems), policies)
 
-    specs = (sharding.BY_RUN, sharding.ALL)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=sharding.BY_RUN, check_vma=False)(
-        policies, problems
-    )
+    return sharding.over_runs(mesh, on_device, problems, policies)
 
 
 def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
@@ -131,8 +141,7 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         "target": (addition.rl_problems(rng, count, task.digits, base), task.digits),
         "old": (addition.short_problems(rng, min(count, task.config.old_problems), base), base),
     }
-    mesh = sharding.runs_mesh(jax.tree.leaves(policies)[0].shape[0])
-    policies = jax.device_put(policies, sharding.by_run(mesh))
+    num_runs = jax.tree.leaves(policies)[0].shape[0]
     accuracy = {}
     for name, (drawn, digits) in sets.items():
         packed = problems_lib.pack(drawn, digits, base)
@@ -140,15 +149,14 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
         starts = range(0, len(drawn), task.config.test_problems)
         groups = [problems_lib.rows(packed, start, task.config.test_problems) for start in starts]
-        rewards = [np.asarray(_test_rewards(task, mesh, policies, group, length)) for group in groups]
+        rewards = []
+        for group in groups:
+            mesh = sharding.make_mesh(num_runs, len(group.episodes_B))
+            shardings = sharding.state_shardings(mesh, policies, task.config.shard_state, sharding.RUN_AXIS)
+            policies = jax.device_put(policies, shardings)
+            rewards.append(np.asarray(_test_rewards(task, mesh, policies, group, length)))
         accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy
-
-
-def _abstract(create: Callable[..., RunState], mesh: Mesh, *arguments: Any) -> RunState:
-    """Shapes, types and shardings of the states."""
-    shapes = jax.eval_shape(create, *arguments)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.by_run(mesh)), shapes)
 
 
 def finetune(
@@ -166,14 +174,15 @@ def finetune(
     """
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
-    mesh = sharding.runs_mesh(len(runs))
-    create = jax.jit(
-        jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)), out_shardings=sharding.by_run(mesh)
-    )
+    mesh = make_mesh(config, len(runs))
     hypers = jax.device_put(hypers, sharding.by_run(mesh))
     ref_params = jax.device_put(model.params, sharding.everywhere(mesh))
-    restored = directory.checkpoints.restore_latest(_abstract(create, mesh, ref_params, hypers))
-    done, states = restored if restored else (0, create(ref_params, hypers))
+    create = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))
+    abstract = jax.eval_shape(create, ref_params, hypers)
+    shardings = sharding.state_shardings(mesh, abstract, config.shard_state, sharding.RUN_AXIS)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    restored = directory.checkpoints.restore_latest(abstract)
+    done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
     directory.rewind_metrics(done if restored else -1)
     start, first = time.monotonic(), done
 

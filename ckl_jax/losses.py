@@ -1,7 +1,11 @@
 """The terms of the fine-tuning loss: small pure functions of log-probs, certainty, advantages and a mask.
 
 Shapes are [...] for per-token values and [..., V] for logits; any batch layout works. Every mean is over the tokens
-whose mask is True, and what stands at the others (infinities included) has no influence on value or gradient.
+whose mask is True, and what stands at the others (NaN and infinity included) has no influence on value or gradient.
+
+Per-token values are not finite where logits are not, and then the gradient of their masked mean is NaN even where the
+mask is False: a zero cotangent times an infinite derivative. So the functions that make them take the mask too; where
+padding may hold such logits, pass it. Their values there are 0.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from ckl_jax import token_weights
 from ckl_jax.certainty import entropy_of
 from ckl_jax.config import require
 
@@ -25,18 +30,26 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     return selected.sum() / jnp.maximum(mask.sum(), 1)
 
 
-def token_log_probs(logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...]."""
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+def token_log_probs(
+    logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...].
+
+    With a ``mask`` [...], tokens outside it may be any number (padding of -100, say).
+    """
+    log_p = _log_softmax(logits, temperature, mask)
+    tokens = _only(mask, tokens)
+    return _only(mask, jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0])
 
 
-def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Entropy of softmax(logits / temperature) in nats: [..., V] -> float32 [...]."""
-    return entropy_of(jax.nn.log_softmax(logits.astype(jnp.float32) / temperature))
+def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None) -> jax.Array:
+    """Entropy of softmax(logits / temperature) in nats: [..., V], mask [...] -> float32 [...]."""
+    return _only(mask, entropy_of(_log_softmax(logits, temperature, mask)))
 
 
-def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "k2") -> jax.Array:
+def kl_estimate(
+    log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "k2", mask: jax.Array | None = None
+) -> jax.Array:
     """Schulman's per-token estimates of KL(pi || ref) from tokens sampled from pi.
 
     With d = log pi(a|s) - log ref(a|s): k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
@@ -46,6 +59,7 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "
 
     Args:
       log_probs, ref_log_probs: [...], any float type; ``ref_log_probs`` takes no gradient.
+      mask: bool [...]; 0 and without gradient outside it.
 
     Returns:
       float32 [...].
@@ -56,7 +70,8 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "
     require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
     same = log_probs.shape == ref_log_probs.shape
     require(same, "ref_log_probs", ref_log_probs.shape, f"the shape of log_probs, {log_probs.shape}")
-    log_ratio = log_probs.astype(jnp.float32) - jax.lax.stop_gradient(ref_log_probs.astype(jnp.float32))
+    ref_log_probs = jax.lax.stop_gradient(_only(mask, ref_log_probs.astype(jnp.float32)))
+    log_ratio = _only(mask, log_probs.astype(jnp.float32)) - ref_log_probs
     if kind == "k1":
         return log_ratio
     if kind == "k2":
@@ -64,21 +79,43 @@ def kl_estimate(log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def exact_kl(logits: jax.Array, ref_logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+def exact_kl(
+    logits: jax.Array,
+    ref_logits: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
     """KL(pi || ref) = sum_a pi(a) (log pi(a) - log ref(a)) over the whole vocabulary, in nats.
 
     Args:
       logits, ref_logits: [..., V]; both are divided by ``temperature``; ``ref_logits`` take no gradient.
+      mask: bool [...]; 0 and without gradient outside it.
 
     Returns:
       float32 [...]. A token that pi excludes (-inf) counts 0.
     """
     require(logits.shape == ref_logits.shape, "ref_logits", ref_logits.shape, f"the shape of logits, {logits.shape}")
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-    log_q = jax.lax.stop_gradient(jax.nn.log_softmax(ref_logits.astype(jnp.float32) / temperature))
+    log_p = _log_softmax(logits, temperature, mask)
+    log_q = jax.lax.stop_gradient(_log_softmax(ref_logits, temperature, mask))
     impossible = jnp.isneginf(log_p)
     difference = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
-    return (jnp.exp(log_p) * difference).sum(axis=-1)
+    return _only(mask, (jnp.exp(log_p) * difference).sum(axis=-1))
+
+
+def weighted_kl(kl: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over the masked tokens of weight * kl, divided by the number of tokens.
+
+    Args:
+      kl: per-token KL [...], from ``kl_estimate`` or ``exact_kl``.
+      weights: [...], from ``token_weights``; they take no gradient.
+      mask: bool [...], True on generated tokens.
+
+    Returns:
+      float32 [].
+    """
+    require(kl.shape == weights.shape, "weights", weights.shape, f"the shape of kl, {kl.shape}")
+    weights = jax.lax.stop_gradient(_only(mask, weights.astype(jnp.float32)))
+    return masked_mean(weights * _only(mask, kl), mask)
 
 
 def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array, mask: jax.Array) -> jax.Array:
@@ -99,24 +136,20 @@ def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array,
     Raises:
       ValueError: negative beta or different shapes.
     """
-    if not isinstance(beta, jax.core.Tracer):
-        require(float(beta) >= 0, "beta", float(beta), "0 or more")
     require(kl.shape == certainty.shape, "certainty", certainty.shape, f"the shape of kl, {kl.shape}")
-    weights = jnp.power(jax.lax.stop_gradient(certainty.astype(jnp.float32)), beta)
-    mask = mask.astype(bool)
-    return masked_mean(weights * jnp.where(mask, kl, 0.0), mask)
+    return weighted_kl(kl, token_weights.prioritized(certainty, beta, mask), mask)
 
 
 def policy_gradient_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
     """A2C: -mean over the masked tokens of advantage * log pi(a|s); advantages take no gradient."""
-    safe = jnp.where(mask, log_probs, 0.0)
-    return -masked_mean(jax.lax.stop_gradient(advantages) * safe, mask)
+    advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
+    return -masked_mean(advantages * _only(mask, log_probs.astype(jnp.float32)), mask)
 
 
 def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean squared error of the critic over the masked tokens (authors' code: no factor 1/2)."""
-    error = jnp.where(mask, values - jax.lax.stop_gradient(returns), 0.0)
-    return masked_mean(jnp.square(error), mask)
+    returns = jax.lax.stop_gradient(_only(mask, returns.astype(jnp.float32)))
+    return masked_mean(jnp.square(_only(mask, values.astype(jnp.float32)) - returns), mask)
 
 
 def gae(
@@ -146,3 +179,19 @@ def gae(
 
     _, advantages_TxB = jax.lax.scan(backward, jnp.zeros_like(deltas_BxT[:, 0]), deltas_BxT.T, reverse=True)
     return jnp.where(mask_BxT, advantages_TxB.T, 0.0)
+
+
+def _only(mask: jax.Array | None, values: jax.Array) -> jax.Array:
+    """``values`` [...] where the mask is True, else 0; all of them without a mask."""
+    if mask is None:
+        return values
+    require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
+    return jnp.where(mask.astype(bool), values, 0)
+
+
+def _log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Of logits [..., V] over the temperature in float32; uniform where a mask [...] is False."""
+    if mask is not None:
+        require(logits.shape[:-1] == mask.shape, "mask", mask.shape, f"one entry per token, {logits.shape[:-1]}")
+        logits = jnp.where(mask.astype(bool)[..., None], logits, 0)
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)

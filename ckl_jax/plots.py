@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -73,7 +74,9 @@ def points(
 def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
     """Writes ``name.png`` and ``name.svg`` and closes the figure."""
     for suffix in ("png", "svg"):
-        figure.savefig(directory / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
+        (directory / f"{name}.{suffix}").write_bytes(drawn.getvalue())
     plt.close(figure)
 
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from jax.sharding import Mesh
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, sharding
 from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
@@ -110,12 +111,20 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
         windows = sample_stream(stream, sample_key, config.batch_size, window)
     else:
         windows = sample_documents(stream, sample_key, config.batch_size, window, config.model.block_size)
+    windows = sharding.share_rows(windows)
     loss, grads = jax.value_and_grad(functools.partial(next_token_loss, config), argnums=0)(
         state.params, windows, dropout_key
     )
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return PretrainState(state.step + 1, params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    state = PretrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    if config.shard_state:
+        state = sharding.split_state(state)
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+
+def make_mesh(config: PretrainConfig) -> Mesh:
+    """Devices for a batch; raises ConfigError like ``sharding.make_mesh``."""
+    return sharding.make_mesh(1, config.batch_size, data_devices=config.data_devices)
 
 
 def pretrain(
@@ -126,18 +135,23 @@ def pretrain(
 ) -> Model:
     """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory."""
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
-    stream = jax.tree.map(jnp.asarray, stream)
-    create = jax.jit(functools.partial(init_state, config))
-    restored = directory.checkpoints.restore_latest(jax.eval_shape(create))
-    done, state = restored if restored else (0, create())
+    mesh = make_mesh(config)
+    stream = jax.device_put(stream, sharding.everywhere(mesh))
+    create = functools.partial(init_state, config)
+    abstract = jax.eval_shape(create)
+    shardings = sharding.state_shardings(mesh, abstract, config.shard_state)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    restored = directory.checkpoints.restore_latest(abstract)
+    done, state = restored or (0, jax.jit(create, out_shardings=shardings)())
     directory.rewind_metrics(done)
     start, first = time.monotonic(), done
     while done < config.num_steps:
         count = min(config.checkpoint_every, config.num_steps - done)
         history = []
-        for _ in range(count):
-            state, metrics = train_step(config, state, stream)
-            history.append(metrics)
+        with jax.set_mesh(mesh):
+            for _ in range(count):
+                state, metrics = train_step(config, state, stream)
+                history.append(metrics)
         done += count
         means = jax.tree.map(lambda *values: float(np.mean(values)), *history)
         record: dict[str, Any] = {"step": done, **means}

@@ -16,7 +16,7 @@ from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.model import Cache, Output, forward, init_cache
-from ckl_jax.problems import Problems
+from ckl_jax.problems import Array, Problems
 
 CACHE_BLOCK = 128
 
@@ -81,6 +81,7 @@ def rollout(
     max_length: int,
     temperature: float | jax.Array = 1.0,
     greedy: bool = False,
+    given_BxT: Array | None = None,
     batch: int | None = None,
     axis_name: str | None = None,
 ) -> Trajectory:
@@ -93,33 +94,47 @@ def rollout(
       max_length: T, the length limit of the answers.
       temperature: logits are divided by it, above 0. The log-probs are at this temperature too.
       greedy: take the likeliest character instead of sampling.
+      given_BxT: characters that the answers start with instead of sampled ones, -1 from where on the policy goes on; at
+        most ``max_length`` columns. They belong to the answer: log-probs, end and reward are those of the whole text.
       batch: problems decoded together, at most, in equal groups one after another; default: all. It changes the speed
         and not the characters: on CPU, a KV cache that stays in the processor's own cache is read faster.
       axis_name: name of the vmapped axis of runs, if any. The loop then stops when the episodes of all runs have
         ended; without it a vmapped loop would copy the whole cache at every step.
 
     Raises:
-      ValueError: ``temperature`` is not above 0, or prompt + answer exceed the model's block.
+      ValueError: ``temperature`` is not above 0, prompt + answer exceed the model's block, or ``given_BxT`` has another
+        shape.
     """
-    require_possible(config, problems, max_length, temperature)
+    require_possible(config, problems, max_length, temperature, given_BxT)
     decode = functools.partial(
         _decode, config, params, key, max_length=max_length, temperature=temperature, greedy=greedy, axis_name=axis_name
     )
+    start = (problems, given_BxT)
     count = problems.prompts_BxP.shape[0]
     group = largest_divisor(count, at_most=batch or count)
     if group == count:
-        return decode(problems)
-    grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(count // group, group, *x.shape[1:]), problems)
+        return decode(start)
+    grouped = jax.tree.map(lambda x: jnp.asarray(x).reshape(count // group, group, *x.shape[1:]), start)
     trajectories = jax.lax.map(decode, grouped)
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), trajectories)
 
 
-def require_possible(config: ModelConfig, problems: Problems, max_length: int, temperature: float | jax.Array) -> None:
-    """Raises ConfigError where ``temperature`` is not above 0, or prompt + answer exceed the model's block."""
+def require_possible(
+    config: ModelConfig,
+    problems: Problems,
+    max_length: int,
+    temperature: float | jax.Array,
+    given_BxT: Array | None = None,
+) -> None:
+    """Raises ConfigError as ``rollout`` says."""
     if not isinstance(temperature, jax.core.Tracer):
         require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
     total = problems.prompts_BxP.shape[1] + max_length
     require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
+    if given_BxT is not None:
+        count = problems.prompts_BxP.shape[0]
+        fits = given_BxT.ndim == 2 and given_BxT.shape[0] == count and given_BxT.shape[1] <= max_length
+        require(fits, "given_BxT", given_BxT.shape, f"[{count}, up to {max_length}]")
 
 
 def layout(problems: Problems, max_length: int) -> tuple[jax.Array, jax.Array]:
@@ -153,13 +168,14 @@ def _decode(
     config: ModelConfig,
     params: Any,
     key: jax.Array,
-    problems: Problems,
+    start: tuple[Problems, Array | None],
     *,
     max_length: int,
     temperature: float | jax.Array,
     greedy: bool,
     axis_name: str | None,
 ) -> Trajectory:
+    problems, given_BxT = start
     num_prompt = problems.prompts_BxP.shape[1]
     total = num_prompt + max_length
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
@@ -182,6 +198,9 @@ def _decode(
         steps_Bx1 = jnp.broadcast_to(step, (batch, 1))
         noise_BxV = 0.0 if greedy else gumbel_noise(key, episodes_B, steps_Bx1, config.vocab_size)[:, 0]
         sampled_B = jnp.argmax(scaled_BxV + noise_BxV, axis=1)
+        if given_BxT is not None:
+            given_B = jnp.asarray(given_BxT).at[:, step].get(mode="fill", fill_value=-1)
+            sampled_B = jnp.where(given_B >= 0, given_B, sampled_B)
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(scaled_BxV), sampled_B[:, None], axis=1)[:, 0]
         tokens_B = jnp.where(state.done_B, addition.PAD_ID, sampled_B).astype(jnp.int32)
         answers_BxT = jax.lax.dynamic_update_slice_in_dim(state.answers_BxT, tokens_B[:, None], step + len(mark), 1)

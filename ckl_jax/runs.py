@@ -12,6 +12,7 @@ import jax
 
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
+from ckl_jax.paths import append, resolved
 
 
 class RunDirectory:
@@ -22,7 +23,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: pathlib.Path, config: Mapping[str, Any]):
-        self.path = path.resolve()
+        self.path = resolved(path)
         self._check(json.loads(json.dumps(config)))
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
@@ -59,13 +60,11 @@ class RunDirectory:
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
-        with self.metrics_path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        append(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
-        with (self.path / "seconds.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds}) + "\n")
+        append(self.path / "seconds.jsonl", json.dumps({"step": step, "seconds": seconds}) + "\n")
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""

@@ -1,33 +1,51 @@
-"""Runs over devices: every device computes its own runs, and none waits for another."""
+"""The mesh ('run', 'data'): every device has its own runs, and its share of their rows (episodes, windows of text).
+
+Rollouts are computed device by device on their own rows and wait for nobody; everything else is one program over all
+rows that XLA partitions, so that means, minibatches and gradients are those of the whole batch.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ckl_jax.config import require
-from ckl_jax.rollout import largest_divisor
 
-RUN_AXIS = "run"
-ALL, BY_RUN = PartitionSpec(), PartitionSpec(RUN_AXIS)
+RUN_AXIS, DATA_AXIS = "run", "data"
+ALL, BY_RUN, BY_ROW = PartitionSpec(), PartitionSpec(RUN_AXIS), PartitionSpec(DATA_AXIS)
 
 
-def runs_mesh(num_runs: int, num_devices: int | None = None) -> Mesh:
-    """A mesh with the axis ``run`` over as many devices as share the runs evenly.
+def make_mesh(num_runs: int, num_rows: int, run_devices: int | None = None, data_devices: int | None = None) -> Mesh:
+    """The mesh with the axes ``run`` and ``data`` that uses the most devices; runs come first.
 
     Args:
-      num_devices: how many; default: the largest divisor of ``num_runs`` that there are devices for.
+      num_runs: runs of the program.
+      num_rows: rows that are shared evenly, of each run.
+      run_devices, data_devices: sizes of the axes, if they are not to be chosen.
 
     Raises:
-      ConfigError: ``num_devices`` are not there or do not share the runs evenly.
+      ConfigError: the runs or rows cannot be shared evenly by that many devices, or they are not there.
     """
     devices = jax.devices()
-    if num_devices is None:
-        num_devices = largest_divisor(num_runs, at_most=len(devices))
-    fits = 1 <= num_devices <= len(devices) and num_runs % num_devices == 0
-    require(fits, "num_devices", num_devices, f"a divisor of {num_runs} runs, at most {len(devices)} devices")
-    return Mesh(np.array(devices[:num_devices]), (RUN_AXIS,))
+    allowed_runs = [n for n in range(1, len(devices) + 1) if num_runs % n == 0]
+    if run_devices is not None:
+        allowed = f"one of {allowed_runs} ({num_runs} runs, {len(devices)} devices)"
+        require(run_devices in allowed_runs, "run_devices", run_devices, allowed)
+        allowed_runs = [run_devices]
+    at_most = len(devices) // min(allowed_runs)
+    allowed_rows = [n for n in range(1, at_most + 1) if num_rows % n == 0]
+    if data_devices is not None:
+        allowed = f"one of {allowed_rows} ({num_rows} rows to share, {at_most} devices)"
+        require(data_devices in allowed_rows, "data_devices", data_devices, allowed)
+        allowed_rows = [data_devices]
+    fitting = [(runs, rows) for runs in allowed_runs for rows in allowed_rows if runs * rows <= len(devices)]
+    shape = max(fitting, key=lambda shape: (shape[0] * shape[1], shape[0]))
+    return Mesh(np.array(devices[: shape[0] * shape[1]]).reshape(shape), (RUN_AXIS, DATA_AXIS))
 
 
 def by_run(mesh: Mesh) -> NamedSharding:
@@ -38,3 +56,71 @@ def by_run(mesh: Mesh) -> NamedSharding:
 def everywhere(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays that every device has whole."""
     return NamedSharding(mesh, ALL)
+
+
+def state_shardings(mesh: Mesh, state: Any, split: bool, *leading: str) -> Any:
+    """The shardings of a train state whose leading axes are ``leading``.
+
+    Args:
+      split: each array over the devices of the axis ``data``, by its largest axis that they share evenly, as in fully
+        sharded data parallelism; else every one of them has it whole.
+    """
+    num_data = mesh.shape[DATA_AXIS] if split else 1
+    return jax.tree.map(lambda x: NamedSharding(mesh, _state_spec(x.shape, num_data, *leading)), state)
+
+
+def _state_spec(shape: tuple[int, ...], num_data: int, *leading: str) -> PartitionSpec:
+    free = range(len(leading), len(shape))
+    fitting = [axis for axis in free if num_data > 1 and shape[axis] % num_data == 0]
+    if not fitting:
+        return PartitionSpec(*leading)
+    largest = max(fitting, key=lambda axis: shape[axis])
+    return PartitionSpec(*leading, *(DATA_AXIS if axis == largest else None for axis in free))
+
+
+def num_shares() -> int:
+    """Devices that share the rows in the program that is being traced; 1 outside of any mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(DATA_AXIS, 1)
+
+
+def share_rows(batch: Any) -> Any:
+    """Inside a program: the same arrays, their leading axis divided over ``data``."""
+    return _constrain(batch, lambda x: BY_ROW)
+
+
+def split_state(state: Any) -> Any:
+    """Inside a program: the same arrays as ``state_shardings`` with ``split`` has them."""
+    return _constrain(state, lambda x: _state_spec(x.shape, num_shares()))
+
+
+def _constrain(tree: Any, spec: Callable[[jax.Array], PartitionSpec]) -> Any:
+    if num_shares() == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(x)), tree)
+
+
+def over_rows(call: Callable[[Any, Any], Any], whole: Any, rows: Any, *, total: bool = False) -> Any:
+    """``call(whole, rows)`` with each device on its own rows, without waiting for others.
+
+    Args:
+      whole: what every device needs whole.
+      rows: arrays with a leading axis that the devices of ``data`` share evenly.
+      total: the results are sums over rows and are added up; else they have the rows' leading axis.
+    """
+    if num_shares() == 1:
+        return call(whole, rows)
+
+    def on_device(whole, rows):
+        found = call(whole, rows)
+        return jax.lax.psum(found, DATA_AXIS) if total else found
+
+    specs = (ALL, BY_ROW)
+    out = ALL if total else BY_ROW
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names={DATA_AXIS}, check_vma=False)(whole, rows)
+
+
+def over_runs(mesh: Mesh, call: Callable[..., Any], whole: Any, *of_runs: Any) -> Any:
+    """``call(whole, *of_runs)`` with each device on its own runs, the arrays' leading axis."""
+    specs = (ALL, *[BY_RUN] * len(of_runs))
+    partial = functools.partial(jax.shard_map, mesh=mesh, axis_names={RUN_AXIS}, check_vma=False)
+    return partial(call, in_specs=specs, out_specs=BY_RUN)(whole, *of_runs)

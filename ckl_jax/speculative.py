@@ -25,7 +25,7 @@ from ckl_jax import addition
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.drafts import draft
 from ckl_jax.model import Cache, forward, init_cache
-from ckl_jax.problems import Problems
+from ckl_jax.problems import Array, Problems
 from ckl_jax.rollout import Trajectory, answer_mask, gumbel_noise, judged, require_possible, rollout, score
 
 Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
@@ -97,6 +97,7 @@ def speculative_rollout(
     max_length: int,
     temperature: float | jax.Array = 1.0,
     greedy: bool = False,
+    given_BxT: Array | None = None,
     slots: int | None = None,
     window: int = WINDOW,
     with_scores: bool = False,
@@ -113,13 +114,16 @@ def speculative_rollout(
       drafter: writes the drafts; takes and gives what ``drafts.draft`` does. A bad one costs passes, no exactness.
       least_accepted: gives up if the first ``TRIAL_PASSES`` accept fewer characters per window, on average.
     """
-    require_possible(config, problems, max_length, temperature)
+    require_possible(config, problems, max_length, temperature, given_BxT)
     count, num_prompt = problems.prompts_BxP.shape
     total = num_prompt + max_length
     require(window >= 1, "window", window, "1 or more")
     require(slots is None or slots >= 1, "slots", slots, "1 or more")
     num_slots = min(slots or (CPU_SLOTS if jax.default_backend() == "cpu" else count), count)
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
+    nothing_Bx0 = jnp.zeros((count, 0), jnp.int32)
+    given_BxT = nothing_Bx0 if given_BxT is None else jnp.asarray(given_BxT).astype(jnp.int32)
+    given_lengths_B = (given_BxT >= 0).sum(axis=1)
     padding_B = num_prompt - jnp.asarray(problems.prompt_lengths_B)
     lists_Bx2xJ = jnp.asarray(problems.lists_Bx3x2xJ)[:, 0]
     identities_B = jnp.asarray(problems.episodes_B)
@@ -130,13 +134,13 @@ def speculative_rollout(
     def verify(state: _Slots) -> _Slots:
         idle_G = state.episodes_G == count
         of_slot = jnp.minimum(state.episodes_G, count - 1)
-        padding_G, known_G = padding_B[of_slot], state.known_G
+        padding_G, given_G, known_G = padding_B[of_slot], given_lengths_B[of_slot], state.known_G
         tokens_GxL = state.written.tokens[state.episodes_G]
-        written_G = jnp.maximum(known_G - num_prompt, 0)
+        written_G = jnp.maximum(known_G - num_prompt, given_G)
         answers_GxT = tokens_GxL[:, num_prompt:total]
         drafts_GxW = drafter(lists_Bx2xJ[of_slot], answers_GxT, written_G, window)
 
-        # Columns of the inputs: the last known character, then the rest of the prompt if any, then the draft.
+        # Columns of the inputs: the last known character, then the rest of what is given if any, then the draft.
         columns_GxW = known_G[:, None] - 1 + jnp.arange(window)[None]
         drafted_GxW = columns_GxW - num_prompt - written_G[:, None]
         inputs_GxW = jnp.where(
@@ -153,7 +157,8 @@ def speculative_rollout(
         scaled_GxWxV = output.logits_BxTxV / temperature
         noise = 0.0 if greedy else gumbel_noise(key, identities_B[of_slot], steps_GxW.clip(0), config.vocab_size)
         given_GxW = jnp.take_along_axis(tokens_GxL, columns_GxW + 1, axis=1)
-        sampled_GxW = jnp.where(steps_GxW < 0, given_GxW, jnp.argmax(scaled_GxWxV + noise, axis=2)).astype(jnp.int32)
+        is_given_GxW = steps_GxW < given_G[:, None]
+        sampled_GxW = jnp.where(is_given_GxW, given_GxW, jnp.argmax(scaled_GxWxV + noise, axis=2)).astype(jnp.int32)
         matched = jnp.cumprod(sampled_GxW[:, :-1] == inputs_GxW[:, 1:], axis=1).sum(axis=1)
         now_known_G = jnp.minimum(known_G + 1 + matched, total)
         log_probs_GxW = jnp.take_along_axis(jax.nn.log_softmax(scaled_GxWxV), sampled_GxW[..., None], axis=2)[..., 0]
@@ -196,7 +201,8 @@ def speculative_rollout(
         )
 
     width = total + window
-    tokens = jnp.pad(prompts_BxP, ((0, 1), (0, width - num_prompt)), constant_values=addition.PAD_ID)
+    known_BxL = jnp.concatenate([prompts_BxP, jnp.where(given_BxT >= 0, given_BxT, addition.PAD_ID)], axis=1)
+    tokens = jnp.pad(known_BxL, ((0, 1), (0, width - known_BxL.shape[1])), constant_values=addition.PAD_ID)
     zero = jnp.zeros((), jnp.int32)
     state = _Slots(
         jnp.asarray(num_slots),
@@ -257,7 +263,7 @@ def generate(
       how: ``speculative``, ``plain`` (step by step, then a pass for the scores), or ``auto``: speculative, and plain
         where the policy turns out to follow too few of the drafts.
       batch: episodes generated together, at most: ``slots`` of the one, ``batch`` of the other.
-      sampling: ``max_length``, ``temperature`` and ``greedy`` as in ``rollout``.
+      sampling: ``max_length``, ``temperature``, ``greedy`` and ``given_BxT`` as in ``rollout``.
     """
     require(how in get_args(How), "how", how, " | ".join(get_args(How)))
 

@@ -90,4 +90,5 @@ def cut(episodes: Episodes, indices: Indices, length: int) -> Episodes:
         at_step(episodes.certainty_BxT),
         at_step(episodes.advantages_BxT),
         at_step(episodes.returns_BxT),
+        at_step(episodes.kl_weights_BxT),
     )

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from ckl_jax import losses, sharding, transitions
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.episodes import Episodes, Task, collect
+from ckl_jax.episodes import Episodes, Task, collect, weighed
 from ckl_jax.model import ValueHead, values
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import largest_divisor, score
@@ -31,6 +31,7 @@ class Hyper(NamedTuple):
     learning_rate: jax.Array
     kl_coefficient: jax.Array
     beta: jax.Array
+    kl_weights: jax.Array
 
 
 class RunState(NamedTuple):
@@ -73,7 +74,7 @@ def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episo
         "policy": losses.policy_gradient_loss(log_probs_BxT, episodes.advantages_BxT, mask_BxT),
         "value": config.value_coefficient * losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT),
         "entropy": -config.entropy_coefficient * losses.masked_mean(entropy_BxT, mask_BxT),
-        "kl": hyper.kl_coefficient * losses.prioritized_kl(kl_BxT, episodes.certainty_BxT, hyper.beta, mask_BxT),
+        "kl": hyper.kl_coefficient * losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT),
     }
 
 
@@ -109,6 +110,8 @@ def update(
                 name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])
                 for name in params
             }
+            if config.shard_state:
+                params, opt_state = sharding.split_state((params, opt_state))
             return params, opt_state, jax.tree.map(jnp.add, sums, terms)
 
         return jax.lax.fori_loop(0, updates, step, carry), updates
@@ -136,21 +139,21 @@ def _episode_minibatches(task, hyper, episodes, key, axis_name) -> tuple[int, Ca
 
     def gradient(params, index):
         chosen = jax.lax.dynamic_slice_in_dim(order, index * config.minibatch_episodes, config.minibatch_episodes)
-        return _gradient(task, hyper, params, jax.tree.map(lambda x: x[chosen], episodes))
+        minibatch = sharding.share_rows(jax.tree.map(lambda x: x[chosen], episodes))
+        return _gradient(task, hyper, params, minibatch)
 
     return config.episodes // config.minibatch_episodes, gradient
 
 
 def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.Array, Callable[..., Gradient]]:
     """As ``_episode_minibatches``; a minibatch is the weighted sum of groups, each padded to its own bucket."""
-    size = task.config.minibatch_transitions
-    group = largest_divisor(size, at_most=task.config.transition_batch)
-    trajectory, lengths = episodes.trajectory, transitions.buckets(episodes.trajectory)
-    order, count = transitions.shuffled(key, trajectory.mask_BxT)
+    size, shares = task.config.minibatch_transitions, sharding.num_shares()
+    group = largest_divisor(size // shares, at_most=task.config.transition_batch)
+    lengths = transitions.buckets(episodes.trajectory)
+    order, count = transitions.shuffled(key, episodes.trajectory.mask_BxT)
 
-    def gradient(params, index):
-        chosen = transitions.minibatch(trajectory, order, count, index, size)
-        valid = jnp.maximum((chosen.lengths_M > 0).sum(), 1)
+    def weighted_sum(whole, chosen):
+        params, hyper, episodes, valid = whole
 
         def add(total, indices):
             longest = indices.lengths_M.max()
@@ -167,8 +170,14 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
             return jax.tree.map(lambda x, y: x + share * y, total, part), None
 
         zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(TERMS, jnp.zeros(()))
-        groups = jax.tree.map(lambda x: x.reshape(size // group, group), chosen)
+        groups = jax.tree.map(lambda x: x.reshape(-1, group), chosen)
         return jax.lax.scan(add, zeros, groups)[0]
+
+    def gradient(params, index):
+        chosen = transitions.minibatch(episodes.trajectory, order, count, index, size)
+        valid = jnp.maximum((chosen.lengths_M > 0).sum(), 1)
+        dealt = jax.tree.map(lambda x: x.reshape(size // shares, shares).T.reshape(size), chosen)
+        return sharding.over_rows(weighted_sum, (params, hyper, episodes, valid), dealt, total=True)
 
     return -(-count // size), gradient
 
@@ -194,10 +203,10 @@ def train_round(
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
-    rollout_key, shuffle_key = jax.random.split(key)
+    rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     episodes, metrics = collect(task, state.params, ref_params, problems, rollout_key, axis_name)
-    weights_BxT = jnp.power(episodes.certainty_BxT, hyper.beta)
-    metrics["kl_weight"] = losses.masked_mean(weights_BxT, episodes.trajectory.mask_BxT)
+    episodes = weighed(task.config, episodes, hyper.kl_weights, hyper.beta, weights_key)
+    metrics["kl_weight"] = losses.masked_mean(episodes.kl_weights_BxT, episodes.trajectory.mask_BxT)
     metrics |= gradient_norms(task, hyper, state.params, episodes)
     state, terms = update(task, hyper, state, episodes, shuffle_key, axis_name)
     return state, metrics | terms
@@ -207,10 +216,10 @@ def train_round(
 def train_rounds(
     task: Task, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
 ) -> tuple[RunState, dict[str, jax.Array]]:
-    """Several rounds of all runs as one program, every device its own runs.
+    """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
 
     Args:
-      mesh: from ``sharding.runs_mesh``.
+      mesh: from ``finetune.make_mesh``.
       states, hypers: with a leading axis of runs R.
       problems: with leading axes [R, rounds].
 
@@ -227,10 +236,9 @@ def train_rounds(
     def on_device(ref_params, *of_device):
         return map_runs(task.config.runs_at_once, functools.partial(run, ref_params), *of_device)
 
-    specs = (sharding.ALL, *[sharding.BY_RUN] * 3)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=sharding.BY_RUN, check_vma=False)(
-        ref_params, states, hypers, problems
-    )
+    states, metrics = sharding.over_runs(mesh, on_device, ref_params, states, hypers, problems)
+    shardings = sharding.state_shardings(mesh, states, task.config.shard_state, sharding.RUN_AXIS)
+    return jax.lax.with_sharding_constraint(states, shardings), metrics
 
 
 def map_runs(runs_at_once: int, run: Callable[..., Any], *arguments: Any) -> Any:

@@ -51,10 +51,11 @@ class AuthorsRound:
 def make_round(model: ModelConfig, config: FinetuneConfig, params: dict[str, Any], ref_params: Any) -> AuthorsRound:
     """Networks with the Flax parameters of a run (``params`` has ``policy`` and ``value``) and one Adam for both.
 
-    Raises ConfigError for another KL than k2 or another certainty than the paper's.
+    Raises ConfigError for another KL than k2, or another certainty or other weights than the paper's.
     """
     require(config.kl == "k2", "kl", config.kl, "k2")
     require(config.certainty == "negentropy", "certainty", config.certainty, "negentropy")
+    require(config.kl_weights == "prioritized", "kl_weights", config.kl_weights, "prioritized")
     trunk, reference = GPT.from_params(model, params["policy"]), GPT.from_params(model, ref_params)
     critic = ValueMLP(model)
     load_flax(critic, params["value"])

@@ -13,6 +13,7 @@ from ckl_jax.checkpoint import Model
 from ckl_jax.config import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.model import GPT2
+from ckl_jax.sharding import make_mesh
 from ckl_jax.statistics import bootstrap_interval
 
 
@@ -72,3 +73,9 @@ def test_judging_is_deterministic_and_the_same_in_batches_of_any_size(fingerprin
 
 def test_the_greedy_answer_does_not_depend_on_the_seed(fingerprints):
     np.testing.assert_array_equal(fingerprints(seed=1), fingerprints(seed=2))
+
+
+def test_answers_do_not_depend_on_the_number_of_devices(fingerprints, monkeypatch):
+    shared = fingerprints(temperature=1.0)
+    monkeypatch.setattr(evaluate.sharding, "make_mesh", lambda *arguments: make_mesh(1, 1))
+    np.testing.assert_array_equal(shared, fingerprints(temperature=1.0))

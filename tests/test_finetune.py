@@ -6,6 +6,7 @@ The random model never solves a problem; its critic's errors give advantages tha
 import dataclasses
 import functools
 import json
+from typing import get_args
 
 import chex
 import jax
@@ -15,14 +16,17 @@ import optax
 import pytest
 
 from ckl_jax import finetune as finetune_lib
+from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
-from ckl_jax.config import ConfigError, FinetuneConfig
-from ckl_jax.episodes import Task, collect
+from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
+from ckl_jax.episodes import Task, collect, weighed
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
 from ckl_jax.model import GPT2, values
+from ckl_jax.rollout import score
 from ckl_jax.runs import RunDirectory
-from ckl_jax.sharding import runs_mesh
+from ckl_jax.sharding import make_mesh
+from ckl_jax.token_weights import index_of
 from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
@@ -58,7 +62,7 @@ def task(model):
     return make_task(CONFIG, model)
 
 
-MESH = runs_mesh(1)
+MESH = make_mesh(1, 1)
 
 
 def _random_critic(state):
@@ -97,7 +101,7 @@ def several(task, model):
 def test_runs_are_arms_times_seeds_with_the_arms_overrides():
     runs, hypers = make_runs(
         dataclasses.replace(CONFIG, seed=3),
-        {"a": {"beta": 0.0, "learning_rate": 1e-4}, "b": {"kl_coefficient": 2.0}},
+        {"a": {"beta": 0.0, "learning_rate": 1e-4}, "b": {"kl_coefficient": 2.0, "kl_weights": "matched"}},
         2,
     )
     assert [run.name for run in runs] == ["a/seed_3", "a/seed_4", "b/seed_3", "b/seed_4"]
@@ -105,6 +109,7 @@ def test_runs_are_arms_times_seeds_with_the_arms_overrides():
     np.testing.assert_array_equal(hypers.beta, [0, 0, 1, 1])
     np.testing.assert_allclose(hypers.learning_rate, [1e-4, 1e-4, 1e-2, 1e-2])
     np.testing.assert_allclose(hypers.kl_coefficient, [5, 5, 2, 2])
+    np.testing.assert_array_equal(hypers.kl_weights, [index_of(word) for word in ["prioritized"] * 2 + ["matched"] * 2])
 
 
 @pytest.mark.parametrize(
@@ -115,6 +120,7 @@ def test_runs_are_arms_times_seeds_with_the_arms_overrides():
         ({"a": {"episodes": 4}}, 1, "arms.a"),
         ({"a": {"seed": 4}}, 1, "arms.a"),
         ({"a": {"beta": -1.0}}, 1, "beta"),
+        ({"a": {"kl_weights": "shufled"}}, 1, "kl_weights"),
         ({"a": {}, "b": {"learning_rate": 0.0}}, 1, "learning_rate"),
     ],
 )
@@ -199,7 +205,7 @@ def test_repeated_rounds_are_one_compilation(several, task, model):
     np.testing.assert_array_equal(states.round, 6)
 
 
-HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(1.0))
+HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(1.0), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,7 +217,12 @@ def _collected(task, ref_params):
     policy["params"]["wpe"]["embedding"] += 0.05 * noise
     state = state._replace(params={**state.params, "policy": policy})
     problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
-    return state, *collect(task, state.params, ref_params, problems, jax.random.key(2), None)
+    episodes, metrics = collect(task, state.params, ref_params, problems, jax.random.key(2), None)
+    return state, _weighed(task.config, episodes, HYPER.kl_weights), metrics
+
+
+def _weighed(config, episodes, index):
+    return weighed(config, episodes, index, HYPER.beta, jax.random.key(4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -232,6 +243,7 @@ def collected_otherwise(task, model):
 def test_every_kind_of_kl_and_certainty_makes_a_finite_update(task, model, kl, certainty):
     state, episodes, _ = _collected(task, model.params)
     episodes = episodes._replace(certainty_BxT=certainty_of(episodes.ref_logits_BxTxV, certainty))
+    episodes = _weighed(task.config, episodes, HYPER.kl_weights)
     assert ((episodes.certainty_BxT >= 0) & (episodes.certainty_BxT <= 1)).all()
     after, terms = _updated(task._replace(config=dataclasses.replace(CONFIG, kl=kl)), state, episodes)
     chex.assert_tree_all_finite((after, terms))
@@ -239,6 +251,47 @@ def test_every_kind_of_kl_and_certainty_makes_a_finite_update(task, model, kl, c
     moved = jax.tree.map(lambda new, old: new - old, after.params, state.params)
     assert optax.global_norm(moved["policy"]) > 1e-3
     assert optax.global_norm(moved["value"]) > 1e-3
+
+
+@pytest.mark.parametrize("word", get_args(KLWeights))
+def test_every_word_of_weights_makes_an_update_with_its_share_of_the_kl(task, model, word):
+    """All weights of one word, times the KL of the standard one token by token, are the round's only minibatch."""
+    task = task._replace(config=dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes, kl_quantile=0.5))
+    state, episodes, _ = _collected(task, model.params)
+    episodes = _weighed(task.config, episodes, jnp.int32(index_of(word)))
+    after, terms = _updated(task, state, episodes)
+    chex.assert_tree_all_finite((after, terms))
+    mask_BxT, weights_BxT = episodes.trajectory.mask_BxT, episodes.kl_weights_BxT
+    logits_BxTxV, _ = score(task.model, state.params["policy"], episodes.trajectory)
+    kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV)
+    expected = HYPER.kl_coefficient * (weights_BxT * kl_BxT)[mask_BxT].sum() / mask_BxT.sum()
+    assert expected > 1e-3
+    np.testing.assert_allclose(terms["loss/kl"], expected, rtol=1e-3)
+    moved = jax.tree.map(lambda new, old: new - old, after.params, state.params)
+    assert optax.global_norm(moved["policy"]) > 1e-3
+
+
+def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(task, model):
+    config = dataclasses.replace(CONFIG, certainty_temperature=4.0, kl_quantile=0.5)
+    _, episodes, _ = _collected(task, model.params)
+    found = _weighed(config, episodes, index_of("threshold")).kl_weights_BxT
+    entropy = np.asarray(losses.entropy(episodes.ref_logits_BxTxV, 4.0))
+    mask = np.asarray(episodes.trajectory.mask_BxT)
+    np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
+
+
+def test_arms_of_one_program_differ_in_the_word(task, model, several):
+    """Two rounds of three words: the first round weighs the same tokens, the second's policies have parted."""
+    arms = {word: {"kl_weights": word} for word in ("prioritized", "matched", "uniform")}
+    runs, hypers = make_runs(CONFIG, {**arms, "other": {"kl_weights": "shuffled"}}, 1)
+    _, metrics = train_rounds(task, MESH, model.params, _states(task, model, hypers), hypers, _problems(task, runs, 2))
+    weight = dict(zip(("prioritized", "matched", "uniform", "shuffled"), metrics["kl_weight"], strict=True))
+    first = several[4]["kl_weight"][2, 0]
+    for word in ("prioritized", "matched", "shuffled"):
+        np.testing.assert_allclose(weight[word][0], first, rtol=1e-5, err_msg=word)
+    np.testing.assert_array_equal(weight["uniform"], 1.0)
+    second = metrics["loss/kl"][:, 1]
+    assert len(np.unique(np.round(second, 6))) == 4
 
 
 def test_the_collect_uses_the_configs_certainty_and_its_temperature(collected_otherwise):

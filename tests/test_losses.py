@@ -1,6 +1,11 @@
 """The loss terms against numbers worked out by hand, exact enumeration, and a plain loop."""
 
+import functools
+
 import chex
+import hypothesis
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 from absl.testing import parameterized
 
 from ckl_jax import losses
+from ckl_jax.certainty import certainty
 from ckl_jax.config import ConfigError
 
 INF, NAN = float("inf"), float("nan")
@@ -110,6 +116,10 @@ def test_exact_kl_has_a_finite_gradient_where_the_policy_excludes_a_token():
         ("beta", lambda x, y: losses.prioritized_kl(x, x, -0.5, x > 0)),
         ("certainty", lambda x, y: losses.prioritized_kl(x, y, 1.0, x > 0)),
         ("mask", lambda x, y: losses.masked_mean(x, y > 0)),
+        ("mask", lambda x, y: losses.prioritized_kl(x, x, 1.0, y > 0)),
+        ("mask", lambda x, y: losses.exact_kl(x, x, 1.0, y > 0)),
+        ("mask", lambda x, y: losses.kl_estimate(x, x, "k2", y > 0)),
+        ("weights", lambda x, y: losses.weighted_kl(x, y, x > 0)),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(field, call):
@@ -258,3 +268,110 @@ class UndiscountedAdvantageTest(chex.TestCase):
         mask = jnp.array([[True, True, True], [True, True, False]])
         found = self.variant(lambda r, v, m: losses.gae(r, v, m, 1.0, 1.0))(rewards, values, mask)
         np.testing.assert_allclose(found, [[0.75, 0.5, 0.125], [0.5, 0.25, 0.0]], atol=1e-6)
+
+
+TOKENS_3x4 = jnp.array([[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]])
+WITH_MASK = {
+    "k1": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k1", m),
+    "k2": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k2", m),
+    "k3": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k3", m),
+    "exact": lambda x, y, m: losses.exact_kl(x, y, 2.0, m),
+    "entropy": lambda x, y, m: losses.entropy(x, 2.0, m),
+    "log-probs": lambda x, y, m: losses.token_log_probs(x, TOKENS_3x4, 2.0, m),
+    "k2 of logits": lambda x, y, m: losses.kl_estimate(
+        losses.token_log_probs(x, TOKENS_3x4, 2.0, m), losses.token_log_probs(y, TOKENS_3x4, 2.0, m), "k2", m
+    ),
+}
+OF_PER_TOKEN_VALUES = {
+    "prioritized": lambda x, y, z, m: losses.prioritized_kl(x, y, 2.0, m),
+    "weighted": lambda x, y, z, m: losses.weighted_kl(x, y, m),
+    "policy gradient": lambda x, y, z, m: losses.policy_gradient_loss(x, y, m),
+    "value": lambda x, y, z, m: losses.value_loss(x, y, m),
+    "gae": lambda x, y, z, m: (losses.gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_logits(name, logits, ref_logits, mask):
+    """Per-token values, their prioritized mean and its gradient."""
+
+    def total(logits):
+        values = WITH_MASK[name](logits, ref_logits, mask)
+        sure = certainty(ref_logits)
+        return losses.prioritized_kl(values, sure, 1.0, mask) + losses.masked_mean(values, mask), values
+
+    return jax.value_and_grad(total, has_aux=True)(logits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_values(name, first, second, third, mask):
+    return jax.value_and_grad(OF_PER_TOKEN_VALUES[name])(first, second, third, mask)
+
+
+def finite(*shape):
+    return arrays.arrays(np.float32, shape, elements=st.floats(-20, 20, width=32))
+
+
+GARBAGE_3x4 = arrays.arrays(np.float32, (3, 4), elements=st.sampled_from([INF, -INF, NAN, 3e38, 0.0]))
+MASK_3x4 = arrays.arrays(np.bool_, (3, 4))
+PROPERTY = hypothesis.settings(deadline=None, max_examples=25)
+
+
+@pytest.mark.parametrize("name", WITH_MASK)
+@PROPERTY
+@hypothesis.given(st.tuples(finite(3, 4, 5), finite(3, 4, 5)), GARBAGE_3x4, MASK_3x4)
+def test_logits_outside_the_mask_change_no_value_and_no_gradient(name, logits, garbage, mask):
+    """Infinite ones and NaN included; without the functions' mask the gradient would be NaN."""
+    clean = [np.where(mask[..., None], x, 0) for x in logits]
+    dirty = [np.where(mask[..., None], x, garbage[..., None]) for x in logits]
+    (_, values), gradient = found = _of_logits(name, *dirty, mask)
+    chex.assert_tree_all_finite(found)
+    chex.assert_trees_all_equal(found, _of_logits(name, *clean, mask))
+    assert (values[~mask] == 0).all()
+    assert (gradient[~mask] == 0).all()
+    chex.assert_trees_all_close(values[mask], WITH_MASK[name](*logits, None)[mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OF_PER_TOKEN_VALUES)
+@PROPERTY
+@hypothesis.given(st.tuples(finite(3, 4), finite(3, 4), finite(3, 4)), GARBAGE_3x4, MASK_3x4)
+def test_values_outside_the_mask_change_no_loss_and_no_gradient(name, values, garbage, mask):
+    mask = np.cumprod(mask, axis=1).astype(bool) if name == "gae" else mask
+    first, second, third = values
+    second = np.abs(second) / 20
+    clean = _of_values(name, np.where(mask, first, 0), np.where(mask, second, 0), third, mask)
+    found = _of_values(name, np.where(mask, first, garbage), np.where(mask, second, garbage), third, mask)
+    chex.assert_tree_all_finite(found)
+    chex.assert_trees_all_equal(found, clean)
+
+
+def test_an_infinite_logit_outside_the_mask_spoils_the_gradient_if_the_mask_comes_too_late():
+    logits, mask = jnp.array([[1.0, 2.0], [INF, 0.0]]), jnp.array([True, False])
+    late = jax.grad(lambda x: losses.masked_mean(losses.entropy(x), mask))(logits)
+    in_time = jax.grad(lambda x: losses.masked_mean(losses.entropy(x, mask=mask), mask))(logits)
+    assert jnp.isnan(late[1]).any()
+    np.testing.assert_allclose(in_time, [[0.196612, -0.196612], [0.0, 0.0]], atol=1e-6)
+
+
+def test_padding_of_minus_100_is_no_token():
+    logits, mask = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0]])), jnp.array([True, False])
+    found = losses.token_log_probs(logits, jnp.array([0, -100]), mask=mask)
+    np.testing.assert_allclose(found, [-1.386294, 0.0], atol=1e-6)
+
+
+def test_weighted_kl_is_the_mean_of_weight_times_kl_without_gradient_for_the_weights():
+    kl, weights, mask = jnp.array([4.0, 1.0, 9.0]), jnp.array([0.5, 3.0, 7.0]), jnp.array([True, True, False])
+    value, gradients = jax.value_and_grad(losses.weighted_kl, argnums=(0, 1))(kl, weights, mask)
+    assert value == 2.5
+    chex.assert_trees_all_close(gradients, (jnp.array([0.25, 1.5, 0.0]), jnp.zeros(3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_inputs_are_computed_in_float32(dtype):
+    x, y = jnp.array([1.0078125, -2.0, 0.5], dtype), jnp.array([0.33203125, 0.75, 3.0], dtype)
+    mask = jnp.array([True, True, False])
+    for name, loss in OF_PER_TOKEN_VALUES.items():
+        if name != "gae":
+            found = loss(x, y, None, mask)
+            chex.assert_type(found, jnp.float32)
+            chex.assert_trees_all_equal(found, loss(x.astype(jnp.float32), y.astype(jnp.float32), None, mask))

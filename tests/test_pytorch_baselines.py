@@ -14,7 +14,7 @@ from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig, pretrain_preset
 from ckl_jax.datasets.stream import Windows
-from ckl_jax.episodes import collect
+from ckl_jax.episodes import collect, weighed
 from ckl_jax.finetune import draw_problems, make_runs, make_task
 from ckl_jax.model import GPT2, forward, values
 from ckl_jax.pretrain import next_token_loss
@@ -101,6 +101,7 @@ def round_of(small_model):
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
     run = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None)[0])
     episodes = run(params, reference, draw_problems(task, 0, 0))
+    episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
     return task, hyper, params, reference, episodes
 
 

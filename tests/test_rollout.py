@@ -209,3 +209,48 @@ def test_characters_are_drawn_from_the_softmax_at_the_temperature(temperature):
     deviations = np.abs(drawn - expected) / np.sqrt(expected * (1 - expected) / count + 1 / count**2)
     assert expected.max() > 3 / addition.VOCAB_SIZE
     assert deviations.max() < 4
+
+
+def cut(trajectory, lengths):
+    """The answers' first characters, as many as said, and -1 after them."""
+    answers_BxT = np.array(trajectory.answers_BxT)
+    columns_BxT = np.broadcast_to(np.arange(answers_BxT.shape[1])[None], answers_BxT.shape)
+    return np.where(columns_BxT < np.array(lengths)[:, None], answers_BxT, -1)
+
+
+@pytest.mark.parametrize("batch", [None, 12])
+def test_a_given_start_of_its_own_answer_goes_on_to_the_same_episode(short_trajectory, batch):
+    params, trajectory = short_trajectory
+    lengths = np.array(trajectory.mask_BxT.sum(axis=1))
+    starts = np.arange(24) * lengths // 23  # From nothing to the whole answer.
+    problems, given = pack(PAIRS * 4), cut(trajectory, starts)
+    for width in (60, starts.max()):
+        again = jax.jit(
+            lambda given: rollout_lib.rollout(MODEL, params, problems, KEY, max_length=60, given_BxT=given, batch=batch)
+        )(given[:, :width])
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), again, trajectory)
+
+
+def test_a_given_character_changes_the_answer_and_is_judged_with_it():
+    problems, right = pack([(123, 405)] * 3), addition.answer_text(123, 405)
+    params = scripted_policy(right, first=22)
+    last = right.rindex("8")
+    given = np.full((3, 250), -1)
+    given[0, : last + 1] = addition.encode(right[:last] + "9")
+    given[1, : last + 1] = addition.encode(right[: last + 1])
+    given[2, : last + 1] = addition.encode(right[:last] + addition.PAD)
+    trajectory = jax.jit(
+        lambda given: rollout_lib.rollout(SCRIPT_MODEL, params, problems, KEY, max_length=250, given_BxT=given)
+    )(given)
+    texts = [addition.decode(answer).rstrip(addition.PAD) for answer in trajectory.answers_BxT]
+    assert texts == [right[:last] + "9\n", right, right[:last]]
+    assert trajectory.reward_B.tolist() == [0.0, 1.0, 0.0]
+    assert trajectory.mask_BxT.sum(axis=1).tolist() == [len(right), len(right), last + 1]
+    np.testing.assert_allclose(trajectory.log_probs_BxT[1, : len(right)], 0.0, atol=1e-3)
+    assert trajectory.log_probs_BxT[0, last] < -5
+
+
+@pytest.mark.parametrize("shape", [(len(PAIRS), 31), (len(PAIRS) - 1, 30), (len(PAIRS),)])
+def test_given_characters_of_another_shape_are_refused(shape):
+    with pytest.raises(ConfigError, match=rf"^given_BxT: got .*, allowed is \[{len(PAIRS)}, up to 30\]"):
+        rollout_lib.rollout(MODEL, None, pack(), KEY, max_length=30, given_BxT=np.zeros(shape, int))

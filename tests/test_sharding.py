@@ -1,6 +1,7 @@
 """Runs over several devices: the same numbers as on one, and uneven shares refused."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError, FinetuneConfig
+from ckl_jax.config import ConfigError, FinetuneConfig, PretrainConfig
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
 from ckl_jax.model import GPT2
+from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.runs import RunDirectory
-from ckl_jax.sharding import by_run, runs_mesh
+from ckl_jax.sharding import by_run, make_mesh, state_shardings
 from ckl_jax.updates import init_run, train_rounds
+from experiments.benchmarks.workload import text_stream
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 2.0}}
 CONFIG = FinetuneConfig(
@@ -27,6 +30,7 @@ CONFIG = FinetuneConfig(
     old_problems=4,
     extra_length=5,
     learning_rate=1e-2,
+    adam_epsilon=1e-3,  # Else Adam makes full steps of the rounding in gradients that are 0.
     diagnostic_episodes=2,
     rollout="plain",
 )
@@ -34,38 +38,112 @@ CONFIG = FinetuneConfig(
 
 @pytest.fixture(scope="module")
 def model(small_model):
-    return Model(small_model, 1, jax.jit(GPT2(small_model).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    config = dataclasses.replace(small_model, num_layers=1)
+    return Model(config, 1, jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
 
 
-def trained(model, num_devices):
-    task = make_task(CONFIG, model)
-    runs, hypers = make_runs(CONFIG, ARMS, 2)
+def trained(model, shape, **overrides):
+    """Parameters and metrics of two runs after a round on a mesh of that shape."""
+    config = dataclasses.replace(CONFIG, **overrides)
+    task = make_task(config, model)
+    runs, hypers = make_runs(config, ARMS, 2)
     per_run = [jax.tree.map(lambda x: x[None], draw_problems(task, run.seed, 0)) for run in runs]
     problems = jax.tree.map(lambda *leaves: np.stack(leaves), *per_run)
-    mesh = runs_mesh(len(runs), num_devices)
+    mesh = make_mesh(len(runs), 4, *shape)
     states = jax.vmap(lambda hyper: init_run(task, model.params, hyper))(hypers)
-    states, hypers, problems = jax.device_put((states, hypers, problems), by_run(mesh))
+    states = jax.device_put(states, state_shardings(mesh, states, config.shard_state, "run"))
+    hypers, problems = jax.device_put((hypers, problems), by_run(mesh))
     states, metrics = train_rounds(task, mesh, model.params, states, hypers, problems)
-    assert len(jax.tree.leaves(states)[0].sharding.device_set) == num_devices
-    return jax.tree.map(np.asarray, (states.params, metrics))
+    return states, jax.tree.map(np.asarray, (states.params, metrics))
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-def test_runs_on_several_devices_are_those_on_one(model, num_devices):
-    expected, found = trained(model, 1), trained(model, num_devices)
-    np.testing.assert_array_equal(expected[1]["length"], found[1]["length"])
-    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
-    assert not np.allclose(expected[1]["kl_weight"][0], expected[1]["kl_weight"][2])
+@pytest.fixture(scope="module")
+def on_one_device(model):
+    return functools.cache(lambda minibatch: trained(model, (1, 1), minibatch=minibatch)[1])
 
 
-def test_as_many_devices_are_taken_as_share_the_runs_evenly():
-    assert [runs_mesh(runs).size for runs in (1, 2, 3, 4, 6, 7, 20)] == [1, 2, 3, 4, 3, 1, 4]
+def assert_same_numbers(found, expected):
+    np.testing.assert_array_equal(found[1]["length"], expected[1]["length"])
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=3e-5)
 
 
-@pytest.mark.parametrize(("runs", "devices"), [(4, 3), (4, 8), (4, 0)])
-def test_an_uneven_share_is_refused(runs, devices):
-    with pytest.raises(ConfigError, match=rf"^num_devices: got {devices}, allowed is a divisor of {runs} runs"):
-        runs_mesh(runs, devices)
+@pytest.mark.parametrize(
+    ("shape", "overrides"),
+    [
+        ((4, 2), {}),
+        ((1, 4), {}),
+        ((2, 2), {"minibatch": "transitions", "runs_at_once": 2}),
+        ((2, 4), {"rollout": "speculative", "shard_state": True}),
+    ],
+)
+def test_any_mesh_gives_the_numbers_of_one_device(model, on_one_device, shape, overrides):
+    states, found = trained(model, shape, **overrides)
+    assert_same_numbers(found, on_one_device(overrides.get("minibatch", "episodes")))
+    assert not np.allclose(found[1]["kl_weight"][0], found[1]["kl_weight"][2])
+    split = shape[0] * shape[1] if overrides.get("shard_state") else shape[0]
+    for leaf in jax.tree.leaves(states.params["policy"]):
+        assert len(leaf.sharding.device_set) == shape[0] * shape[1]
+        assert leaf.addressable_shards[0].data.size * split == leaf.size
+
+
+@pytest.mark.parametrize(("devices", "shard_state"), [(2, False), (4, True), (8, False)])
+def test_pretraining_on_several_devices_is_that_on_one(small_model, devices, shard_state):
+    config = PretrainConfig(
+        max_digits=1,
+        num_documents=10,
+        batch_size=8,
+        packing="documents",
+        model=dataclasses.replace(small_model, dropout=0.1),
+        shard_state=shard_state,
+    )
+    stream = text_stream(1, 50)
+    create = functools.partial(init_state, config)
+
+    def train(num_devices):
+        mesh = make_mesh(1, config.batch_size, data_devices=num_devices)
+        state = jax.jit(create, out_shardings=state_shardings(mesh, jax.eval_shape(create), shard_state))()
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                state, metrics = train_step(config, state, stream)
+        return state, jax.tree.map(np.asarray, (state.params, metrics))
+
+    (_, expected), (state, found) = train(1), train(devices)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=3e-5)
+    embedding = state.params["params"]["wpe"]["embedding"]
+    assert len(embedding.sharding.device_set) == devices
+    assert embedding.addressable_shards[0].data.size * (devices if shard_state else 1) == embedding.size
+
+
+def test_the_mesh_uses_as_many_devices_as_share_runs_and_rows_evenly():
+    shapes = {(runs, rows): make_mesh(runs, rows).devices.shape for runs in (1, 2, 3, 6, 7, 20) for rows in (1, 2, 12)}
+    assert shapes == {
+        (1, 1): (1, 1),
+        (1, 2): (1, 2),
+        (1, 12): (1, 6),
+        (2, 1): (2, 1),
+        (2, 2): (2, 2),
+        (2, 12): (2, 4),
+        (3, 1): (3, 1),
+        (3, 2): (3, 2),
+        (3, 12): (3, 2),
+        (6, 1): (6, 1),
+        (6, 2): (6, 1),
+        (6, 12): (2, 4),
+        (7, 1): (7, 1),
+        (7, 2): (7, 1),
+        (7, 12): (7, 1),
+        (20, 1): (5, 1),
+        (20, 2): (4, 2),
+        (20, 12): (4, 2),
+    }
+
+
+@pytest.mark.parametrize("devices", [3, 16, 0])
+def test_an_uneven_share_is_refused_with_the_even_ones(devices):
+    with pytest.raises(ConfigError, match=rf"^run_devices: got {devices}, allowed is one of \[1, 2, 4\]"):
+        make_mesh(4, 1, devices)
+    with pytest.raises(ConfigError, match=rf"^data_devices: got {devices}, allowed is one of \[1, 2, 4, 8\]"):
+        make_mesh(1, 16, data_devices=devices)
 
 
 def test_a_run_on_four_devices_resumes_on_them_and_ends_the_same(model, tmp_path, monkeypatch):

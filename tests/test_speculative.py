@@ -219,3 +219,35 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
         speculative_rollout(MODEL, None, pack(), KEY, **options)
+
+
+@pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
+def test_given_starts_go_on_as_step_by_step(options):
+    params = POLICIES["untrained"]
+    expected = plain(MODEL, params, pack(), KEY)
+    lengths = np.array(expected.mask_BxT.sum(axis=1))
+    starts = np.arange(len(PAIRS)) * lengths // (len(PAIRS) - 1)  # From nothing to the whole answer.
+    columns = np.broadcast_to(np.arange(LENGTH)[None], (len(PAIRS), LENGTH))
+    given = np.where(columns < starts[:, None], expected.answers_BxT, -1)
+    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
+    assert_same_characters(MODEL, params, pack(), KEY, expected, verified)
+    given[:, :30] = np.where(given[:, :30] >= 0, 30, -1)
+    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, max_length=LENGTH, given_BxT=given))(given)
+    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
+    assert (np.array(other.answers_BxT) == 30).any()
+    assert_same_characters(MODEL, params, pack(), KEY, other, verified)
+
+
+def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(shipped):
+    drawn = addition.rl_problems(np.random.default_rng(6), 8, 6, 5)
+    problems, length = problems_lib.pack(drawn, 6, 5), 150
+    given = np.full((8, 80), -1)
+    for row, problem in enumerate(drawn):
+        text = addition.answer_text(problem.a, problem.b)[: 10 * row]
+        given[row, : len(text)] = addition.encode(text[:-1] + "]" if text else "")
+    sampling = {"max_length": length, "given_BxT": given}
+    expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, **sampling))()
+    how = functools.partial(generate, shipped.config, shipped.params, problems, KEY, **sampling)
+    verified = jax.jit(functools.partial(how, how="speculative", with_scores=True))()
+    assert_same_characters(shipped.config, shipped.params, problems, KEY, expected, verified)
+    np.testing.assert_array_equal(np.where(given >= 0, verified.trajectory.answers_BxT[:, :80], -1), given)

@@ -41,7 +41,7 @@ CONFIG = FinetuneConfig(
     beta=1.0,
     normalize_advantages=False,
 )
-HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0))
+HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
 ANSWER_LENGTHS = (5, 12, 1, 9)
 PROMPT_LENGTHS = (7, 3, 6, 1)
 COUNT = sum(ANSWER_LENGTHS)
@@ -86,7 +86,9 @@ def episodes():
     )
     ref_logits_BxTxV = jnp.asarray(ref_logits_BxTxV, jnp.float32)
     advantages_BxT, returns_BxT = jnp.asarray(rng.normal(size=(2, 4, 13)), jnp.float32)
-    return Episodes(trajectory, ref_logits_BxTxV, certainty(ref_logits_BxTxV), advantages_BxT, returns_BxT)
+    sure_BxT = certainty(ref_logits_BxTxV)
+    weights_BxT = jnp.where(trajectory.mask_BxT, sure_BxT, 0.0)
+    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT)
 
 
 @pytest.fixture
@@ -267,7 +269,7 @@ def test_vmapped_runs_with_different_counts_update_as_each_alone(model, params, 
     )
     both = jax.tree.map(lambda *x: jnp.stack(x), episodes, few)
     hypers = HYPER._replace(kl_coefficient=jnp.array([2.0, 1.0]))
-    axes = Hyper(None, None, 0, None)
+    axes = Hyper(None, None, 0, None, None)
 
     def run(axis_name):
         return lambda hyper, episodes: _updated(CONFIG, model, params, episodes, hyper, axis_name=axis_name)

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import addition, pretrain, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model
 from ckl_jax.episodes import Episodes, collect
-from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.finetune import make_mesh
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import answer_mask
-from ckl_jax.rollout import rollout as plain_rollout
+from ckl_jax.sharding import everywhere, over_rows
 from ckl_jax.speculative import generate
 from ckl_jax.updates import train_round, update
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 from experiments.benchmarks.enlarge import enlarge
-from experiments.benchmarks.timing import alternate, speedup, spread, timed
+from experiments.benchmarks.timing import alternate, on_mesh, speedup, spread, timed
 from experiments.benchmarks.workload import (
     PLAIN_BATCH,
     Plan,
@@ -47,24 +47,29 @@ LARGE_VALUE_BATCH = 256
 
 
 def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: int, repeats: int) -> dict[str, Any]:
-    key = jax.random.key(0)
-    ours = jax.jit(functools.partial(plain_rollout, model.config, max_length=max_length, batch=batch))
-    theirs = baselines.to_transformers(model.config, model.params)
-    arguments = (model.params, problems, key)
-
-    def transformers() -> np.ndarray:
-        return baselines.generate(theirs, problems, max_length, 1.0, seed=0)
-
-    sides = {"ours": timed(ours, *arguments), "transformers": timed(transformers)}
-    characters = {
-        "ours": int(ours(*arguments).mask_BxT.sum()),
-        "transformers": int(answer_mask(jnp.asarray(transformers())).sum()),
-    }
-    auto = jax.jit(functools.partial(generate, model.config, max_length=max_length))
-    sides["speculative"] = timed(auto, *arguments)
-    characters["speculative"] = int(auto(*arguments).trajectory.mask_BxT.sum())
-    seconds = alternate(sides, repeats)
     episodes = len(problems.episodes_B)
+    mesh = sharding.make_mesh(1, episodes)
+    whole = jax.device_put((model.params, jax.random.key(0)), everywhere(mesh))
+    theirs = baselines.to_transformers(model.config, model.params)
+    ways: dict[str, Any] = {"ours": {"how": "plain", "batch": batch}, "speculative": {"how": "auto"}}
+
+    def answers(way: dict[str, Any]) -> Callable[[], jax.Array]:
+        def roll_out(whole, problems):
+            return generate(model.config, whole[0], problems, whole[1], max_length=max_length, **way).trajectory
+
+        compiled = jax.jit(functools.partial(over_rows, roll_out))
+
+        def call() -> jax.Array:
+            with jax.set_mesh(mesh):
+                return compiled(whole, problems).answers_BxT
+
+        return call
+
+    calls: dict[str, Callable[[], Any]] = {name: answers(way) for name, way in ways.items()}
+    calls["transformers"] = lambda: baselines.generate(theirs, problems, max_length, 1.0, seed=0)
+    characters = {name: int(answer_mask(jnp.asarray(call())).sum()) for name, call in calls.items()}
+    sides = {name: timed(call) for name, call in calls.items()}
+    seconds = alternate(sides, repeats)
     return {
         "parameters": num_parameters(model.params),
         "episodes": episodes,
@@ -117,7 +122,8 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
     model, config = tiny_model(plan), tiny_config(plan, kl="k2")
     first = first_round(model, config)
     run = jax.jit(functools.partial(train_round, first.task))
-    arguments = (first.reference, first.state, first.hyper, first.problems)
+    mesh = make_mesh(config, 1)
+    arguments = jax.device_put((first.reference, first.state, first.hyper, first.problems), everywhere(mesh))
     episodes = _collect(first)
     transitions = authors_round.to_transitions(episodes)
     networks = authors_round.make_round(model.config, config, first.state.params, first.reference)
@@ -135,7 +141,7 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
         stages.append(measure())
         return sum(stages[-1].values())
 
-    sides = {"episodes": timed(run, *arguments), "authors": authors, "transitions": our_transitions}
+    sides = {"episodes": on_mesh(mesh, timed(run, *arguments)), "authors": authors, "transitions": our_transitions}
     seconds = alternate(sides, plan.repeats)
     progress("round: " + ", ".join(f"{name} {spread(values)['median']:.3g} s" for name, values in seconds.items()))
     large = authors_round.time_round(
@@ -169,20 +175,23 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[
     trajectory = episodes.trajectory._replace(mask_BxT=jnp.asarray(few_BxT.reshape(mask_BxT.shape)))
     few = episodes._replace(trajectory=trajectory)
     run = jax.jit(functools.partial(update, task))
-    key = jax.random.key(0)
-    collecting = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None))
+    collecting = jax.jit(lambda p, r, problems, key: collect(task, p, r, problems, key, None))
 
+    mesh = make_mesh(config, 1)
+    arguments = (first.reference, first.state, first.hyper, first.problems, few, jax.random.key(0))
+    reference, state, hyper, problems, few, key = jax.device_put(arguments, everywhere(mesh))
     scale = float(mask_BxT.sum() / kept)
-    updating = timed(run, first.hyper, first.state, few, key)
-    gathering = timed(collecting, first.state.params, first.reference, first.problems)
+    updating = on_mesh(mesh, timed(run, hyper, state, few, key))
+    gathering = on_mesh(mesh, timed(collecting, state.params, reference, problems, key))
     return lambda: {"collect": gathering(), "updates": scale * updating()}
 
 
 def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict[str, Any]:
     config = pretrain_config(plan, scale, batch)
     stream = text_stream(config.max_digits)
-    tokens_N, on_device = np.asarray(stream.tokens_N), jax.tree.map(jnp.asarray, stream)
-    state = jax.jit(functools.partial(init_state, config))()
+    mesh = pretrain.make_mesh(config)
+    tokens_N, on_device = np.asarray(stream.tokens_N), jax.device_put(stream, everywhere(mesh))
+    state = jax.jit(functools.partial(pretrain.init_state, config), out_shardings=everywhere(mesh))()
     parameters = num_parameters(state.params)
     model = baselines.GPT.from_params(config.model, state.params)
     optimizer = baselines.make_adamw(config, model)
@@ -191,7 +200,7 @@ def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict
     def ours() -> None:
         nonlocal state
         for _ in range(steps):
-            state, metrics = train_step(config, state, on_device)
+            state, metrics = pretrain.train_step(config, state, on_device)
         jax.block_until_ready(metrics)
 
     def theirs() -> None:
@@ -200,7 +209,7 @@ def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict
             text_BxT = tokens_N[offsets_B[:, None] + np.arange(window + 1)]
             baselines.pretrain_step(model, optimizer, (text_BxT[:, :-1], text_BxT[:, 1:]), config.clip_norm)
 
-    seconds = alternate({"ours": timed(ours), "pytorch": timed(theirs)}, plan.repeats)
+    seconds = alternate({"ours": on_mesh(mesh, timed(ours)), "pytorch": timed(theirs)}, plan.repeats)
     characters = batch * window * steps
     return {
         "parameters": parameters,

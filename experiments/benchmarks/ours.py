@@ -24,7 +24,7 @@ from ckl_jax.finetune import draw_problems, make_runs, make_task
 from ckl_jax.model import forward, init_cache
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import CACHE_BLOCK, rollout, score
-from ckl_jax.sharding import runs_mesh
+from ckl_jax.sharding import make_mesh
 from ckl_jax.updates import init_run, loss_terms, train_round, train_rounds, update
 from experiments.benchmarks.timing import alternate, seconds_of, spread, timed
 from experiments.benchmarks.workload import (
@@ -57,10 +57,11 @@ def _runs_seconds(model: Model, config: FinetuneConfig, count: int, repeats: int
     create = jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))
     drawn = [draw_problems(task, seed, 0) for seed in range(count)]
     problems = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)[:, None]), *drawn)
+    one_device = make_mesh(count, 1, run_devices=1)
 
     def side() -> float:
         states = jax.block_until_ready(create(model.params, hypers))
-        return seconds_of(train_rounds, task, runs_mesh(count, 1), model.params, states, hypers, problems)
+        return seconds_of(train_rounds, task, one_device, model.params, states, hypers, problems)
 
     return spread(alternate({"ours": side}, repeats)["ours"])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 
 def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
@@ -20,6 +21,16 @@ def seconds_of(call: Callable[..., Any], *arguments: Any) -> float:
 def timed(call: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
     """A side for ``alternate``: calls and returns the seconds."""
     return lambda: seconds_of(call, *arguments)
+
+
+def on_mesh(mesh: Mesh, side: Callable[[], float]) -> Callable[[], float]:
+    """The side with its programs' rows shared by the devices of the mesh."""
+
+    def shared() -> float:
+        with jax.set_mesh(mesh):
+            return side()
+
+    return shared
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

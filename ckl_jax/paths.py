@@ -1,0 +1,66 @@
+"""Paths of runs: pathlib's on this machine, etils.epath's in a bucket (gs://), with the same methods as far as used.
+
+What epath lacks in a bucket is here: ``resolve``, ``rglob`` and appending. Checkpoints go there through Orbax itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import cast
+
+import fsspec
+from etils import epath
+
+from ckl_jax.config import ConfigError
+
+
+def parse(text: str) -> pathlib.Path:
+    """A path as an option gives it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
+
+    Raises:
+      ConfigError: another scheme than gs, no bucket, or gcsfs or google-cloud-storage is not installed.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return pathlib.Path(text)
+    if scheme != "gs" or not rest.strip("/"):
+        raise ConfigError(f"path: got {text}, allowed are local paths and gs://bucket/directory")
+    try:
+        fsspec.get_filesystem_class("gcs")
+        importlib.import_module("google.cloud.storage")  # Orbax looks at the bucket by it.
+    except ImportError as error:
+        raise ConfigError(
+            f"path: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
+        ) from error
+    return cast(pathlib.Path, epath.Path(text))
+
+
+def in_bucket(path: pathlib.Path) -> bool:
+    """Whether the path is one of a bucket."""
+    return "://" in os.fspath(path)
+
+
+def resolved(path: pathlib.Path) -> pathlib.Path:
+    """The absolute path; epath would put this machine's directory before a bucket's."""
+    return path if in_bucket(path) else path.resolve()
+
+
+def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files under a directory, at any depth."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
+
+
+def append(path: pathlib.Path, text: str) -> None:
+    """Adds text to the end of a file. An object in a bucket cannot grow: it is written anew, which happens whole."""
+    if in_bucket(path):
+        path.write_text((path.read_text() if path.exists() else "") + text)
+    else:
+        with path.open("a") as file:
+            file.write(text)

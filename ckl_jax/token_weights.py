@@ -1,0 +1,150 @@
+"""The weight of every token's KL: the paper's, its controls, and two from follow-up works.
+
+Each is a function of the frozen reference and the tokens' mask alone. Arrays are [B, T] for B episodes of T tokens: a
+whole round of them, as means, quantiles and permutations are taken over the round. Every weight is float32, without
+gradient, and 0 where the mask is False, whatever stands there (NaN and infinity included). With n tokens in the mask,
+``mean`` is over these, J is the reference's certainty and H its entropy.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+
+from ckl_jax.config import KLWeights, require
+
+
+def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = J^beta: the paper's (section 4). ``beta`` 0 is ``uniform``.
+
+    Args:
+      certainty_BxT: J in [0, 1].
+      beta: 0 or more; the paper's main run has 150.
+      mask_BxT: True on generated tokens.
+
+    Returns:
+      float32 [B, T], as all functions here.
+
+    Raises:
+      ConfigError: negative beta or different shapes.
+    """
+    if not isinstance(beta, jax.core.Tracer):
+        require(float(beta) >= 0, "beta", float(beta), "0 or more")
+    mask_BxT = _checked(certainty_BxT, mask_BxT)
+    certainty_BxT, beta = jax.lax.stop_gradient((certainty_BxT.astype(jnp.float32), jnp.float32(beta)))
+    return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT, 1.0), beta), 0.0)
+
+
+def uniform(mask_BxT: jax.Array) -> jax.Array:
+    """w = 1: the standard KL penalty."""
+    return mask_BxT.astype(bool).astype(jnp.float32)
+
+
+def matched(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = mean(J^beta): as much pressure as ``prioritized`` has, spread evenly. A control of this project."""
+    weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
+    return _mean(weights_BxT, mask_BxT) * uniform(mask_BxT)
+
+
+def shuffled(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array, key: jax.Array) -> jax.Array:
+    """w = J^beta of another token: the weights of ``prioritized`` permuted over the mask's tokens of all episodes.
+
+    The permutation is uniform and a function of ``key``. A control of this project: the same weights, hence the same
+    pressure, on tokens that do not deserve them.
+    """
+    weights_N, mask_N = prioritized(certainty_BxT, beta, mask_BxT).reshape(-1), mask_BxT.astype(bool).reshape(-1)
+    from_N = jnp.argsort(jnp.where(mask_N, jax.random.uniform(key, mask_N.shape), 2.0))
+    to_N = jnp.argsort(~mask_N, stable=True)
+    return jnp.zeros_like(weights_N).at[to_N].set(weights_N[from_N]).reshape(mask_BxT.shape)
+
+
+def renormalized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = J^beta / mean(J^beta): the ratios of ``prioritized``, with the standard KL's mean weight of 1.
+
+    0 everywhere if every J^beta is 0 in float32. A control of this project.
+    """
+    weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
+    return weights_BxT / jnp.maximum(_mean(weights_BxT, mask_BxT), jnp.finfo(jnp.float32).tiny)
+
+
+def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+    """w = 1 if H <= q, else 0: the KL on low-entropy tokens only, a J^beta with a hard edge (arXiv 2512.04359).
+
+    q is the ``share``-quantile over the round: the round(share * n)-th smallest H, at least the smallest. That work
+    has more besides: a second, stronger level by covariance and a curriculum.
+
+    Raises:
+      ConfigError: different shapes, or ``share`` outside (0, 1].
+    """
+    low_1xN = _low(entropy_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share)
+    return low_1xN.reshape(mask_BxT.shape).astype(jnp.float32)
+
+
+def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: float) -> jax.Array:
+    """w = 1 if H <= q_b, else ``weak``, where q_b is the ``share``-quantile of H in episode b (arXiv 2507.15778).
+
+    Archer's published settings have share 0.8, no KL on the others (weak 0), the training policy's entropy instead of
+    the reference's, and a clip of two levels besides.
+
+    Raises:
+      ConfigError: different shapes, ``share`` outside (0, 1], or ``weak`` outside [0, 1].
+    """
+    require(0 <= weak <= 1, "weak", weak, "0 to 1")
+    low_BxT = _low(entropy_BxT, mask_BxT, share)
+    return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, weak), 0.0).astype(jnp.float32)
+
+
+def weigh(
+    index: jax.Array | int,
+    certainty_BxT: jax.Array,
+    entropy_BxT: jax.Array,
+    beta: float | jax.Array,
+    mask_BxT: jax.Array,
+    key: jax.Array,
+    share: float,
+    weak: float,
+) -> jax.Array:
+    """The weights that a word of ``KLWeights`` names.
+
+    Args:
+      index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it.
+    """
+    of_word = {
+        "prioritized": lambda: prioritized(certainty_BxT, beta, mask_BxT),
+        "uniform": lambda: uniform(mask_BxT),
+        "matched": lambda: matched(certainty_BxT, beta, mask_BxT),
+        "shuffled": lambda: shuffled(certainty_BxT, beta, mask_BxT, key),
+        "renormalized": lambda: renormalized(certainty_BxT, beta, mask_BxT),
+        "threshold": lambda: threshold(entropy_BxT, mask_BxT, share),
+        "archer": lambda: archer(entropy_BxT, mask_BxT, share, weak),
+    }
+    return jax.lax.switch(index, [of_word[word] for word in get_args(KLWeights)])
+
+
+def index_of(word: str) -> int:
+    """The index of a word for ``weigh``. Raises ConfigError for an unknown one."""
+    words = get_args(KLWeights)
+    require(word in words, "kl_weights", word, " | ".join(words))
+    return words.index(word)
+
+
+def _checked(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    require(values_BxT.shape == mask_BxT.shape, "mask", mask_BxT.shape, f"the shape of the values, {values_BxT.shape}")
+    return mask_BxT.astype(bool)
+
+
+def _mean(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Over the mask; the weights are 0 elsewhere."""
+    return weights_BxT.sum() / jnp.maximum(mask_BxT.astype(bool).sum(), 1)
+
+
+def _low(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+    """True on the tokens of every row's mask up to its quantile."""
+    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    mask_BxT = _checked(entropy_BxT, mask_BxT)
+    entropy_BxT = jnp.where(mask_BxT, jax.lax.stop_gradient(entropy_BxT.astype(jnp.float32)), jnp.inf)
+    rank_Bx1 = jnp.round(share * mask_BxT.sum(axis=1, keepdims=True)).astype(jnp.int32)
+    quantile_Bx1 = jnp.take_along_axis(jnp.sort(entropy_BxT, axis=1), jnp.maximum(rank_Bx1 - 1, 0), axis=1)
+    return mask_BxT & (entropy_BxT <= quantile_Bx1)

@@ -1,0 +1,210 @@
+"""The controls end to end on a random model of width 16, and their numbers and answers from records made by hand."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import cli
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+from experiments import controls
+
+OPTIONS = (
+    "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
+    "--final-problems 4 --extra-length 5 --rollout plain --beta 2 --kl-coefficient 0.5 --learning-rate 0.01 --seeds 1"
+)
+ARMS = ["standard", "prioritized", "matched", "shuffled", "renormalized", "standard_0.1x", "standard_0.3x", "no_kl"]
+
+
+def command(tmp_path, *extra: str) -> controls.ControlsCommand:
+    paths = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    return cli.parse(controls.ControlsCommand, controls.preset, [*OPTIONS.split(), *paths, *extra])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("controls")
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params["params"]["wte"]["embedding"] *= 10
+    save_model(path / "model", Model(small_model, 1, params), {})
+    controls.main(command(path))
+    return path / "out"
+
+
+@pytest.fixture(scope="module")
+def rounds(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    return {(r["arm"], r["step"]): r for r in records if "success" in r}
+
+
+def test_every_arm_weighs_the_first_rounds_tokens_as_its_name_says(rounds):
+    weight = {arm: rounds[arm, 1]["kl_weight"] for arm in ARMS}
+    assert 0 < weight["prioritized"] < 0.9
+    for arm in ("matched", "shuffled"):
+        assert weight[arm] == pytest.approx(weight["prioritized"], rel=1e-4)
+    for arm in ("standard", "renormalized", "standard_0.1x", "standard_0.3x", "no_kl"):
+        assert weight[arm] == pytest.approx(1, rel=1e-4)
+    assert len({rounds[arm, 1]["success"] for arm in ARMS}) == 1
+
+
+def test_the_kl_term_has_the_arms_coefficient(rounds):
+    per_kl = {arm: rounds[arm, 2]["loss/kl"] / rounds[arm, 2]["kl"] for arm in ARMS}
+    assert per_kl["no_kl"] == 0
+    assert per_kl["standard_0.1x"] < per_kl["standard_0.3x"] < per_kl["standard"]
+    assert rounds["standard_0.1x", 2]["kl"] > 0
+
+
+def test_results_have_every_arm_and_pair(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results["arms"]) == ARMS
+    found = [(pair["arm"], pair["control"]) for pair in results["pairs"]]
+    assert found == [*(("prioritized", arm) for arm in ARMS if arm != "prioritized"), ("renormalized", "standard")]
+    assert results["answer"].startswith("Does prioritization beat its own controls? undecided: not told apart from")
+    assert [results["arms"][arm]["kl_coefficient"] for arm in ARMS] == [0.5, 0.5, 0.5, 0.5, 0.5, 0.05, 0.15, 0.0]
+    assert (finished / "controls.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (finished / "controls.svg").read_text()
+
+
+def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
+    metrics = (finished / "metrics.jsonl").read_bytes()
+    (finished / "controls.png").unlink()
+    controls.main(command(finished.parent, "--plot-only", "True"))
+    assert (finished / "controls.png").exists()
+    assert (finished / "metrics.jsonl").read_bytes() == metrics
+    printed = capsys.readouterr().out
+    assert "| prioritized - matched |" in printed
+    assert "Does prioritization beat its own controls? " in printed
+
+
+def test_another_grid_in_the_same_directory_is_refused(finished):
+    with pytest.raises(ConfigError, match="grid"):
+        controls.main(command(finished.parent, "--grid", "0.5"))
+
+
+AFTER = {
+    "standard": (0.30, 0.35, 0.40),
+    "prioritized": (0.50, 0.60, 0.55),
+    "matched": (0.40, 0.55, 0.40),
+    "shuffled": (0.30, 0.40, 0.35),
+    "renormalized": (0.50, 0.54, 0.61),
+    "standard_0.1x": (0.20, 0.30, 0.25),
+    "standard_0.3x": (0.10, 0.20, 0.15),
+    "no_kl": (0.00, 0.10, 0.05),
+}
+
+
+def records(after):
+    lines = []
+    for arm, values in after.items():
+        for seed, value in enumerate(values):
+            for step, target in ((0, 0.2), (1, 0.25), (2, value)):
+                lines.append({"step": step, "arm": arm, "seed": seed, "test_target": target, "test_old": 1 - target})
+            for step in (1, 2):
+                comma = np.full((3, 2, 2), 0.1)
+                comma[0, 1, 0] = 0.5 + 0.1 * step + 0.01 * seed
+                count = np.ones((3, 2, 2))
+                count[0, 1, 0] = not (arm == "matched" and seed == 2)
+                measured = {"success": 0.1, "kl": 0.01 * step, "kl_weight": 0.9 + 0.02 * step}
+                critical = {"critical_probability_3x2xC": comma.tolist(), "critical_count_3x2xC": count.tolist()}
+                lines.append({"step": step, "arm": arm, "seed": seed, **measured, **critical})
+    return lines
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    return controls.summarize(command(tmp_path_factory.mktemp("unused"), "--seeds", "3"), records(AFTER))
+
+
+def test_last_values_with_students_interval_over_seeds(summary):
+    # 0.30, 0.35, 0.40: mean 0.35, standard deviation 0.05, t(0.975, 2) = 4.302653.
+    half = 4.302653 * 0.05 / 3**0.5
+    standard = summary["arms"]["standard"]
+    assert standard["target_after"] == pytest.approx((0.35, 0.35 - half, 0.35 + half), abs=1e-6)
+    assert standard["old_after"][0] == pytest.approx(0.65)
+    assert standard["before"] == pytest.approx(0.2)
+    assert standard["kl_after"][0] == pytest.approx(0.02)
+    assert standard["weight"][0] == pytest.approx(0.93)
+    assert standard["comma_after"][0] == pytest.approx(0.71)
+    assert summary["arms"]["matched"]["comma_after"][0] == pytest.approx(0.705)
+
+
+def test_differences_are_paired_by_seed(summary):
+    found = {(pair["arm"], pair["control"]): pair for pair in summary["pairs"]}
+    # 0.10, 0.05, 0.15: mean 0.10, standard deviation 0.05.
+    half = 4.302653 * 0.05 / 3**0.5
+    assert found["prioritized", "matched"]["target"] == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-6)
+    assert found["prioritized", "matched"]["verdict"] == "undecided"
+    assert found["prioritized", "shuffled"]["differences"] == pytest.approx([0.2, 0.2, 0.2])
+    assert found["prioritized", "shuffled"]["verdict"] == "better"
+    assert found["prioritized", "shuffled"]["old"][0] == pytest.approx(-0.2)
+    assert found["renormalized", "standard"]["verdict"] == "better"
+
+
+def test_the_answer_names_the_control_that_is_open(summary):
+    assert summary["answer"] == (
+        "Does prioritization beat its own controls? undecided: "
+        "better than standard, shuffled, standard_0.1x, standard_0.3x, no_kl; not told apart from matched. "
+        "At full pressure, renormalized is better than standard (+20.0 [+17.5, +22.5] points)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("matched", "expected"),
+    [
+        ((0.40, 0.50, 0.45), "yes: better than standard, matched, shuffled, standard_0.1x, standard_0.3x, no_kl."),
+        (
+            (0.60, 0.70, 0.65),
+            "no: better than standard, shuffled, standard_0.1x, standard_0.3x, no_kl; worse than matched.",
+        ),
+    ],
+)
+def test_a_yes_needs_every_control_and_a_no_needs_one(tmp_path, matched, expected):
+    results = controls.summarize(command(tmp_path, "--seeds", "3"), records(AFTER | {"matched": matched}))
+    assert f"controls? {expected}" in results["answer"]
+
+
+@pytest.mark.parametrize("renormalized", [(0.5, 0.6, 0.55), (0.9, 0.9, 0.95)])
+def test_renormalized_prioritizes_too_and_does_not_count(tmp_path, renormalized):
+    after = AFTER | {"matched": (0.40, 0.50, 0.45), "renormalized": renormalized}
+    results = controls.summarize(command(tmp_path, "--seeds", "3"), records(after))
+    assert "controls? yes:" in results["answer"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"),
+    [
+        ((0.1, 0.01, 0.2), "better"),
+        ((0.1, 0.0, 0.2), "undecided"),
+        ((-0.1, -0.2, -0.01), "worse"),
+        ((0.1, float("nan"), float("nan")), "undecided"),
+    ],
+)
+def test_the_verdict_looks_at_the_interval_alone(difference, expected):
+    assert controls.verdict(difference) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("beta", ["--beta", "0"]),
+        ("kl_coefficient", ["--kl-coefficient", "0"]),
+        ("kl_weights", ["--kl-weights", "matched"]),
+        ("grid", ["--grid", "0.1", "1"]),
+        ("grid", ["--grid", "0.1", "0.1"]),
+        ("grid", ["--grid", "0"]),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
+    with pytest.raises(ConfigError, match=field):
+        command(tmp_path, *options)
+
+
+def test_a_figure_of_four_seeds_has_intervals(tmp_path):
+    after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
+    results = controls.summarize(command(tmp_path, "--seeds", "4"), records(after))
+    controls.draw(results, 2, tmp_path)
+    assert (tmp_path / "controls.png").exists()

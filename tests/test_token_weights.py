@@ -1,0 +1,173 @@
+"""Weights of the KL against numbers worked out by hand, and the properties that make them controls."""
+
+import functools
+import inspect
+from typing import get_args
+
+import chex
+import hypothesis
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from ckl_jax import token_weights
+from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
+
+WORDS = get_args(KLWeights)
+INF, NAN = float("inf"), float("nan")
+CERTAINTY = np.array([[0.5, 1.0, 0.0, 0.25], [0.75, 0.5, 9.0, -9.0]], np.float32)
+ENTROPY = np.array([[0.3, 0.0, 0.9, 0.1], [0.4, 0.6, 0.0, 0.0]], np.float32)
+MASK = np.array([[True, True, True, True], [True, True, False, False]])
+KEY = jax.random.key(0)
+# J^2 is 0.25, 1, 0, 0.0625, 0.5625, 0.25 with mean 2.125 / 6; 2/3 of six tokens are four: 0, 0.1, 0.3 and 0.4. In the
+# first episode 2/3 of four are three, in the second 2/3 of two are one.
+BY_HAND = {
+    "prioritized": [[0.25, 1.0, 0.0, 0.0625], [0.5625, 0.25, 0.0, 0.0]],
+    "uniform": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]],
+    "matched": [[0.354167] * 4, [0.354167, 0.354167, 0.0, 0.0]],
+    "renormalized": [[0.705882, 2.823529, 0.0, 0.176471], [1.588235, 0.705882, 0.0, 0.0]],
+    "threshold": [[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]],
+    "archer": [[1.0, 1.0, 0.25, 1.0], [1.0, 0.25, 0.0, 0.0]],
+}
+
+
+def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, key=KEY, share=2 / 3, weak=0.25):
+    arguments = (jnp.asarray(certainty), jnp.asarray(entropy), beta, jnp.asarray(mask), key, share, weak)
+    return token_weights.weigh(token_weights.index_of(word), *arguments)
+
+
+def test_the_words_are_the_configs_and_each_has_its_function():
+    assert WORDS == ("prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer")
+    assert FinetuneConfig().kl_weights == "prioritized"
+    assert all(inspect.isfunction(getattr(token_weights, word)) for word in WORDS)
+    assert [token_weights.index_of(word) for word in WORDS] == list(range(7))
+
+
+class HandComputedWeightsTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(*BY_HAND.items())
+    def test_weights_of_six_tokens(self, word, expected):
+        found = self.variant(functools.partial(weigh, word))(CERTAINTY, ENTROPY)
+        chex.assert_type(found, jnp.float32)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_runs_of_one_program_differ_in_the_word():
+    indices = jnp.arange(len(WORDS))
+    arguments = (jnp.asarray(CERTAINTY), jnp.asarray(ENTROPY), 2.0, jnp.asarray(MASK), KEY, 2 / 3, 0.25)
+    together = jax.jit(jax.vmap(lambda index: token_weights.weigh(index, *arguments)))(indices)
+    for index, word in enumerate(WORDS):
+        np.testing.assert_allclose(together[index], weigh(word), atol=1e-7, err_msg=word)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_weights_are_those_of_other_tokens(seed):
+    found = np.asarray(weigh("shuffled", key=jax.random.key(seed)))
+    assert sorted(found[MASK]) == [0.0, 0.0625, 0.25, 0.25, 0.5625, 1.0]
+    np.testing.assert_array_equal(found[~MASK], 0.0)
+
+
+def test_every_token_gets_every_weight_equally_often():
+    certainty = jnp.array([[0.1, 0.2, NAN], [0.3, 0.4, INF]])
+    mask = jnp.array([[True, True, False], [True, True, False]])
+    keys = jax.random.split(jax.random.key(1), 4000)
+    found = jax.vmap(lambda key: token_weights.shuffled(certainty, 1.0, mask, key))(keys)
+    for row, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        values, counts = np.unique(found[:, row, step], return_counts=True)
+        np.testing.assert_allclose(values, [0.1, 0.2, 0.3, 0.4], atol=1e-6)
+        np.testing.assert_allclose(counts / 4000, 0.25, atol=0.03)  # four standard errors
+
+
+ROUNDS = st.tuples(
+    arrays.arrays(np.float32, (3, 5), elements=st.floats(0, 1, width=32)),
+    arrays.arrays(np.bool_, (3, 5)),
+    st.sampled_from([0.0, 0.5, 1.0, 3.0, 150.0]),
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(word, certainty, entropy, beta, mask):
+    return weigh(word, certainty, entropy, beta, mask)
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(ROUNDS)
+def test_the_controls_have_the_pressure_they_promise(round_):
+    certainty, mask, beta = round_
+    found = {word: np.asarray(_compiled(word, certainty, 1 - certainty, beta, mask)) for word in WORDS}
+    for word, weights in found.items():
+        assert np.isfinite(weights).all(), word
+        assert (weights >= 0).all(), word
+        assert (weights[~mask] == 0).all(), word
+    if not mask.any():
+        return
+    mean = found["prioritized"][mask].mean()
+    np.testing.assert_allclose(found["matched"][mask], mean, rtol=1e-5, atol=1e-30)
+    np.testing.assert_array_equal(np.sort(found["shuffled"][mask]), np.sort(found["prioritized"][mask]))
+    if mean > 1e-30:
+        np.testing.assert_allclose(found["renormalized"][mask].mean(), 1.0, rtol=1e-4)
+        np.testing.assert_allclose(found["renormalized"] * mean, found["prioritized"], rtol=1e-4, atol=1e-30)
+    kept = found["threshold"] == 1
+    assert kept.sum() >= max(1, round(2 / 3 * mask.sum()))
+    assert (1 - certainty)[kept].max() <= (1 - certainty)[mask & ~kept].min(initial=np.inf)
+    if beta == 0:
+        np.testing.assert_array_equal(found["prioritized"], found["uniform"])
+
+
+@pytest.mark.parametrize("garbage", [INF, -INF, NAN])
+@pytest.mark.parametrize("word", WORDS)
+def test_what_stands_outside_the_mask_has_no_influence(word, garbage):
+    certainty, entropy = (np.where(MASK, values, garbage).astype(np.float32) for values in (CERTAINTY, ENTROPY))
+    np.testing.assert_array_equal(weigh(word, certainty, entropy), weigh(word))
+    np.testing.assert_array_equal(weigh(word, certainty, entropy, mask=np.zeros_like(MASK)), 0.0)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_no_gradient_flows_through_weights(word):
+    certainty = jnp.where(MASK, CERTAINTY, NAN)
+
+    def total(certainty, entropy, beta):
+        return weigh(word, certainty, entropy, beta).sum()
+
+    for gradient in jax.grad(total, argnums=(0, 1, 2))(certainty, jnp.asarray(ENTROPY), 2.0):
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
+
+
+def test_equal_entropies_are_all_low():
+    np.testing.assert_array_equal(weigh("threshold", entropy=np.full_like(ENTROPY, 0.7)), MASK)
+    np.testing.assert_array_equal(weigh("archer", entropy=np.zeros_like(ENTROPY)), MASK)
+
+
+def test_a_tiny_share_keeps_the_least_entropy_and_the_whole_share_everything():
+    np.testing.assert_array_equal(weigh("threshold", share=1e-6), np.eye(2, 4, 1) * [[1], [0]])
+    np.testing.assert_array_equal(weigh("threshold", share=1.0), MASK)
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("kl_weights", lambda x, m: token_weights.index_of("shufled")),
+        ("beta", lambda x, m: token_weights.prioritized(x, -1.0, m)),
+        ("mask", lambda x, m: token_weights.matched(x, 1.0, m[:, 1:])),
+        ("mask", lambda x, m: token_weights.archer(x, m[:1], 0.8, 0.1)),
+        ("share", lambda x, m: token_weights.threshold(x, m, 0.0)),
+        ("share", lambda x, m: token_weights.archer(x, m, 1.5, 0.1)),
+        ("weak", lambda x, m: token_weights.archer(x, m, 0.8, -0.1)),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(field, call):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
+        call(jnp.asarray(CERTAINTY), jnp.asarray(MASK))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("kl_weights", "J^beta"), ("kl_quantile", 0.0), ("kl_quantile", 1.1), ("kl_weak", -0.1), ("kl_weak", 1.1)],
+)
+def test_the_config_refuses_bad_values(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
+        FinetuneConfig(**{field: value})

@@ -1,0 +1,532 @@
+"""The TPU scripts against a gcloud that replays states and runs the workers' commands here (tests/fake_gcloud.py)."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "tpu_scripts").glob("*.sh"))
+UNTIL = 30.0  # Seconds after which a script that should be at some point counts as stuck.
+
+# The venv's python of a worker: notes its arguments and ends as the plan says, by how often the life and worker ran it.
+PYTHON = (
+    f"#!{sys.executable} -IS"
+    + """
+import json, os, pathlib, sys, time
+cloud, worker = pathlib.Path(os.environ["CLOUD"]), os.environ["WORKER"]
+life = pathlib.Path.home().parent.name
+jobs = cloud / "jobs.jsonl"
+before = [json.loads(line) for line in jobs.read_text().splitlines()] if jobs.exists() else []
+with jobs.open("a") as file:
+    file.write(json.dumps({"life": life, "worker": worker, "argv": sys.argv[1:]}) + "\\n")
+started = sum(job["worker"] == worker for job in before)
+ends = json.loads((cloud / "plan.json").read_text()).get("ends", {}).get(worker, [[0, 0]])
+seconds, code = ends[min(started, len(ends) - 1)]
+print("output of worker", worker, flush=True)
+time.sleep(seconds)
+sys.exit(code)
+"""
+)
+UV = """#!/bin/sh
+echo "$PWD $*" >>"$CLOUD/uv"
+mkdir -p .venv/bin && cp "$CLOUD/python" .venv/bin/python && [ ! -e "$CLOUD/uv_fails" ]
+"""
+
+
+class Cloud:
+    """A checkout with the scripts, a fake gcloud first on PATH, and what they did."""
+
+    def __init__(self, path):
+        self.path, self.checkout = path / "cloud", path / "a checkout"
+        (path / "bin").mkdir()
+        self.path.mkdir()
+        gcloud = f"#!{sys.executable} -IS\n" + (ROOT / "tests" / "fake_gcloud.py").read_text()
+        for name, text in {"uv": UV, "gcloud": gcloud}.items():
+            (path / "bin" / name).write_text(text)
+            (path / "bin" / name).chmod(0o755)
+        (self.path / "python").write_text(PYTHON)
+        (self.path / "python").chmod(0o755)
+        shutil.copytree(ROOT / "tpu_scripts", self.checkout / "tpu_scripts")
+        self.environment = {
+            "PATH": f"{path / 'bin'}:{os.environ['PATH']}",
+            "HOME": str(path),
+            "CLOUD": str(self.path),
+            "TMPDIR": str(path),
+            "PROJECT": "p",
+            "ZONE": "z",
+            "TPU_NAME": "t-1",
+            "ACCELERATOR_TYPE": "v5litepod-16",
+            "OUT": "gs://bucket/run",
+            "POLL_SECONDS": "0.05",
+            "RETRY_SECONDS": "0.05",
+        }
+        assert shutil.which("gcloud", path=self.environment["PATH"]) == str(path / "bin" / "gcloud")
+        self.plan()
+
+    def plan(self, lives=({},), **more):
+        (self.path / "plan.json").write_text(json.dumps({"lives": lives, **more}))
+
+    def start(self, script, *arguments, **environment):
+        return subprocess.Popen(
+            [self.checkout / "tpu_scripts" / script, *arguments],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, script, *arguments, **environment):
+        process = self.start(script, *arguments, **environment)
+        process.out, process.err = process.communicate(timeout=UNTIL)
+        return process
+
+    def records(self, name):
+        path = self.path / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def jobs(self):
+        return self.records("jobs.jsonl")
+
+    def calls(self):
+        """The verbs of gcloud in turn, looking left out."""
+        verbs = [call[3] for call in self.records("calls.jsonl")]
+        return [verb for verb in verbs if verb not in ("describe", "ssh")]
+
+    def is_there(self):
+        return json.loads((self.path / "state.json").read_text())["there"]
+
+    def wait_for(self, happened):
+        end = time.monotonic() + UNTIL
+        while not happened():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    def machine(self, **plan):
+        """Has made and set up a machine."""
+        self.plan(**plan)
+        assert self.run("create.sh").returncode == 0
+        assert self.run("setup.sh").returncode == 0
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    made = Cloud(tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=made.checkout, check=True)
+    yield made
+    for group in made.path.glob("*/*/ckl_runs/*/group"):
+        try:
+            os.killpg(int(group.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck", path=pathlib.Path(sys.executable).parent) is None, reason="no shellcheck"
+)
+def test_shellcheck_has_nothing_to_say():
+    command = [pathlib.Path(sys.executable).parent / "shellcheck", "--external-sources", "--source-path=SCRIPTDIR"]
+    found = subprocess.run([*command, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_begins_with_its_interpreter_and_stops_at_the_first_error(script):
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n" if os.access(script, os.X_OK) else "# shellcheck shell=bash\n")
+    assert "\nset -euo pipefail\n" in text
+    assert "tee" not in re.findall(r"\w+", re.sub("#.*", "", text))
+
+
+@pytest.mark.parametrize("script", ["create.sh", "setup.sh", "run.sh", "supervise.sh", "logs.sh", "delete.sh"])
+def test_help_says_the_exit_codes_and_an_unknown_option_is_refused(cloud, script):
+    assert "Exit codes:" in cloud.run(script, "--help").out
+    refused = cloud.run(script, "--what")
+    assert refused.returncode == 2
+    assert "--what" in refused.err
+    assert not cloud.records("calls.jsonl")
+
+
+def test_all_settings_that_are_missing_or_wrong_are_listed_at_once(cloud):
+    del cloud.environment["PROJECT"]
+    wrong = {"ZONE": "", "TPU_NAME": "Upper Case", "OUT": "/tmp/x", "ACCELERATOR_TYPE": "h100", "SPOT": "yes"}
+    for script, arguments in (("env.sh", ()), ("supervise.sh", ("m",))):
+        done = cloud.run(script, *arguments, **wrong, POLL_SECONDS="soon", MAX_RETRIES="-1")
+        assert done.returncode == 2
+        named = [line.split(":")[1].strip() for line in done.err.splitlines()]
+        assert named == [
+            *("PROJECT", "ZONE", "TPU_NAME", "OUT", "RUNTIME_VERSION"),
+            *("SPOT", "POLL_SECONDS", "MAX_RETRIES"),
+        ]
+    assert not cloud.records("calls.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v4-8", "tpu-ubuntu2204-base"),
+        ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5p-8", "v2-alpha-tpuv5"),
+        ("v6e-8", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_the_runtime_version_follows_from_the_type_unless_it_is_given(cloud, kind, version):
+    assert f"RUNTIME_VERSION={version}\n" in cloud.run("env.sh", ACCELERATOR_TYPE=kind).out
+    assert "RUNTIME_VERSION=mine\n" in cloud.run("env.sh", ACCELERATOR_TYPE=kind, RUNTIME_VERSION="mine").out
+
+
+def test_a_dry_run_prints_every_command_and_calls_none(cloud):
+    done = cloud.run("supervise.sh", "--dry-run", "a.module", "--name", "two words")
+    queued = "gcloud compute tpus queued-resources {} t-1 --project=p --zone=z --quiet"
+    describe = queued.format("describe") + " '--format=value(state.state)'"
+    ssh = (
+        "gcloud compute tpus tpu-vm ssh t-1 --project=p --zone=z --quiet --worker=all "
+        "--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 '--command=bash remote.sh {}'"
+    )
+    scripts, temporary = cloud.checkout / "tpu_scripts", cloud.environment["TMPDIR"]
+    printed = re.sub(r"run-\d+", "run-N", re.sub(r"run-\d+ \d+-\d+", "run-N NOW", done.out))
+    assert printed.splitlines() == [
+        describe,
+        describe,
+        queued.format("create")
+        + " --node-id=t-1 --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot",
+        describe,
+        f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
+        "--quiet --worker=all",
+        ssh.format("install"),
+        ssh.format(r"start run-N NOW -u -m a.module --name '\''two words'\'' --out gs://bucket/run"),
+        "sleep 0.05",
+        ssh.format("status run-N"),
+        describe,
+        queued.format("delete") + " --force",
+        describe,
+    ]
+    assert done.returncode == 0
+    for script in ("create.sh", "setup.sh", "logs.sh", "delete.sh"):
+        assert cloud.run(script, "--dry-run").out.startswith("gcloud ")
+    assert "gcloud " in cloud.run("run.sh", "--dry-run", "a.module").out
+    assert not cloud.records("calls.jsonl")
+
+
+@pytest.mark.parametrize(("spot", "flags"), [("1", ["--spot"]), ("0", [])])
+def test_create_waits_until_the_machine_is_there_and_calling_it_again_is_harmless(cloud, spot, flags):
+    cloud.plan([{"states": ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]}])
+    done = cloud.run("create.sh", SPOT=spot)
+    assert done.returncode == 0
+    created = next(call for call in cloud.records("calls.jsonl") if call[3] == "create")
+    assert created[-3 - len(flags) :] == [
+        *("--node-id=t-1", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", *flags),
+    ]
+    assert cloud.run("create.sh", SPOT=spot).returncode == 0
+    assert cloud.calls() == ["create"]
+
+
+def test_create_deletes_a_request_that_failed_unless_it_is_to_be_kept(cloud):
+    cloud.plan([{"states": ["PROVISIONING", "FAILED"]}] * 2)
+    assert cloud.run("create.sh").returncode == 3
+    assert not cloud.is_there()
+    assert cloud.run("create.sh", "--keep").returncode == 3
+    assert cloud.is_there()
+    assert cloud.run("create.sh").returncode == 3
+    assert cloud.calls() == ["create", "delete", "create"]
+
+
+def test_create_gives_up_waiting_and_deletes_its_request(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}])
+    assert cloud.run("create.sh", MAX_WAIT_SECONDS="1").returncode == 3
+    assert not cloud.is_there()
+
+
+def test_ctrl_c_in_create_deletes_its_request_even_while_gcloud_is_making_it(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}], slow_create=0.5)
+    process = cloud.start("create.sh")
+    cloud.wait_for(lambda: "create" in cloud.calls())
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=UNTIL)
+    assert process.returncode == 130
+    assert cloud.calls() == ["create", "delete"]
+    assert not cloud.is_there()
+
+
+def test_delete_is_harmless_twice_and_says_when_it_does_not_work(cloud):
+    cloud.plan([{}, {}])
+    cloud.run("create.sh")
+    assert [cloud.run("delete.sh").returncode for _ in range(2)] == [0, 0]
+    assert cloud.calls() == ["create", "delete"]
+    cloud.run("create.sh")
+    cloud.plan([{}, {}], undeletable=True)
+    stuck = cloud.run("delete.sh")
+    assert stuck.returncode == 7
+    assert "STILL THERE" in stuck.err
+
+
+def test_setup_copies_what_git_does_not_ignore_and_drops_what_is_gone(cloud):
+    (cloud.checkout / ".gitignore").write_text("runs/\n")
+    (cloud.checkout / "runs").mkdir()
+    for name in ("runs/big", "with space", "dropped"):
+        (cloud.checkout / name).write_text(name)
+    subprocess.run(["git", "add", "."], cwd=cloud.checkout, check=True)
+    (cloud.checkout / "new\nline").write_text("untracked")
+    cloud.machine(workers=2)
+    (cloud.checkout / "dropped").unlink()
+    assert cloud.run("setup.sh").returncode == 0
+    for worker in "01":
+        there = {path.name for path in (cloud.path / "0" / worker / "ckl_jax").iterdir()}
+        assert there == {".gitignore", "tpu_scripts", "with space", "new\nline", ".venv"}
+    installed = (cloud.path / "uv").read_text().splitlines()
+    assert len(installed) == 4
+    assert all(line.endswith("/ckl_jax sync --quiet --frozen --extra tpu --python 3.12") for line in installed)
+
+
+def test_setup_tells_an_installer_that_fails_from_workers_that_cannot_be_reached(cloud):
+    cloud.plan([{}, {"unreachable": True}])
+    cloud.run("create.sh")
+    (cloud.path / "uv_fails").touch()
+    assert cloud.run("setup.sh").returncode == 6
+    cloud.run("delete.sh")
+    cloud.run("create.sh")
+    assert cloud.run("setup.sh").returncode == 255
+
+
+HARD = [
+    "two words",
+    "it's",
+    '"$HOME" `id` $(id)',
+    "a\nb\n",
+    "",
+    "*",
+    "\\",
+    "a;b&c|d>e",
+    "--flag=é ü",
+    "%s",
+    "!x",
+    "~",
+    " ",
+]
+
+
+def test_arguments_arrive_as_they_are_given(cloud):
+    cloud.machine(workers=2)
+    done = cloud.run("run.sh", "a.module", *HARD)
+    assert done.returncode == 0, done.err
+    wanted = ["-u", "-m", "a.module", *HARD, "--out", "gs://bucket/run"]
+    assert [job["argv"] for job in cloud.jobs()] == [wanted, wanted]
+
+
+def test_out_is_given_once_and_only_where_it_is_set(cloud):
+    cloud.machine()
+    del cloud.environment["OUT"]
+    assert cloud.run("run.sh", "a.module", "--out", "x").returncode == 0
+    assert cloud.jobs()[0]["argv"] == ["-u", "-m", "a.module", "--out", "x"]
+    for words in (["--out", "x"], ["--out=x"], []):
+        assert cloud.run("run.sh", *["a.module"] * bool(words), *words, OUT="gs://b/c").returncode == 2
+    assert len(cloud.jobs()) == 1
+
+
+def test_the_same_command_is_the_same_run(cloud):
+    cloud.machine(ends={"0": [[1.0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    attached = cloud.run("run.sh", "a.module")
+    assert attached.returncode == 0
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert len(cloud.jobs()) == 1
+    assert cloud.run("run.sh", "another.module").returncode == 0
+    assert len(cloud.jobs()) == 2
+
+
+def test_the_code_is_that_of_the_command_and_a_failed_one_is_started_again(cloud):
+    cloud.machine(ends={"0": [[0, 3], [0, 0]]})
+    failed = cloud.run("run.sh", "a.module")
+    assert failed.returncode == 3
+    assert "output of worker 0" in failed.err
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert len(cloud.jobs()) == 2
+
+
+def test_a_worker_that_fails_ends_the_others_and_its_code_goes_before_their_abortion(cloud):
+    cloud.machine(workers=3, ends={"0": [[0, 134]], "1": [[0, 7]], "2": [[60, 0]]})
+    cloud.environment["POLL_SECONDS"] = "3"  # Both have ended by the first look.
+    assert cloud.run("run.sh", "a.module").returncode == 7
+    (code,) = (cloud.path / "0" / "2").glob("ckl_runs/*/exit_code")
+    assert code.read_text() == "143\n"
+
+
+def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
+    cloud.machine(ends={"0": [[0, 5]]})
+    home = cloud.path / "0" / "0"
+    environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
+    remote = ["bash", "remote.sh"]
+    for attempt in ("first", "first", "second"):
+        subprocess.run([*remote, "start", "r", attempt, "x"], cwd=home, env=environment, check=True)
+        cloud.wait_for((home / "ckl_runs" / "r" / "exit_code").exists)
+        time.sleep(0.1)
+    assert len(cloud.jobs()) == 2
+
+
+def test_a_command_that_ended_without_a_word_is_told_from_one_that_runs(cloud):
+    cloud.machine(ends={"0": [[60, 0]]})
+    process = cloud.start("run.sh", "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    (group,) = (cloud.path / "0" / "0").glob("ckl_runs/*/group")
+    assert process.poll() is None
+    os.killpg(int(group.read_text()), signal.SIGKILL)
+    process.communicate(timeout=UNTIL)
+    assert process.returncode == 137
+
+
+def test_ctrl_c_in_run_leaves_the_command_running_and_says_so(cloud):
+    cloud.machine(ends={"0": [[1.5, 0]]})
+    process = cloud.start("run.sh", "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 130
+    assert "goes on" in err
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert len(cloud.jobs()) == 1
+
+
+def test_run_before_setup_is_told_to_set_up(cloud):
+    cloud.run("create.sh")
+    done = cloud.run("run.sh", "a.module")
+    assert done.returncode == 2
+    assert "setup.sh" in done.err
+
+
+def test_logs_shows_the_newest_run_of_a_worker(cloud):
+    cloud.machine(workers=2)
+    cloud.run("run.sh", "a.module")
+    assert cloud.run("logs.sh", "--worker", "1", "--lines", "5").out == "output of worker 1\n"
+    assert cloud.run("logs.sh", "--lines", "many").returncode == 2
+
+
+def test_supervise_makes_runs_and_deletes(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES", "ACTIVE"]}], workers=2)
+    done = cloud.run("supervise.sh", "a.module", "--name", "two words")
+    assert done.returncode == 0, done.err
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert [job["argv"][2:5] for job in cloud.jobs()] == [["a.module", "--name", "two words"]] * 2
+    assert not cloud.is_there()
+
+
+def test_supervise_goes_on_after_a_preemption_with_the_same_directory(cloud):
+    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[60, 0], [0, 0]]})
+    done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
+    assert done.returncode == 0, done.err
+    assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]
+    assert [job["life"] for job in cloud.jobs()] == ["0", "1"]
+    assert cloud.jobs()[0]["argv"] == cloud.jobs()[1]["argv"]
+    assert "SUSPENDED" in done.err
+    assert "failed with" not in done.err
+
+
+def test_supervise_tries_again_where_there_was_no_capacity(cloud):
+    cloud.plan([{"states": ["FAILED"]}, {}])
+    assert cloud.run("supervise.sh", "a.module").returncode == 0
+    assert cloud.calls() == ["create", "delete", "create", "scp", "delete"]
+
+
+def test_supervise_ends_where_the_first_request_is_refused(cloud):
+    cloud.plan([{"refused": "PERMISSION_DENIED"}])
+    done = cloud.run("supervise.sh", "a.module")
+    assert done.returncode == 3
+    assert "PERMISSION_DENIED" in done.err
+    assert cloud.calls() == ["create"]
+
+
+def test_supervise_bounds_its_retries(cloud):
+    cloud.plan([{"preempted_at": 2}] * 4)
+    assert cloud.run("supervise.sh", "a.module", MAX_RETRIES="2").returncode == 5
+    assert cloud.calls().count("create") == 3
+    assert not cloud.is_there()
+
+
+def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
+    cloud.plan(ends={"0": [[0, 3]]})
+    done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2")
+    assert done.returncode == 4
+    assert len(cloud.jobs()) == 2
+    assert cloud.calls() == ["create", "scp", "delete"]
+
+
+def test_supervise_does_not_repeat_bad_arguments(cloud):
+    cloud.plan(ends={"0": [[0, 2]]})
+    assert cloud.run("supervise.sh", "a.module", "--beta", "x").returncode == 2
+    assert len(cloud.jobs()) == 1
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("code", [134, 137, 143, 75])
+def test_supervise_takes_a_lost_host_for_an_interruption(cloud, code):
+    cloud.plan(ends={"0": [[0, code], [0, code], [0, 0]]})
+    assert cloud.run("supervise.sh", "a.module", MAX_FAILURES="1").returncode == 0
+    assert len(cloud.jobs()) == 3
+    assert cloud.calls() == ["create", "scp", "delete"]
+
+
+def test_supervise_replaces_a_machine_that_stays_unreachable(cloud):
+    cloud.plan([{"unreachable": True}, {}])
+    assert cloud.run("supervise.sh", "a.module", MAX_FAILURES="1").returncode == 0
+    assert cloud.calls() == ["create", "scp", "scp", "scp", "delete", "create", "scp", "delete"]
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("keep", [[], ["--keep"]], ids=["", "keep"])
+def test_a_signal_deletes_what_supervise_made_unless_it_is_to_be_kept(cloud, sent, code, keep):
+    cloud.plan(ends={"0": [[60, 0]]})
+    cloud.environment["POLL_SECONDS"] = "60"  # A signal must not wait for the next look.
+    process = cloud.start("supervise.sh", *keep, "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    os.killpg(process.pid, sent)
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == code
+    assert cloud.is_there() == bool(keep)
+    assert ("kept, and paid for" if keep else "deleting t-1") in err
+
+
+def test_a_signal_while_the_machine_is_being_requested_leaves_none(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}], slow_create=0.5)
+    process = cloud.start("supervise.sh", "a.module")
+    cloud.wait_for(lambda: "create" in cloud.calls())
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=UNTIL)
+    assert process.returncode == 130
+    assert cloud.calls() == ["create", "delete"]
+    assert not cloud.is_there()
+
+
+def test_supervise_says_so_when_the_machine_cannot_be_deleted(cloud):
+    cloud.plan(undeletable=True)
+    done = cloud.run("supervise.sh", "a.module")
+    assert done.returncode == 7
+    assert "STILL THERE" in done.err
+
+
+def test_supervise_leaves_a_machine_alone_that_it_was_not_given(cloud):
+    cloud.machine()
+    refused = cloud.run("supervise.sh", "a.module")
+    assert refused.returncode == 2
+    assert "--adopt" in refused.err
+    assert cloud.is_there()
+    assert cloud.run("supervise.sh", "--adopt", "a.module").returncode == 0
+    assert not cloud.is_there()
+    assert len(cloud.jobs()) == 1
+
+
+def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
+    cloud.plan(ends={"0": [[3, 0]]})
+    process = cloud.start("supervise.sh", "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=UNTIL)
+    done = cloud.run("supervise.sh", "--adopt", "a.module")
+    assert done.returncode == 0, done.err
+    assert len(cloud.jobs()) == 1

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# create.sh [--dry-run] [--keep]: asks for the TPU by a queued resource and waits until it is ready.
+#
+# A request that exists already is waited for. If this call is interrupted, or the request fails, it deletes what it
+# asked for; --keep leaves it.
+#
+# Exit codes: 0 ready (and paid for until delete.sh); 2 bad settings, or somebody else made it meanwhile;
+# 3 no machine; 7 the request could not be deleted; 129, 130, 143 interrupted.
+set -euo pipefail
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+keep=
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --keep) keep=1 ;;
+    --help) usage && exit ;;
+    *) bad_option "$1" ;;
+  esac
+  shift
+done
+require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE
+
+asked=
+clean_up() {
+  local code=$?
+  trap '' INT TERM HUP
+  if ((code)) && [[ $asked && ! $keep ]]; then
+    say "deleting the request for $TPU_NAME that this call made"
+    "$here/delete.sh" || code=7
+  fi
+  exit "$code"
+}
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Once begun, the request is carried through, so that a signal cannot leave one that nobody knows of.
+request() (
+  trap '' INT TERM HUP
+  flags=("--node-id=$TPU_NAME" "--accelerator-type=$ACCELERATOR_TYPE" "--runtime-version=$RUNTIME_VERSION")
+  if ((SPOT)); then flags+=(--spot); fi
+  queued create "${flags[@]}" 2>&1
+)
+
+state=$(state_of ABSENT)
+case $state in
+  ABSENT)
+    asked=1
+    if ! answer=$(request); then
+      if [[ $answer == *ALREADY_EXISTS* || $answer == *"already exists"* ]]; then
+        asked=
+        fail 2 "$TPU_NAME was made by somebody else meanwhile"
+      fi
+      fail 3 "gcloud refused: $answer"
+    fi
+    ;;
+  UNKNOWN) fail 3 "no answer from gcloud about $TPU_NAME" ;;
+  *) say "$TPU_NAME exists: $state" ;;
+esac
+
+seen=
+until state=$(state_of ACTIVE) && [[ $state == ACTIVE ]]; do
+  if [[ $state != "$seen" ]]; then say "$TPU_NAME: $state"; fi
+  seen=$state
+  if is_dead "$state"; then fail 3 "$TPU_NAME is $state; no machine"; fi
+  if ((SECONDS >= MAX_WAIT_SECONDS)); then fail 3 "no machine after $SECONDS s ($state)"; fi
+  pause "$POLL_SECONDS"
+done
+say "$TPU_NAME is ready, and paid for until delete.sh"

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The settings of all scripts here, by environment variables. Run by itself it checks and prints them.
+#
+#   PROJECT            Google Cloud project that pays
+#   ZONE               for example us-west4-a
+#   TPU_NAME           name of the machine and of its queued resource
+#   ACCELERATOR_TYPE   for example v5litepod-16, v6e-8, v4-8
+#   OUT                gs://bucket/directory of the run; every retry goes on from there
+#   RUNTIME_VERSION    derived from ACCELERATOR_TYPE where it is unset
+#   SPOT               1 (default): cheaper, may be preempted; 0: on demand
+#   POLL_SECONDS       seconds between two looks at the machine or the command (30)
+#   RETRY_SECONDS      pause before something is tried again (60)
+#   MAX_WAIT_SECONDS   how long to queue for a machine (86400)
+#   MAX_RETRIES        how many preemptions, lost machines and refused requests supervise.sh outlives (20)
+#   MAX_FAILURES       how many failures of setup or command end supervise.sh (2)
+#
+# Exit codes: 0 all set; 2 something is missing or wrong, all of it listed at once.
+set -euo pipefail
+
+SPOT=${SPOT-1}
+POLL_SECONDS=${POLL_SECONDS-30}
+RETRY_SECONDS=${RETRY_SECONDS-60}
+MAX_WAIT_SECONDS=${MAX_WAIT_SECONDS-86400}
+MAX_RETRIES=${MAX_RETRIES-20}
+MAX_FAILURES=${MAX_FAILURES-2}
+if [[ -z ${RUNTIME_VERSION-} ]]; then
+  case ${ACCELERATOR_TYPE-} in
+    v2-* | v3-* | v4-*) RUNTIME_VERSION=tpu-ubuntu2204-base ;;
+    v5litepod-*) RUNTIME_VERSION=v2-alpha-tpuv5-lite ;;
+    v5p-*) RUNTIME_VERSION=v2-alpha-tpuv5 ;;
+    v6e-*) RUNTIME_VERSION=v2-alpha-tpuv6e ;;
+  esac
+fi
+
+# require_settings NAME...: ends with code 2 and a line per setting that is missing or wrong.
+require_settings() {
+  local name number='^[0-9]+([.][0-9]+)?$' whole='^[0-9]+$' bad=()
+  for name in "$@"; do
+    if [[ -z ${!name-} ]]; then bad+=("$name: missing"); fi
+  done
+  if [[ -n ${TPU_NAME-} && ! $TPU_NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]]; then
+    bad+=("TPU_NAME: got $TPU_NAME; allowed are a-z, 0-9 and -, beginning with a letter, at most 63")
+  fi
+  if [[ -n ${OUT-} && $OUT != gs://?* ]]; then
+    bad+=("OUT: got $OUT; allowed is gs://bucket/directory, which outlives the machine")
+  fi
+  if [[ -n ${ACCELERATOR_TYPE-} && -z ${RUNTIME_VERSION-} ]]; then
+    bad+=("RUNTIME_VERSION: missing, and not known for ACCELERATOR_TYPE $ACCELERATOR_TYPE")
+  fi
+  if [[ $SPOT != [01] ]]; then bad+=("SPOT: got $SPOT; allowed are 0 and 1"); fi
+  for name in POLL_SECONDS RETRY_SECONDS; do
+    if [[ ! ${!name} =~ $number ]]; then bad+=("$name: got ${!name}; allowed are seconds, 0 or more"); fi
+  done
+  for name in MAX_WAIT_SECONDS MAX_RETRIES MAX_FAILURES; do
+    if [[ ! ${!name} =~ $whole ]]; then bad+=("$name: got ${!name}; allowed are whole numbers, 0 or more"); fi
+  done
+  if ((${#bad[@]})); then
+    printf 'error: %s\n' "${bad[@]}" >&2
+    exit 2
+  fi
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
+  for setting in PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION SPOT OUT \
+    POLL_SECONDS RETRY_SECONDS MAX_WAIT_SECONDS MAX_RETRIES MAX_FAILURES; do
+    printf '%s=%s\n' "$setting" "${!setting}"
+  done
+fi

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The part that runs on a worker; setup.sh puts it there.
+#
+#   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax and makes its venv
+#   remote.sh start NAME ATTEMPT ARG...   runs the venv's python with ARG... in the background, once per ATTEMPT
+#   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word)
+#   remote.sh log NAME LINES [follow]  the last lines of its output; NAME may be "latest"
+#   remote.sh stop NAME                ends it: SIGTERM, and SIGKILL after 30 s
+#
+# A run's files are in ~/ckl_runs/NAME: log, exit_code, group (of its processes), attempt, and running, which is locked
+# for as long as it runs.
+set -euo pipefail
+checkout=$HOME/ckl_jax
+runs=$HOME/ckl_runs
+
+is_running() { [[ -e $1/running ]] && ! flock -n "$1/running" true; }
+
+install() {
+  local lock
+  for lock in "$runs"/*/running; do
+    if is_running "${lock%/running}"; then
+      echo "a command is running here: the checkout stays as it is"
+      return
+    fi
+  done
+  mkdir -p "$checkout"
+  find "$checkout" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
+  tar -xzf "$HOME/ckl_jax.tar.gz" -C "$checkout"
+  cd "$checkout"
+  PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+  uv sync --quiet --frozen --extra tpu --python 3.12
+}
+
+start() {
+  local attempt=$1
+  shift
+  exec 9>>running
+  if ! flock -n 9; then
+    echo "running already"
+  elif [[ -e attempt && $(<attempt) == "$attempt" ]]; then
+    echo "started already"
+  elif [[ -e exit_code && $(<exit_code) == 0 ]]; then
+    echo "finished already"
+  else
+    rm -f exit_code
+    printf '%s\n' "$attempt" >attempt
+    setsid bash "$script" job "$name" "$@" >>log 2>&1 </dev/null &
+  fi
+  echo "ckl-status started"
+}
+
+# The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between.
+job() {
+  local code=0
+  trap : TERM # Outlives the python that it waits for.
+  echo "$$" >group
+  (cd "$checkout" && exec .venv/bin/python "$@" 9>&-) || code=$?
+  echo "$code" >exit_code.new
+  mv exit_code.new exit_code
+}
+
+status() {
+  if [[ -e exit_code ]]; then
+    echo "ckl-status exit $(<exit_code)"
+  elif is_running .; then
+    echo "ckl-status running"
+  else
+    echo "ckl-status gone"
+  fi
+}
+
+stop() {
+  if is_running .; then
+    kill -TERM -- "-$(<group)"
+    flock -w 30 running true || kill -KILL -- "-$(<group)"
+  fi
+}
+
+verb=$1
+if [[ $verb == install ]]; then
+  install
+  exit
+fi
+script=$(cd -- "$(dirname -- "$0")" && pwd)/${0##*/}
+name=$2
+shift 2
+if [[ $name == latest ]]; then
+  newest=$(find "$runs" -mindepth 2 -maxdepth 2 -name attempt -printf '%T@ %h\n' | sort -n | tail -n 1)
+  name=${newest##*/}
+fi
+mkdir -p "$runs/$name"
+cd "$runs/$name"
+case $verb in
+  start) start "$@" ;;
+  job) job "$@" ;;
+  status) status ;;
+  log) tail -n "$1" ${2:+-F} log ;;
+  stop) stop ;;
+  *)
+    echo "remote.sh: unknown verb $verb" >&2
+    exit 2
+    ;;
+esac

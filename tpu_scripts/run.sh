@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# run.sh [--dry-run] [--no-wait] MODULE ARG...: runs `python -m MODULE ARG...` on all workers.
+#
+# Arguments arrive as they are given, spaces, quotes and newlines too; `--out $OUT` is added where OUT is set. The
+# command is detached: it outlives the connection and this script. The same arguments are the same run: called again,
+# this attaches to it while it goes on, reports it when it has finished, and starts it again when it had failed.
+# When one worker fails, the others are stopped and the ends of their logs shown.
+#
+# Exit codes: the command's own; 2 also for bad settings; 137 where it ended without leaving a code; 255 workers cannot
+# be reached; 129, 130, 143 this script was interrupted (the command goes on).
+set -euo pipefail
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+wait=1
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --no-wait) wait= ;;
+    --help) usage && exit ;;
+    *) bad_option "$1" ;;
+  esac
+  shift
+done
+require_settings PROJECT ZONE TPU_NAME
+if ((!$#)); then fail 2 "which module? For example: run.sh experiments.figure4_prioritized_kl --seeds 10"; fi
+arguments=(-u -m "$@")
+if [[ ${OUT-} ]]; then
+  for word in "$@"; do
+    if [[ $word == --out || $word == --out=* ]]; then fail 2 "$word: OUT is set, and says where results go"; fi
+  done
+  arguments+=(--out "$OUT")
+fi
+name=run-$(quote "${arguments[@]}" | cksum | cut -d ' ' -f 1)
+
+# shellcheck disable=SC2329 # The traps call it.
+left_alone() {
+  say "interrupted; $name goes on on $TPU_NAME (call this again to attach, delete.sh to end it and the payment)"
+  exit "$1"
+}
+trap 'left_alone 129' HUP
+trap 'left_alone 130' INT
+trap 'left_alone 143' TERM
+
+code=0
+answer=$(on_workers all bash remote.sh start "$name" "$(date +%s)-$$" "${arguments[@]}" 2>&1) || code=$?
+if ((code == 127)); then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
+if ((code)); then fail 255 "could not start it on every worker: ${answer##*$'\n'}"; fi
+say "$name on $TPU_NAME: $(quote python "${arguments[@]}")"
+if [[ ! $wait ]]; then exit 0; fi
+
+# worst_code ANSWER: "running", 0 when all workers are through, else a code, rather of a failure than of a worker that
+# aborted since it lost another.
+worst_code() {
+  local what code worst=0 running=
+  while read -r what code; do
+    case $what in
+      running) running=1 ;;
+      gone) code=137 ;;&
+      exit | gone) if ((code)) && { ((!worst)) || is_interruption "$worst"; }; then worst=$code; fi ;;
+    esac
+  done < <(sed -n 's/^ckl-status //p' <<<"$1")
+  if ((!worst)) && [[ $running ]]; then echo running; else echo "$worst"; fi
+}
+
+unreachable=0
+code=running
+while [[ $code == running ]]; do
+  pause "$POLL_SECONDS"
+  if answer=$(on_workers all bash remote.sh status "$name" 2>&1) && [[ $dry_run || $answer == *ckl-status* ]]; then
+    unreachable=0
+    code=$(worst_code "$answer")
+  else
+    unreachable=$((unreachable + 1))
+    state=$(state_of ACTIVE)
+    say "no connection ($state): ${answer##*$'\n'}"
+    if is_dead "$state" || ((unreachable == 3)); then exit 255; fi
+  fi
+done
+if ((code)); then
+  say "$name ended with $code"
+  on_workers all bash remote.sh stop "$name" || true
+  on_workers all bash remote.sh log "$name" 30 >&2 || true
+else
+  say "$name is finished"
+fi
+exit "$code"

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# supervise.sh [--dry-run] [--keep] [--adopt] MODULE ARG...: create, setup, run, and again until the command is done.
+#
+# After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
+# ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
+# taken, and deleted at the end, with --adopt only.
+#
+# Exit codes: 0 the command finished; 2 bad settings or arguments (also where the command says so by its code 2);
+# 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted, lost or
+# refused more than MAX_RETRIES times; 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 143 interrupted.
+set -euo pipefail
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+
+keep='' adopt='' passed=()
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 passed=(--dry-run) ;;
+    --keep) keep=1 ;;
+    --adopt) adopt=1 ;;
+    --help) usage && exit ;;
+    *) bad_option "$1" ;;
+  esac
+  shift
+done
+require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
+if ((!$#)); then fail 2 "which module? For example: supervise.sh experiments.figure4_prioritized_kl --seeds 10"; fi
+
+ours='' child=''
+# step COMMAND...: in a process group of its own, which a signal to this script ends, and at once.
+step() {
+  local code=0
+  set -m
+  "$@" </dev/null &
+  child=$!
+  set +m
+  wait "$child" || code=$?
+  child=
+  return "$code"
+}
+
+# script NAME ARG...: one of this directory.
+script() { step "$here/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
+
+clean_up() {
+  local code=$?
+  trap '' INT TERM HUP
+  if [[ $child ]]; then
+    kill -TERM -- "-$child" 2>/dev/null || true
+    wait "$child" || true
+  fi
+  if [[ $ours && $keep ]]; then
+    say "$TPU_NAME is kept, and paid for until delete.sh"
+  elif [[ $ours ]]; then
+    say "deleting $TPU_NAME (--keep would leave it)"
+    script delete.sh || code=7
+  fi
+  exit "$code"
+}
+trap clean_up EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+state=$(state_of ABSENT)
+if [[ $state == UNKNOWN ]]; then fail 5 "no answer from gcloud; is it logged in?"; fi
+if is_dead "$state"; then
+  if [[ $state != ABSENT ]]; then script delete.sh || exit; fi
+elif [[ $adopt ]]; then
+  say "taking $TPU_NAME, which is $state"
+else
+  fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
+fi
+
+retries=0 failures=0 in_place=0 ready='' made=''
+while true; do
+  code=0 at=create
+  ours=1
+  script create.sh --keep || code=$?
+  if ((code == 2)); then ours=; fi
+  if ((!code)); then made=1; fi
+  if ((!code)) && [[ ! $ready ]]; then
+    at=setup
+    script setup.sh && ready=1 || code=$?
+  fi
+  if ((!code)); then
+    at=run
+    script run.sh "$@" || code=$?
+  fi
+  if ((!code)); then exit 0; fi
+  if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
+
+  state=$(state_of ABSENT)
+  if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
+  if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
+    failures=$((failures + 1))
+    say "$at failed with $code, failure $failures of $MAX_FAILURES"
+    if ((failures >= MAX_FAILURES)); then exit 4; fi
+  else
+    retries=$((retries + 1))
+    say "$at was interrupted ($code, $TPU_NAME is $state), retry $retries of $MAX_RETRIES"
+    if ((retries > MAX_RETRIES)); then exit 5; fi
+  fi
+  # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
+  in_place=$((in_place + 1))
+  if [[ $state != UNKNOWN ]] && { [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); }; then
+    script delete.sh || exit 7
+    ready='' in_place=0
+  fi
+  step sleep "$RETRY_SECONDS"
+done
