@@ -45,6 +45,7 @@ from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
 from ckl_jax.runs import RunDirectory, earlier_results, machine
 from ckl_jax.statistics import bootstrap_interval, percent, share_interval
 from experiments.models import Models, colors_of, models_preset
+from experiments.pretraining_claims import figure2_claims, overlap
 
 COMMAND = "experiments.figure2_pretraining"
 Interval = tuple[float, float, float]
@@ -154,11 +155,6 @@ def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     return found
 
 
-def overlap(one: Interval, other: Interval) -> str:
-    """The verdict on a number of the paper: reproduced where two intervals (mean, low, high) overlap."""
-    return "reproduced" if one[1] <= other[2] and other[1] <= one[2] else "not reproduced"
-
-
 def table(results: dict[str, Any]) -> str:
     """Our cells above the paper's, in percent, and the verdicts, as Markdown."""
     header = ["| operands | N | N digits | N+1 | N+2 | N+3 |", "|---|---|---|---|---|---|"]
@@ -228,6 +224,7 @@ def measure(command: Figure2Command) -> dict[str, Any]:
         "cells": cells,
         "verdicts": verdicts(cells, command.models.scale),
         "paper": {operands: {str(base): row for base, row in rows.items()} for operands, rows in PAPER.items()},
+        "seeds": [command.seed],
         "config": described,
         **machine(),
         "wall_seconds": directory.seconds(),
@@ -238,9 +235,10 @@ def main(command: Figure2Command) -> None:
     results = earlier_results(command.out, COMMAND)
     if not command.plot_only:
         results = measure(command)
-        write_json(command.out / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
+    results["claims"] = figure2_claims(results)
+    write_json(command.out / "results.json", results)
     draw(results, command.out)
     print(table(results))
     print(f"{results['wall_seconds']:.0f} s of evaluating; results.json, figure2.png and .svg in {command.out}")

@@ -41,8 +41,10 @@ from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset, require
 from ckl_jax.finetune import finetune, make_runs, make_task
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent, share_interval
+from experiments.claims import as_json
 from experiments.figure2_pretraining import above
 from experiments.models import Models, colors_of, models_preset
+from experiments.pretraining_claims import from_verdicts
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -201,6 +203,7 @@ def measure(command: Figure3Command) -> dict[str, Any]:
     return {
         "runs": runs,
         "verdicts": verdicts(runs),
+        "seeds": runs[0]["seeds"],
         "config": described,
         **machine(),
         "wall_seconds": sum(run["wall_seconds"] for run in runs),
@@ -223,9 +226,10 @@ def main(command: Figure3Command) -> None:
     results = earlier_results(command.out, COMMAND)
     if not command.plot_only:
         results = measure(command)
-        write_json(command.out / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
+    results["claims"] = as_json(from_verdicts(results["verdicts"]))
+    write_json(command.out / "results.json", results)
     draw(results, command.out)
     print(table(results))
     print(f"{results['wall_seconds']:.0f} s of fine-tuning; results.json, figure3.png and .svg in {command.out}")

@@ -32,6 +32,7 @@ import numpy as np
 from ckl_jax import addition, cli
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
+from ckl_jax.paths import append
 from ckl_jax.runs import read_json
 from experiments import summary_page
 
@@ -170,17 +171,17 @@ def run_process(item: Item, words: list[str], log: pathlib.Path) -> tuple[int, s
     log.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     style: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("a") as file, subprocess.Popen([sys.executable, *words], env=environment, **style) as process:
-        assert process.stdout is not None
+    style["env"] = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, *words], **style) as process:
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 print(f"{item.name} | {line}", end="", flush=True)
-                file.write(line)
                 lines.append(line)
         except BaseException:  # This process is being stopped.
             process.terminate()
             raise
+        finally:
+            append(log, "".join(lines))
     return process.returncode, "" if process.returncode == 0 else "".join(lines[-ERROR_LINES:])
 
 
