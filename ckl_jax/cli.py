@@ -92,11 +92,14 @@ def _keep_freed_memory() -> None:
 def _use_all_cores() -> None:
     """One device per core where JAX has no accelerator, so that runs are computed side by side.
 
-    Where JAX has computed something already (in a notebook, say), its devices stay what they are.
+    XLA gets twice as many threads (it reads NPROC): with one a device, a device that waits in an all-reduce holds the
+    thread that another's matrix product waits for, and pre-training stands still. Where JAX has computed something
+    already (in a notebook, say), its devices stay what they are.
     """
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or os.cpu_count() or 1)
+    os.environ.setdefault("NPROC", str(2 * devices))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _keep_compiled_programs() -> None:

@@ -3,7 +3,9 @@
 import os
 import pathlib
 
+DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", str(2 * DEVICES))  # As cli._use_all_cores.
 
 import jax
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from ckl_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 
 
