@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ckl_jax import foreign
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
 from ckl_jax.paths import files_below, resolved
@@ -42,10 +43,8 @@ def _manifest_path(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _verify(directory: pathlib.Path) -> None:
-    try:
-        expected = dict(json.loads(_manifest_path(directory).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"checkpoint: {_manifest_path(directory)} is damaged ({error})") from error
+    expected = foreign.read_object(_manifest_path(directory), "checkpoint")
+    foreign.require_plain(directory, "checkpoint")
     found = _manifest(directory)
     damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if damaged:
@@ -88,12 +87,11 @@ class StateCheckpoints:
             if not _manifest_path(path).exists():
                 continue
             _verify(path)
-            try:
+            with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as reader:
+                stored = ocp.tree.to_flat_dict(reader.metadata(path / "default").item_metadata.tree)
+                wanted = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
+                _require_same(path, _shapes(stored), _shapes(wanted), "this run")
                 return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-            except ValueError as error:
-                raise ConfigError(
-                    f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})"
-                ) from error
         return None
 
     def close(self) -> None:
@@ -140,19 +138,14 @@ def load_model(directory: pathlib.Path) -> Model:
     needed = (directory / "model.json", _manifest_path(path), path)
     complete = all(file.exists() for file in needed)
     require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    config, max_pretrain_digits = _read_description(directory / "model.json")
+    config, max_pretrain_digits = foreign.model_description(directory / "model.json")
     _verify(path)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    wanted = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored_shapes = _shapes(checkpointer.metadata(path).item_metadata.tree)
-        wanted_shapes = _shapes(wanted)
-        for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
-            stored, expected = stored_shapes.get(name), wanted_shapes.get(name)
-            if stored != expected:
-                raise ConfigError(
-                    f"checkpoint: {directory} has {stored} for {name}, allowed is {expected} (model.json)"
-                )
+    foreign.require_filled(path, config)
+    key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    wanted = jax.eval_shape(GPT2(config).init, key, tokens)
+    with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
+        stored = _shapes(checkpointer.metadata(path).item_metadata.tree)
+        _require_same(directory, stored, _shapes(wanted), "model.json")
         return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
 
 
@@ -165,14 +158,14 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
-    try:
-        description = json.loads(path.read_text())
-        return ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
+def _require_same(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any], of: str) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, expected = stored.get(name), wanted.get(name)
+        if found != expected:
+            raise ConfigError(f"checkpoint: {directory} has {found} for {name}, allowed is {expected} ({of})")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type by name. Orbax casts to what is asked for, so a difference has to be found before."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(key): (tuple(leaf.shape), str(leaf.dtype)) for key, leaf in leaves}

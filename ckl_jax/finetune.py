@@ -27,6 +27,7 @@ from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
 from ckl_jax.episodes import Task
+from ckl_jax.errors import is_integer
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate
@@ -34,6 +35,7 @@ from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
+MOST_SEEDS = 1_000
 
 
 class Run(NamedTuple):
@@ -71,7 +73,7 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     Raises:
       ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
     """
-    require(seeds >= 1, "seeds", seeds, "at least 1")
+    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
     require(len(arms) >= 1, "arms", dict(arms), "at least one")
     traced = tuple(name for name in Hyper._fields if name != "seed")
     runs, rows = [], []

@@ -12,7 +12,7 @@ import jax
 
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import append, resolved
+from ckl_jax.paths import append, require_directory, resolved
 
 
 class RunDirectory:
@@ -34,6 +34,7 @@ class RunDirectory:
     def _check(self, config: Any) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
+        require_directory(self.path, "out")
         existing = self.path / "config.json"
         if existing.exists():
             differing = sorted(_differences(read_json(existing, "out"), config))
@@ -91,7 +92,7 @@ def read_metrics(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
 def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text())
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         allowed = f"allowed is a {path.name} as the run wrote it"
         raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error
 
@@ -126,8 +127,7 @@ def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | N
     Raises:
       ConfigError: ``directory`` is a file or holds a results.json that is damaged or of another command.
     """
-    is_file = directory.exists() and not directory.is_dir()
-    require(not is_file, "out", str(directory), "a directory")
+    require_directory(directory, "out")
     path = directory / "results.json"
     if not path.exists():
         return None

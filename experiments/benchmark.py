@@ -35,6 +35,7 @@ import jax
 from ckl_jax import cli
 from ckl_jax.checkpoint import write_json
 from ckl_jax.config import ConfigError, require
+from ckl_jax.paths import require_directory
 from experiments.benchmarks import ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
@@ -60,6 +61,7 @@ class BenchmarkCommand:
     def __post_init__(self) -> None:
         for name in self.names:
             require(name in SECTIONS, "sections", name, ", ".join(SECTIONS))
+        require_directory(self.out, "out")
         require(self.repeats is None or self.repeats >= 1, "repeats", self.repeats, "at least 1")
 
     @property

@@ -32,7 +32,7 @@ import numpy as np
 from ckl_jax import addition, cli
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
-from ckl_jax.paths import append
+from ckl_jax.paths import append, require_directory
 from ckl_jax.runs import read_json
 from experiments import summary_page
 
@@ -64,7 +64,7 @@ class ReproduceCommand:
             unknown = sorted(set(given) - {item.name for item in ITEMS})
             require(not unknown, option, unknown, " | ".join(item.name for item in ITEMS))
         require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
-        require(not self.out.is_file(), "out", str(self.out), "a directory")
+        require_directory(self.out, "out")
         made = f"a directory that python -m ckl_jax.pretrain --scale {self.scale} wrote"
         require(self.scale == "tiny" or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
 
