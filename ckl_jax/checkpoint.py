@@ -88,8 +88,8 @@ class StateCheckpoints:
                 continue
             _verify(path)
             with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as reader:
-                stored = ocp.tree.to_flat_dict(reader.metadata(path / "default").item_metadata.tree)
-                wanted = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
+                stored = _flat(_metadata(reader, path / "default"))
+                wanted = _flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
                 _require_same(path, _shapes(stored), _shapes(wanted), "this run")
                 return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
         return None
@@ -131,7 +131,7 @@ def load_model(directory: pathlib.Path) -> Model:
     """Reads what ``save_model`` wrote.
 
     Raises:
-      ConfigError: missing, damaged, or parameters of other names, shapes or types than model.json says.
+      ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
     """
     directory = resolved(directory)
     path = directory / "params"
@@ -141,12 +141,21 @@ def load_model(directory: pathlib.Path) -> Model:
     config, max_pretrain_digits = foreign.model_description(directory / "model.json")
     _verify(path)
     foreign.require_filled(path, config)
-    key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    wanted = jax.eval_shape(GPT2(config).init, key, tokens)
     with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
-        stored = _shapes(checkpointer.metadata(path).item_metadata.tree)
+        stored = _shapes(_metadata(checkpointer, path))
+        few = config.num_layers <= len(stored)
+        require(
+            few, "checkpoint", f"num_layers = {config.num_layers} in model.json", f"at most {len(stored)}, the arrays"
+        )
+        key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+        wanted = jax.eval_shape(GPT2(config).init, key, tokens)
         _require_same(directory, stored, _shapes(wanted), "model.json")
-        return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
+        params = checkpointer.restore(path, wanted)
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
+        finite = bool(np.isfinite(np.asarray(leaf)).all())
+        named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
+        require(finite, "checkpoint", named, "finite parameters")
+    return Model(config, max_pretrain_digits, params)
 
 
 def fingerprint(params: Params) -> str:
@@ -163,6 +172,16 @@ def _require_same(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[
         found, expected = stored.get(name), wanted.get(name)
         if found != expected:
             raise ConfigError(f"checkpoint: {directory} has {found} for {name}, allowed is {expected} ({of})")
+
+
+def _metadata(reader: ocp.StandardCheckpointer, path: pathlib.Path) -> Any:
+    found = reader.metadata(path).item_metadata
+    require(found is not None, "checkpoint", str(path), "the arrays of Orbax as save wrote them, with their metadata")
+    return found.tree
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {".".join(map(str, key)): leaf for key, leaf in ocp.tree.to_flat_dict(tree).items()}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -84,9 +83,10 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
             runs.append(Run(arm, seed))
             numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
             rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": jnp.uint32, "kl_weights": jnp.int32}
+    types = {"seed": np.uint32, "kl_weights": np.int32}
     columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    return runs, Hyper(**{name: jnp.array(of_run, types.get(name, jnp.float32)) for name, of_run in columns.items()})
+    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
+    return runs, Hyper(**arrays)
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:

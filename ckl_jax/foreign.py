@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import stat
@@ -21,6 +22,7 @@ from ckl_jax.paths import in_bucket
 
 MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
+MOST_SAID = 200
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
 
 
@@ -44,15 +46,39 @@ def read_object(path: pathlib.Path, field: str) -> dict[str, Any]:
 
 @contextmanager
 def damaged(path: pathlib.Path, field: str) -> Iterator[None]:
-    """Turns what a reader says about a file or directory that it cannot read into a ConfigError of one line."""
+    """Turns what a reader says about a file or directory that it cannot read into a ConfigError of one line.
+
+    What Orbax logs about it is not shown: it would stand above that line.
+    """
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # Of any kind: it depends on the content, and readers that are not ours raise it.
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        allowed = "allowed is what the command that made it wrote"
-        raise ConfigError(f"{field}: {path} is damaged ({said}); {allowed}") from error
+        raise _damage(path, field, error) from error
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def only_read(path: pathlib.Path, field: str, applies: bool) -> Iterator[None]:
+    """Turns what goes wrong over the content of a file into a ConfigError, if ``applies``: if it was not made here."""
+    try:
+        yield
+    except (ConfigError, OSError):
+        raise
+    except Exception as error:  # Of any kind: it depends on the content.
+        if applies:
+            raise _damage(path, field, error) from error
+        raise
+
+
+def _damage(path: pathlib.Path, field: str, error: Exception) -> ConfigError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SAID]
+    return ConfigError(f"{field}: {path} is damaged ({said}); allowed is what the command that made it wrote")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,12 +99,12 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
       ConfigError: what ``read_object`` refuses; fields that are missing, unknown, or of values that no model has.
     """
     described = read_object(path, "checkpoint")
-    model, digits = described.get("model"), described.get("max_pretrain_digits")
+    model: Any = described.get("model")
+    digits: Any = described.get("max_pretrain_digits")
     most = addition.MAX_DIGITS - 1
+    names = {declared.name for declared in dataclasses.fields(ModelConfig)}
     try:
         require(isinstance(model, dict), "model", model, "an object of sizes")
-        assert isinstance(model, dict)
-        names = {declared.name for declared in dataclasses.fields(ModelConfig)}
         unknown, missing = sorted(model.keys() - names), sorted(set(SHAPE) - model.keys())
         require(not unknown, "model", unknown, f"fields of {', '.join(sorted(names))}")
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
@@ -87,7 +113,6 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
         require(is_integer(digits) and 1 <= digits <= most, "max_pretrain_digits", digits, f"an integer of 1..{most}")
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
-    assert isinstance(digits, int)
     return config, digits
 
 

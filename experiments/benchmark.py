@@ -33,7 +33,7 @@ from typing import Any
 import jax
 
 from ckl_jax import cli
-from ckl_jax.checkpoint import write_json
+from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import require_directory
 from experiments.benchmarks import ours, report, speculation
@@ -131,6 +131,8 @@ def main(command: BenchmarkCommand) -> None:
     settings = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "device": jax.devices()[0].device_kind}))
     path = command.out / "results.json"
     sections = _resume(path, settings)
+    for policy in command.policies:
+        load_model(policy)  # Refuses here what the section would refuse after the others.
     command.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     if load > IDLE_LOAD:

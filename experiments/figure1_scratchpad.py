@@ -32,7 +32,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from ckl_jax import addition, cli, plots
+from ckl_jax import addition, cli, foreign, plots
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
@@ -292,11 +292,12 @@ def main(command: Figure1Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+        shown = "\n".join([results["text"], *(legend(results, operand) for operand in (1, 2))])
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, command.out)
-    print(results["text"])
-    print("\n".join(legend(results, operand) for operand in (1, 2)))
+    print(shown)
     print(f"results.json, figure1.png and figure1.svg in {command.out}")
 
 
