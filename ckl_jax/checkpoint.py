@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from ckl_jax import foreign
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, resolved
+from ckl_jax.paths import files_below, require_directory, resolved
 
 Params = Any
 SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
@@ -113,6 +113,8 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
       made_by: what a reader needs to make it again: command, seed, config.
     """
     directory = resolved(directory)
+    foreign.require_digits(model.max_pretrain_digits)
+    require_directory(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
     with ocp.StandardCheckpointer() as checkpointer:

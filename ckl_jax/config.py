@@ -36,7 +36,7 @@ def _require_number(config: Any, names: str, low: float, *, exclusive: bool = Fa
 def _in_32_bits(value: float) -> bool:
     if isinstance(value, int):
         return abs(value) < 2**31
-    return math.isfinite(value) and (value == 0 or FLOAT32.tiny <= abs(value) <= FLOAT32.max)
+    return math.isfinite(value) and (value == 0 or float(FLOAT32.tiny) <= abs(value) <= float(FLOAT32.max))
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_types(self)
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        require(isinstance(self.model, ModelConfig), "model", self.model, "a ModelConfig")
         _require_number(self, "seed warmup_steps weight_decay", 0)
         _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
         require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
@@ -163,7 +164,7 @@ def pretrain_preset(scale: str) -> PretrainConfig:
         ),
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
     }
-    require(scale in presets, "scale", scale, " | ".join(presets))
+    require(scale in tuple(presets), "scale", scale, " | ".join(presets))
     return presets[scale]
 
 
@@ -273,6 +274,7 @@ class FinetuneConfig:
         _require_number(
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
+        _require_number(self, "reward_right reward_wrong", -1e6, high=1e6)
         _require_number(self, "rounds episodes epochs test_every test_problems", 1)
         _require_number(self, "minibatch_episodes minibatch_transitions", 1)
         _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)

@@ -101,7 +101,6 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
     described = read_object(path, "checkpoint")
     model: Any = described.get("model")
     digits: Any = described.get("max_pretrain_digits")
-    most = addition.MAX_DIGITS - 1
     names = {declared.name for declared in dataclasses.fields(ModelConfig)}
     try:
         require(isinstance(model, dict), "model", model, "an object of sizes")
@@ -110,10 +109,16 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
         config = ModelConfig(**model)
         require(config.vocab_size == addition.VOCAB_SIZE, "vocab_size", config.vocab_size, f"{addition.VOCAB_SIZE}")
-        require(is_integer(digits) and 1 <= digits <= most, "max_pretrain_digits", digits, f"an integer of 1..{most}")
+        require_digits(digits)
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
     return config, digits
+
+
+def require_digits(digits: Any) -> None:
+    """Raises a ConfigError unless a model can have been pre-trained on that many digits, and be tested on one more."""
+    most = addition.MAX_DIGITS - 1
+    require(is_integer(digits) and 1 <= digits <= most, "max_pretrain_digits", digits, f"an integer of 1..{most}")
 
 
 def require_plain(directory: pathlib.Path, field: str) -> None:
