@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from ckl_jax.arrays import require_array, require_at_least, require_floats
 from ckl_jax.config import KLWeights, require
-from ckl_jax.errors import is_integer
 
 
 def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -121,7 +120,7 @@ def weigh(
         "threshold": lambda: threshold(entropy_BxT, mask_BxT, share),
         "archer": lambda: archer(entropy_BxT, mask_BxT, share, weak),
     }
-    known = not is_integer(index) or 0 <= index < len(of_word)
+    known = not isinstance(index, int) or 0 <= index < len(of_word)
     require(known, "index", index, f"0..{len(of_word) - 1}")
     return jax.lax.switch(index, [of_word[word] for word in get_args(KLWeights)])
 
