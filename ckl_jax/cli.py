@@ -77,7 +77,7 @@ def _errors_as_one_line() -> Iterator[None]:
         frame = r"\x1b\[[0-9;]*m|\A[^\n]*\n\s*-+\s*$|^usage:.*|^\s*[╭╰].*|^[\s│]*[─-]+[\s│]*$"
         text = re.sub(frame, " ", printed.getvalue(), flags=re.MULTILINE).replace("│", " ")
         line = re.split(" For full helptext| Argument helptext:", " ".join(text.split()))[0]
-        foreign = r"^(Error parsing )?(\w+Command: )?|no type matching .* <class 'pathlib.Path'>: "
+        foreign = r"^(Error parsing )?(\w+(Command|Config): )?|no type matching .* <class 'pathlib.Path'>: "
         raise ConfigError(re.sub(foreign, "", line)) from None
 
 

@@ -34,6 +34,7 @@ from matplotlib.patches import Rectangle
 
 from ckl_jax import addition, cli, foreign, plots
 from ckl_jax import problems as problems_lib
+from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, ModelConfig, require
@@ -71,8 +72,9 @@ class Figure1Command:
     """Claim and figure again from results.json."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
-        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or None")
+        require(0 <= self.seed <= MOST_SEED, "seed", self.seed, f"at least 0, at most {MOST_SEED}")
+        if self.temperature is not None:
+            require_temperature(self.temperature, note=", or None")
         for name, value in (("a", self.a), ("b", self.b)):
             longest = addition.MAX_DIGITS
             require(0 <= value < 10**longest, name, value, f"an integer from 0, of at most {longest} digits")

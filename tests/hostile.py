@@ -8,16 +8,20 @@ import stat
 
 import jax
 
-COMPILED = []
 CANARY = "unpickled"
+_refusing: list[bool] = []
 
 
-def _note(event, _, **__):
-    if "backend_compile" in event:
-        COMPILED.append(event)
+class CompiledError(BaseException):
+    """Something was compiled although the input should have been refused: what was asked for is not to go on."""
 
 
-jax.monitoring.register_event_duration_secs_listener(_note)
+def _stop_compilation(event, _, **__):
+    if _refusing and "backend_compile" in event:
+        raise CompiledError(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_stop_compilation)
 
 
 class Canary:
@@ -45,8 +49,11 @@ def snapshot(directory):
 @contextlib.contextmanager
 def refusal(directory):
     """Asserts that the block leaves a directory as it was, compiles nothing and unpickles nothing."""
-    before, compiled = snapshot(directory), len(COMPILED)
-    yield
-    assert COMPILED[compiled:] == []
+    before = snapshot(directory)
+    _refusing.append(True)
+    try:
+        yield
+    finally:
+        _refusing.pop()
     assert snapshot(directory) == before
     assert not pathlib.Path(CANARY).exists()
