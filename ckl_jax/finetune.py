@@ -26,11 +26,11 @@ from ckl_jax import addition, cli, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
-from ckl_jax.episodes import Task
+from ckl_jax.episodes import Hyper, Task
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate
-from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
+from ckl_jax.updates import RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
@@ -88,10 +88,11 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
-    """The problems of one round: the same for all arms of a seed."""
-    rng = np.random.default_rng([seed, round_index])
-    drawn = addition.rl_problems(rng, task.config.episodes, task.digits, task.max_pretrain_digits)
-    return problems_lib.pack(drawn, task.digits, task.max_pretrain_digits)
+    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
+    rng, group = np.random.default_rng([seed, round_index]), task.config.group_size
+    drawn = addition.rl_problems(rng, task.config.episodes // group, task.digits, task.max_pretrain_digits)
+    repeated = [problem for problem in drawn for _ in range(group)]
+    return problems_lib.pack(repeated, task.digits, task.max_pretrain_digits)
 
 
 def _stack(items: list[Any]) -> Any:
@@ -100,7 +101,7 @@ def _stack(items: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
-    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
+    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the test temperature."""
     config = task.config
 
     def run_test(problems, axis_name, params):
@@ -114,7 +115,7 @@ def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max
                 how=config.rollout,
                 batch=config.rollout_batch,
                 max_length=max_length,
-                temperature=config.temperature,
+                temperature=config.test_temperature,
                 axis_name=axis_name,
             ).trajectory.reward_B
 

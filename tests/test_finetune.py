@@ -20,14 +20,15 @@ from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
 from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
-from ckl_jax.episodes import Task, collect, weighed
+from ckl_jax.episodes import Hyper, Task, collect, weighed
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
 from ckl_jax.model import GPT2, values
+from ckl_jax.objective import gradient_norms
 from ckl_jax.rollout import score
 from ckl_jax.runs import RunDirectory
 from ckl_jax.sharding import make_mesh
 from ckl_jax.token_weights import index_of
-from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
+from ckl_jax.updates import init_run, train_rounds, update
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
 CONFIG = FinetuneConfig(
@@ -217,8 +218,9 @@ def _collected(task, ref_params):
     policy["params"]["wpe"]["embedding"] += 0.05 * noise
     state = state._replace(params={**state.params, "policy": policy})
     problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
-    episodes, metrics = collect(task, state.params, ref_params, problems, jax.random.key(2), None)
-    return state, _weighed(task.config, episodes, HYPER.kl_weights), metrics
+    keys = jax.random.split(jax.random.key(2))
+    episodes, metrics = collect(task, state.params, ref_params, HYPER, problems, (keys[0], keys[1]), None)
+    return state, episodes, metrics
 
 
 def _weighed(config, episodes, index):
