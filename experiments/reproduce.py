@@ -8,6 +8,7 @@
 Each item is a process of its own, so one that fails loses nothing but what reads it: its error is on the page and the
 exit code is 1. Called again with the same options, it skips the items that are done and goes on with the others, each
 of which resumes where it stopped. An item is done when it ended well with the same command, checkpoint and inputs.
+SIGTERM goes on to the running item, which saves what it has, and then ends this process too, with exit code 75.
 
 Each item writes to ``out/<item>``, its output also to ``out/logs/<item>.log``; ``out/reproduce.json`` notes what was
 run and ``out/report.html`` is written anew after every item. Figures 5 and 7 read the run of figure 4, figures 2 and 3
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, preemption
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
 from ckl_jax.paths import append
@@ -167,12 +168,25 @@ def identity(command: ReproduceCommand, item: Item) -> dict[str, Any]:
 
 
 def run_process(item: Item, words: list[str], log: pathlib.Path) -> tuple[int, str]:
-    """Runs ``python words``, showing and logging every line; its exit code and, if it failed, its last lines."""
+    """Runs ``python words``, showing and logging every line; its exit code and, if it failed, its last lines.
+
+    Raises:
+      PreemptedError: SIGTERM came to this process, or to the item alone.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     style: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     style["env"] = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, *words], **style) as process:
+    started: list[subprocess.Popen] = []
+
+    def pass_on() -> None:
+        for process in started:
+            process.terminate()
+
+    with preemption.deferred(pass_on), subprocess.Popen([sys.executable, *words], **style) as process:
+        started.append(process)
+        if preemption.requested():  # Before the process was among those that are told.
+            pass_on()
         try:
             for line in process.stdout or ():
                 print(f"{item.name} | {line}", end="", flush=True)
@@ -182,6 +196,8 @@ def run_process(item: Item, words: list[str], log: pathlib.Path) -> tuple[int, s
             raise
         finally:
             append(log, "".join(lines))
+    if process.returncode == preemption.EXIT_CODE:
+        raise preemption.PreemptedError(f"{item.name} saved what it has")
     return process.returncode, "" if process.returncode == 0 else "".join(lines[-ERROR_LINES:])
 
 
