@@ -214,6 +214,8 @@ def finetune(
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
+        if preemption.requested():
+            raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
@@ -233,8 +235,6 @@ def finetune(
         by_arm = {arm: np.mean([t for t, run in zip(target, runs, strict=True) if run.arm == arm]) for arm in arms}
         shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in by_arm.items())
         progress(f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)")
-        if preemption.requested():
-            raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
     for index, run in enumerate(runs):
         policy = jax.tree.map(lambda x, index=index: np.asarray(x[index]), states.params["policy"])
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}

@@ -17,7 +17,7 @@ class DirectoryLock:
     """Keeps other processes out of a local directory until it is released or its process ends, by kill -9 too.
 
     It is a lock of the operating system (flock) on the file ``.lock``; what the file says is for the error message
-    alone, and a file that is left behind locks nothing. Buckets know no such lock: see ``hold``.
+    alone, and a file that is left behind locks nothing. Buckets have no such locks.
 
     Raises:
       ConfigError: a running process holds the directory. OSError: the file cannot be written.

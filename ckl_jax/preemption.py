@@ -43,12 +43,12 @@ def deferred(then: Callable[[], object] = lambda: None) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, hold)
     try:
         yield
-        if requested():
-            raise PreemptedError("what was done is saved")
     finally:
         # A handler that was not installed from Python reads as None and cannot be put back.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-        _signalled = False
+        signalled, _signalled = _signalled, False
+    if agreed(signalled):
+        raise PreemptedError("what was done is saved")
 
 
 def requested() -> bool:

@@ -1,5 +1,6 @@
 """SIGTERM is held while work goes on, seen by it, and never lost."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -105,6 +106,11 @@ def test_one_process_agrees_with_itself():
     assert not preemption.agreed(False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command without options."""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -125,6 +131,6 @@ def test_a_command_that_is_stopped_says_why_in_one_line_and_by_its_code(monkeypa
 
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main, ConfigError)
+        cli.run(main, Command)
     assert stop.value.code == code
     assert capsys.readouterr().err == line + "\n"
