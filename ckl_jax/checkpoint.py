@@ -19,17 +19,16 @@ import orbax.checkpoint as ocp
 
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, resolved
+from ckl_jax.paths import files_below, replace, resolved, writing
 
 Params = Any
+HISTORY_NAME = "history.json"
 SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
@@ -53,21 +52,34 @@ def _verify(directory: pathlib.Path) -> None:
 
 
 class StateCheckpoints:
-    """Numbered checkpoints of a train state under ``directory``; the newest two are kept."""
+    """Numbered checkpoints of a train state under ``directory``; the newest two are kept.
+
+    What an earlier process left half-written is removed, so one process at a time may have the directory.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes a checkpoint and its manifest; returns when both are on disk."""
+    def save(self, step: int, state: Any, history: Any = None) -> None:
+        """Writes a checkpoint and its manifest; returns when both are on disk.
+
+        Args:
+          history: what is to be restored beside the state, as JSON.
+
+        Raises:
+          OSError: a file cannot be written, and earlier checkpoints are kept.
+        """
         path = self.directory / str(step)
-        if path.exists():
-            self.manager.delete(step)
-        self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
-        self.manager.wait_until_finished()
+        with writing(path):
+            if path.exists():
+                self.manager.delete(step)
+            self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self.manager.wait_until_finished()
+        if history is not None:
+            write_json(path / HISTORY_NAME, history)
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
         for stale in self.directory.glob("*.sha256.json"):
@@ -96,6 +108,11 @@ class StateCheckpoints:
                 ) from error
         return None
 
+    def restore_history(self, step: int) -> Any:
+        """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
+        path = self.directory / str(step) / HISTORY_NAME
+        return json.loads(path.read_text()) if path.exists() else None
+
     def close(self) -> None:
         self.manager.close()
 
@@ -109,17 +126,22 @@ class Model(NamedTuple):
 
 
 def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
-    """Writes ``directory/params``, its manifest and ``model.json``, replacing what is there.
+    """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
     Args:
       made_by: what a reader needs to make it again: command, seed, config.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     directory = resolved(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, model.params, force=True)
-    (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
+    (directory / "model.json").unlink(missing_ok=True)
+    with writing(path):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, model.params, force=True)
+        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
     write_json(_manifest_path(path), _manifest(path))
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding, token_weights
+from ckl_jax import addition, cli, finite, preemption, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
@@ -160,6 +160,7 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
     return accuracy
 
 
+@preemption.deferred()
 def finetune(
     config: FinetuneConfig,
     model: Model,
@@ -172,6 +173,11 @@ def finetune(
 
     The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
     ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
+
+    Raises:
+      PreemptedError: SIGTERM came, and the rounds up to the next test are done and saved.
+      NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
+      OSError: a file cannot be written. All three leave what was saved before.
     """
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
@@ -184,7 +190,7 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-    directory.rewind_metrics(done if restored else -1)
+    directory.rewind_metrics(done if restored else -1, recorded=done if restored else None)
     start, first = time.monotonic(), done
 
     def run_test(step: int, states: RunState) -> np.ndarray:
@@ -209,12 +215,18 @@ def finetune(
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
+        if preemption.requested():
+            raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
         problems = jax.device_put(problems, sharding.by_run(mesh))
         states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
-        directory.log(_round_records(runs, done, jax.tree.map(np.asarray, metrics)))
+        metrics = jax.tree.map(np.asarray, metrics)
+        names = [run.name for run in runs]
+        finite.require_metrics("round", done, names, metrics)
+        finite.require_state("round", done + config.test_every, names, states, by_run=True)
+        directory.log(_round_records(runs, done, metrics))
         done += config.test_every
         target = run_test(done, states)
         directory.checkpoints.save(done, states)

@@ -87,7 +87,7 @@ def pretrained(
     if not (run.path / "model.json").exists():  # It is written last.
         progress(f"pre-training {name} in {run.path}")
         pretrain(config, run, data_dir, lambda line: progress(f"{name}: {line}"))
-    run.checkpoints.close()
+    run.close()
     return run.path
 
 
