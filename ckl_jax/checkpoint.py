@@ -2,6 +2,7 @@
 
 A SHA-256 manifest is written beside every checkpoint after it is complete and verified before it is read, because
 damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished.
+Several processes save and restore together: each writes and reads its own parts, process 0 the manifests.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ckl_jax import hosts
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
 from ckl_jax.paths import files_below, resolved
@@ -26,7 +28,9 @@ SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
+    """Writes JSON so that a reader sees the old file or the new one, never a part; of several processes 0 does."""
+    if not hosts.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
@@ -64,10 +68,13 @@ class StateCheckpoints:
     def save(self, step: int, state: Any) -> None:
         """Writes a checkpoint and its manifest; returns when both are on disk."""
         path = self.directory / str(step)
-        if path.exists():
+        if hosts.of_first(path.exists):
             self.manager.delete(step)
         self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
         self.manager.wait_until_finished()
+        hosts.of_first(lambda: self._finish(path))
+
+    def _finish(self, path: pathlib.Path) -> None:
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
         for stale in self.directory.glob("*.sha256.json"):
@@ -83,17 +90,21 @@ class StateCheckpoints:
         Raises:
           ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
         """
+        step = hosts.of_first(self._newest)
+        if step is None:
+            return None
+        try:
+            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        except ValueError as error:
+            path = self.directory / str(step)
+            raise ConfigError(f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})") from error
+
+    def _newest(self) -> int | None:
         for step in sorted(self.manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            if not _manifest_path(path).exists():
-                continue
-            _verify(path)
-            try:
-                return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-            except ValueError as error:
-                raise ConfigError(
-                    f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})"
-                ) from error
+            if _manifest_path(path).exists():
+                _verify(path)
+                return step
         return None
 
     def close(self) -> None:
@@ -119,14 +130,18 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     path = directory / "params"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
-    (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
-    write_json(_manifest_path(path), _manifest(path))
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,
         "model": dataclasses.asdict(model.config),
         "made_by": made_by,
     }
-    write_json(directory / "model.json", description)
+
+    def describe() -> None:
+        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
+        write_json(_manifest_path(path), _manifest(path))
+        write_json(directory / "model.json", description)
+
+    hosts.of_first(describe)
 
 
 def load_model(directory: pathlib.Path) -> Model:
@@ -137,11 +152,7 @@ def load_model(directory: pathlib.Path) -> Model:
     """
     directory = resolved(directory)
     path = directory / "params"
-    needed = (directory / "model.json", _manifest_path(path), path)
-    complete = all(file.exists() for file in needed)
-    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    config, max_pretrain_digits = _read_description(directory / "model.json")
-    _verify(path)
+    config, max_pretrain_digits = hosts.together(lambda: _read_description(directory))
     tokens = jnp.zeros((1, 2), jnp.int32)
     wanted = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -153,6 +164,8 @@ def load_model(directory: pathlib.Path) -> Model:
                 raise ConfigError(
                     f"checkpoint: {directory} has {stored} for {name}, allowed is {expected} (model.json)"
                 )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # Not where they were saved from.
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
         return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
 
 
@@ -165,12 +178,17 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
+def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int]:
+    path, params = directory / "model.json", directory / "params"
+    complete = all(file.exists() for file in (path, _manifest_path(params), params))
+    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
     try:
         description = json.loads(path.read_text())
-        return ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
+        found = ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
+    _verify(params)
+    return found
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -88,7 +88,7 @@ def is_first() -> bool:
 
 
 def any_host(flag: bool) -> bool:
-    """Whether ``flag`` holds on any process, the same answer on all. All must call it, and each waits for the others."""
+    """Whether ``flag`` holds on any process: the same answer on all, which must all call it."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else bool(flag)
 
 

@@ -136,7 +136,7 @@ def pretrain(
     """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory."""
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
     mesh = make_mesh(config)
-    stream = jax.device_put(stream, sharding.everywhere(mesh))
+    stream = sharding.put(stream, sharding.everywhere(mesh))
     create = functools.partial(init_state, config)
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(mesh, abstract, config.shard_state)

@@ -1,4 +1,7 @@
-"""A run's directory: config.json, metrics.jsonl, results.json and checkpoints/ of one configuration, never of two."""
+"""A run's directory: config.json, metrics.jsonl, results.json and checkpoints/ of one configuration, never of two.
+
+Several processes (``hosts``) share it: process 0 reads and writes its files, for all.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import jax
 
+from ckl_jax import hosts
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import append, resolved
@@ -24,12 +28,15 @@ class RunDirectory:
 
     def __init__(self, path: pathlib.Path, config: Mapping[str, Any]):
         self.path = resolved(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        hosts.of_first(lambda: self._open(config))
+        self.checkpoints = StateCheckpoints(self.path / "checkpoints")
+
+    def _open(self, config: Mapping[str, Any]) -> None:
         self._check(json.loads(json.dumps(config)))
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.json").exists():
             write_json(self.path / "config.json", config)
-        self.metrics_path = self.path / "metrics.jsonl"
-        self.checkpoints = StateCheckpoints(self.path / "checkpoints")
 
     def _check(self, config: Any) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -50,7 +57,7 @@ class RunDirectory:
 
     def rewind_metrics(self, step: int) -> None:
         """Drops metric lines after ``step`` (they will be computed again) and a half-written last line."""
-        if not self.metrics_path.exists():
+        if not hosts.is_first() or not self.metrics_path.exists():
             return
         lines = self.metrics_path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -60,22 +67,29 @@ class RunDirectory:
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
-        append(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
+        self._append(self.metrics_path, records)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
-        append(self.path / "seconds.jsonl", json.dumps({"step": step, "seconds": seconds}) + "\n")
+        self._append(self.path / "seconds.jsonl", [{"step": step, "seconds": seconds}])
+
+    def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+        if hosts.is_first():
+            append(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""
-        path = self.path / "seconds.jsonl"
-        return sum(json.loads(line)["seconds"] for line in path.read_text().splitlines()) if path.exists() else 0.0
+        return sum(record["seconds"] for record in self._records(self.path / "seconds.jsonl"))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far."""
-        if not self.metrics_path.exists():
-            return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        return self._records(self.metrics_path)
+
+    def _records(self, path: pathlib.Path) -> list[dict[str, Any]]:
+        def read() -> list[dict[str, Any]]:
+            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+        return hosts.of_first(read)
 
 
 def read_json(path: pathlib.Path, field: str) -> Any:
