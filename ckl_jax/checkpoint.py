@@ -2,6 +2,7 @@
 
 A SHA-256 manifest is written beside every checkpoint after it is complete and verified before it is read, because
 damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished.
+Several processes save and restore together: each writes and reads its own parts, process 0 the manifests.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ckl_jax import hosts
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
 from ckl_jax.paths import files_below, replace, resolved, writing
@@ -27,8 +29,9 @@ SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    replace(path, json.dumps(value, indent=2) + "\n")
+    """Writes JSON so that a reader sees the old file or the new one, never a part; of several processes 0 does."""
+    if hosts.is_first():
+        replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
@@ -74,10 +77,13 @@ class StateCheckpoints:
         """
         path = self.directory / str(step)
         with writing(path):
-            if path.exists():
+            if hosts.of_first(path.exists):
                 self.manager.delete(step)
             self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
             self.manager.wait_until_finished()
+        hosts.of_first(lambda: self._finish(path, history))
+
+    def _finish(self, path: pathlib.Path, history: Any) -> None:
         if history is not None:
             write_json(path / HISTORY_NAME, history)
         write_json(_manifest_path(path), _manifest(path))
@@ -95,23 +101,27 @@ class StateCheckpoints:
         Raises:
           ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
         """
+        step = hosts.of_first(self._newest)
+        if step is None:
+            return None
+        try:
+            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        except ValueError as error:
+            path = self.directory / str(step)
+            raise ConfigError(f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})") from error
+
+    def _newest(self) -> int | None:
         for step in sorted(self.manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            if not _manifest_path(path).exists():
-                continue
-            _verify(path)
-            try:
-                return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-            except ValueError as error:
-                raise ConfigError(
-                    f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})"
-                ) from error
+            if _manifest_path(path).exists():
+                _verify(path)
+                return step
         return None
 
     def restore_history(self, step: int) -> Any:
         """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
         path = self.directory / str(step) / HISTORY_NAME
-        return json.loads(path.read_text()) if path.exists() else None
+        return hosts.of_first(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def close(self) -> None:
         self.manager.close()
@@ -137,18 +147,21 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     directory = resolved(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
-    (directory / "model.json").unlink(missing_ok=True)
-    with writing(path):
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, model.params, force=True)
-        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
-    write_json(_manifest_path(path), _manifest(path))
+    hosts.of_first(lambda: (directory / "model.json").unlink(missing_ok=True))
+    with writing(path), ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, model.params, force=True)
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,
         "model": dataclasses.asdict(model.config),
         "made_by": made_by,
     }
-    write_json(directory / "model.json", description)
+
+    def describe() -> None:
+        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
+        write_json(_manifest_path(path), _manifest(path))
+        write_json(directory / "model.json", description)
+
+    hosts.of_first(describe)
 
 
 def load_model(directory: pathlib.Path) -> Model:
@@ -159,11 +172,7 @@ def load_model(directory: pathlib.Path) -> Model:
     """
     directory = resolved(directory)
     path = directory / "params"
-    needed = (directory / "model.json", _manifest_path(path), path)
-    complete = all(file.exists() for file in needed)
-    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    config, max_pretrain_digits = _read_description(directory / "model.json")
-    _verify(path)
+    config, max_pretrain_digits = hosts.together(lambda: _read_description(directory))
     tokens = jnp.zeros((1, 2), jnp.int32)
     wanted = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -175,6 +184,8 @@ def load_model(directory: pathlib.Path) -> Model:
                 raise ConfigError(
                     f"checkpoint: {directory} has {stored} for {name}, allowed is {expected} (model.json)"
                 )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # Not where they were saved from.
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
         return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
 
 
@@ -187,12 +198,17 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
+def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int]:
+    path, params = directory / "model.json", directory / "params"
+    complete = all(file.exists() for file in (path, _manifest_path(params), params))
+    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
     try:
         description = json.loads(path.read_text())
-        return ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
+        found = ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
+    _verify(params)
+    return found
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

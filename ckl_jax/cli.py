@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import tyro
 
-from ckl_jax import finite, paths, preemption
+from ckl_jax import finite, hosts, paths, preemption
 from ckl_jax.config import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -109,17 +109,29 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "ckl_jax" / "compiled"))
 
 
-def run(main: Callable[[Any], None], config_type: Any, preset: Callable[..., Any] | None = None) -> None:
+def run(
+    main: Callable[[Any], None],
+    config_type: Any,
+    preset: Callable[..., Any] | None = None,
+    *,
+    joins_hosts: bool = True,
+) -> None:
     """Parses the process's arguments and runs ``main``; what stops it is one line and an exit code.
 
     2: a ConfigError. 3: a loss or parameter is not finite. 75: stopped by SIGTERM, to go on with the same command. 1: a
     file cannot be written or read.
+
+    Args:
+      joins_hosts: become one of several processes where the environment says so (``hosts.start``).
     """
     _keep_freed_memory()
     _use_all_cores()
     _keep_compiled_programs()
     try:
-        main(parse(config_type, preset, sys.argv[1:]))
+        command = parse(config_type, preset, sys.argv[1:])
+        if joins_hosts:
+            hosts.start()
+        main(command)
     except ConfigError as error:
         _stop(f"error: {error}", 2)
     except finite.NotFiniteError as error:

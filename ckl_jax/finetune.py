@@ -152,10 +152,11 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         groups = [problems_lib.rows(packed, start, task.config.test_problems) for start in starts]
         rewards = []
         for group in groups:
-            mesh = sharding.make_mesh(num_runs, len(group.episodes_B))
+            rows, filled = len(group.episodes_B), sharding.filled_up(group)
+            mesh = sharding.make_mesh(num_runs, len(filled.episodes_B))
             shardings = sharding.state_shardings(mesh, policies, task.config.shard_state, sharding.RUN_AXIS)
-            policies = jax.device_put(policies, shardings)
-            rewards.append(np.asarray(_test_rewards(task, mesh, policies, group, length)))
+            policies = sharding.put(policies, shardings)
+            rewards.append(sharding.to_host(_test_rewards(task, mesh, policies, filled, length))[:, :rows])
         accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy
 
@@ -182,8 +183,8 @@ def finetune(
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
     mesh = make_mesh(config, len(runs))
-    hypers = jax.device_put(hypers, sharding.by_run(mesh))
-    ref_params = jax.device_put(model.params, sharding.everywhere(mesh))
+    hypers = sharding.put(hypers, sharding.by_run(mesh))
+    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
     create = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))
     abstract = jax.eval_shape(create, ref_params, hypers)
     shardings = sharding.state_shardings(mesh, abstract, config.shard_state, sharding.RUN_AXIS)
@@ -220,9 +221,9 @@ def finetune(
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
-        problems = jax.device_put(problems, sharding.by_run(mesh))
+        problems = sharding.put(problems, sharding.by_run(mesh))
         states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
-        metrics = jax.tree.map(np.asarray, metrics)
+        metrics = sharding.to_host(metrics)
         names = [run.name for run in runs]
         finite.require_metrics("round", done, names, metrics)
         finite.require_state("round", done + config.test_every, names, states, by_run=True)
@@ -237,7 +238,7 @@ def finetune(
         shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in by_arm.items())
         progress(f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)")
     for index, run in enumerate(runs):
-        policy = jax.tree.map(lambda x, index=index: np.asarray(x[index]), states.params["policy"])
+        policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         save_model(directory.path / run.name, Model(model.config, model.max_pretrain_digits, policy), made_by)
     return runs

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ckl_jax import sharding
+
 EXIT_CODE = 3
 # Causes come before effects: a policy's own numbers, the critic's, each term's gradient, and last the updates' means.
 _ORDER = ("loss", "grad_norm", "entropy", "kl", "explained_variance", "grad_norm/", "loss/")
@@ -57,7 +59,7 @@ def require_state(unit: str, done: int, runs: Sequence[str], state: Any, *, by_r
     Raises:
       NotFiniteError: with the unit, the run and the array's name.
     """
-    finite = jax.device_get(_all_finite(state, by_run))
+    finite = sharding.to_host(_all_finite(state, by_run))
     for path, of_runs in jax.tree_util.tree_leaves_with_path(finite):
         for run, is_finite in zip(runs, np.atleast_1d(of_runs), strict=True):
             if not is_finite:

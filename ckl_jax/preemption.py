@@ -8,8 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ckl_jax import hosts
+
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: the same command goes on; ``tpu_scripts/supervise.sh`` starts it again."""
+
+HOSTS_ASK_EVERY = 10
 
 _signalled = False
 
@@ -51,9 +55,12 @@ def deferred(then: Callable[[], object] = lambda: None) -> Iterator[None]:
         raise PreemptedError("what was done is saved")
 
 
-def requested() -> bool:
-    """Whether SIGTERM came, to this host or to another of the same job."""
-    return agreed(_signalled)
+def requested(step: int = 0) -> bool:
+    """Whether SIGTERM came, to this host or to another of the same job.
+
+    Several hosts ask each other at every tenth ``step`` only, as that waits for all that was dispatched.
+    """
+    return agreed(_signalled) if step % HOSTS_ASK_EVERY == 0 or not hosts.several() else False
 
 
 def agreed(requested: bool) -> bool:
@@ -61,4 +68,4 @@ def agreed(requested: bool) -> bool:
 
     Every host calls it at the same steps. With one process it is the argument.
     """
-    return requested
+    return hosts.any_host(requested)

@@ -144,7 +144,7 @@ def pretrain(
     run = f"seed {config.seed}"
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
     mesh = make_mesh(config)
-    stream = jax.device_put(stream, sharding.everywhere(mesh))
+    stream = sharding.put(stream, sharding.everywhere(mesh))
     create = functools.partial(init_state, config)
     abstract = jax.eval_shape(create)
     shardings = sharding.state_shardings(mesh, abstract, config.shard_state)
@@ -162,7 +162,7 @@ def pretrain(
                 state, metrics = train_step(config, state, stream)
                 history.append(metrics)
                 done += 1
-                stopping = preemption.requested()
+                stopping = preemption.requested(done)
         history = jax.device_get(history)
         values = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
         finite.require_metrics("step", logged, [run], jax.tree.map(lambda x: x[None], values))

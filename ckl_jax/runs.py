@@ -1,4 +1,7 @@
-"""A run's directory: config.json, metrics.jsonl, results.json and checkpoints/ of one configuration, never of two."""
+"""A run's directory: config.json, metrics.jsonl, results.json and checkpoints/ of one configuration, never of two.
+
+Several processes (``hosts``) share it: process 0 reads and writes its files, for all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ckl_jax import lock
+from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import append, in_bucket, replace, resolved
@@ -30,6 +33,11 @@ class RunDirectory:
     def __init__(self, path: pathlib.Path, config: Mapping[str, Any]):
         self.path = resolved(path)
         self.metrics_path, self._seconds_path = self.path / "metrics.jsonl", self.path / "seconds.jsonl"
+        self._lock: lock.DirectoryLock | None = None
+        hosts.of_first(lambda: self._open(config))
+        self.checkpoints = StateCheckpoints(self.path / "checkpoints")
+
+    def _open(self, config: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(config))
         try:
             self._check(wanted)
@@ -38,7 +46,6 @@ class RunDirectory:
             self._check(wanted)  # Again: until now another process may have had the directory.
             if not (self.path / "config.json").exists():
                 write_json(self.path / "config.json", config)
-            self.checkpoints = StateCheckpoints(self.path / "checkpoints")
         except OSError as error:
             raise ConfigError(
                 f"out: got {self.path}, allowed is a directory that can be written "
@@ -77,6 +84,9 @@ class RunDirectory:
           ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
             nothing is dropped.
         """
+        hosts.of_first(lambda: self._rewind(step, recorded))
+
+    def _rewind(self, step: int, recorded: int | None) -> None:
         records = _parse(self.metrics_path, "out", _whole_records) if self.metrics_path.exists() else []
         kept = [record for record in records if record["step"] <= step]
         last = kept[-1]["step"] if kept else None
@@ -91,20 +101,27 @@ class RunDirectory:
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
-        append(self.metrics_path, "".join(json.dumps(record) + "\n" for record in records))
+        self._append(self.metrics_path, records)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
-        append(self._seconds_path, json.dumps({"step": step, "seconds": seconds}) + "\n")
+        self._append(self._seconds_path, [{"step": step, "seconds": seconds}])
+
+    def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+        if hosts.is_first():
+            append(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""
-        records = read_metrics(self._seconds_path, "out") if self._seconds_path.exists() else []
-        return sum((record["seconds"] for record in records), 0.0)
+        return sum((record["seconds"] for record in _of_first(self._seconds_path)), 0.0)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far. Raises ConfigError like ``read_json``."""
-        return read_metrics(self.metrics_path, "out") if self.metrics_path.exists() else []
+        return _of_first(self.metrics_path)
+
+
+def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
+    return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
 
 
 def _is_left_over(file: pathlib.Path) -> bool:

@@ -225,4 +225,4 @@ def main(command: ReproduceCommand) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ReproduceCommand)
+    cli.run(main, ReproduceCommand, joins_hosts=False)  # Its items do.
