@@ -76,8 +76,9 @@ def _errors_as_one_line() -> Iterator[None]:
             raise
         frame = r"\x1b\[[0-9;]*m|\A[^\n]*\n\s*-+\s*$|^usage:.*|^\s*[╭╰].*|^[\s│]*[─-]+[\s│]*$"
         text = re.sub(frame, " ", printed.getvalue(), flags=re.MULTILINE).replace("│", " ")
-        line = " ".join(text.split()).partition(" For full helptext")[0]
-        raise ConfigError(re.sub("^Error parsing ", "", line)) from None
+        line = re.split(" For full helptext| Argument helptext:", " ".join(text.split()))[0]
+        foreign = r"^(Error parsing )?(\w+(Command|Config): )?|no type matching .* <class 'pathlib.Path'>: "
+        raise ConfigError(re.sub(foreign, "", line)) from None
 
 
 def _keep_freed_memory() -> None:

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from ckl_jax import addition
+from ckl_jax.errors import ConfigError as ConfigError
+from ckl_jax.errors import require, require_types
 
 Scale = Literal["tiny", "small", "gpt2"]
 Recipe = Literal["ours", "paper", "authors"]
@@ -14,16 +18,8 @@ Algorithm = Literal["a2c", "reinforce", "ppo", "grpo", "rloo"]
 CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
 KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
 AdvantageShaping = Literal["none", "top_entropy", "entropy_bonus", "gtpo"]
-
-
-class ConfigError(ValueError):
-    """What a user asked for cannot work; the message is one line that names the field and what is allowed."""
-
-
-def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """Raises a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{name}: got {value!r}, allowed is {allowed}")
+FLOAT32 = np.finfo(np.float32)
+MOST_LAYERS, MOST_WEIGHTS = 1_000, 10**10
 
 
 def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
@@ -34,8 +30,15 @@ def _require_number(config: Any, names: str, low: float, *, exclusive: bool = Fa
     bound = f"{'above' if exclusive else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
     for name in names.split():
         value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(number and (low < value if exclusive else low <= value) and value <= high, name, value, bound)
+        require(_in_32_bits(value), name, value, f"{bound}, and what 32 bits can hold")
+
+
+def _in_32_bits(value: float) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**31
+    return math.isfinite(value) and (value == 0 or float(FLOAT32.tiny) <= abs(value) <= float(FLOAT32.max))
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,21 @@ class ModelConfig:
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
 
     def __post_init__(self) -> None:
-        _require_number(self, "num_layers num_heads width block_size vocab_size attention_chunk", 1)
+        require_types(self)
+        _require_number(self, "num_heads width block_size vocab_size attention_chunk", 1)
+        _require_number(self, "num_layers", 1, high=MOST_LAYERS)
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads = {self.num_heads}")
         _require_number(self, "dropout", 0, high=0.99)
         _require_choice(self, "dtype", ("float32", "bfloat16"))
         _require_choice(self, "precision", ("default", "high", "highest"))
+        few = self.num_weights <= MOST_WEIGHTS
+        sizes = f"{self.num_weights:.3g} weights (num_layers, block_size and vocab_size count too)"
+        require(few, "width", self.width, f"what makes at most {MOST_WEIGHTS:.0e} weights, not {sizes}")
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of the matrices, which are nearly all parameters."""
+        return 12 * self.num_layers * self.width**2 + (self.vocab_size + self.block_size) * self.width
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,9 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        require(isinstance(self.model, ModelConfig), "model", self.model, "a ModelConfig")
         _require_number(self, "seed warmup_steps weight_decay", 0)
         _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
         require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
@@ -153,7 +168,7 @@ def pretrain_preset(scale: str) -> PretrainConfig:
         ),
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
     }
-    require(scale in presets, "scale", scale, " | ".join(presets))
+    require(scale in tuple(presets), "scale", scale, " | ".join(presets))
     return presets[scale]
 
 
@@ -290,6 +305,7 @@ class FinetuneConfig:
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_choice(self, "scale", ("tiny", "small", "gpt2"))
         _require_choice(self, "recipe", get_args(Recipe))
         _require_choice(self, "algorithm", get_args(Algorithm))
@@ -303,6 +319,7 @@ class FinetuneConfig:
         _require_number(
             self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
         )
+        _require_number(self, "reward_right reward_wrong", -1e6, high=1e6)
         _require_number(self, "rounds episodes epochs test_every test_problems", 1)
         _require_number(self, "minibatch_episodes minibatch_transitions", 1)
         _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)

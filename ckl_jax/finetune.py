@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
@@ -27,6 +26,7 @@ from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
 from ckl_jax.episodes import Hyper, Task
+from ckl_jax.errors import is_integer
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate
@@ -34,6 +34,7 @@ from ckl_jax.updates import RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
+MOST_SEEDS = 1_000
 
 
 class Run(NamedTuple):
@@ -71,7 +72,7 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     Raises:
       ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
     """
-    require(seeds >= 1, "seeds", seeds, "at least 1")
+    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
     require(len(arms) >= 1, "arms", dict(arms), "at least one")
     traced = tuple(name for name in Hyper._fields if name != "seed")
     runs, rows = [], []
@@ -82,9 +83,10 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
             runs.append(Run(arm, seed))
             numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
             rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": jnp.uint32, "kl_weights": jnp.int32}
+    types = {"seed": np.uint32, "kl_weights": np.int32}
     columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    return runs, Hyper(**{name: jnp.array(of_run, types.get(name, jnp.float32)) for name, of_run in columns.items()})
+    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
+    return runs, Hyper(**arrays)
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import token_weights
+from ckl_jax.arrays import require_array, require_integers, require_logits, require_temperature
 from ckl_jax.certainty import entropy_of
 from ckl_jax.config import require
 
@@ -24,6 +25,8 @@ KLKind = Literal["k1", "k2", "k3"]
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of ``values`` [...] over ``mask`` [...] in float32; 0 where no token is selected."""
+    for name, array in (("values", values), ("mask", mask)):
+        require_array(array, name)
     require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
     mask = mask.astype(bool)
     selected = jnp.where(mask, values.astype(jnp.float32), 0.0)
@@ -35,10 +38,15 @@ def token_log_probs(
 ) -> jax.Array:
     """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...].
 
-    With a ``mask`` [...], tokens outside it may be any number (padding of -100, say).
+    With a ``mask`` [...], tokens outside it may be any number (padding of -100, say). Elsewhere a token that the
+    vocabulary does not have, negative ones included, gives NaN.
     """
+    require_logits(logits)
+    require_integers(tokens, "tokens")
+    require(tokens.shape == logits.shape[:-1], "tokens", tokens.shape, f"one per distribution, {logits.shape[:-1]}")
     log_p = _log_softmax(logits, temperature, mask)
     tokens = _only(mask, tokens)
+    tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
     return _only(mask, jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0])
 
 
@@ -209,6 +217,7 @@ def _only(mask: jax.Array | None, values: jax.Array) -> jax.Array:
     """``values`` [...] where the mask is True, else 0; all of them without a mask."""
     if mask is None:
         return values
+    require_array(mask, "mask")
     require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
     return jnp.where(mask.astype(bool), values, 0)
 
@@ -226,7 +235,10 @@ def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | Non
 
 def _log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Array | None) -> jax.Array:
     """Of logits [..., V] over the temperature in float32; uniform where a mask [...] is False."""
+    require_logits(logits)
+    require_temperature(temperature)
     if mask is not None:
+        require_array(mask, "mask")
         require(logits.shape[:-1] == mask.shape, "mask", mask.shape, f"one entry per token, {logits.shape[:-1]}")
         logits = jnp.where(mask.astype(bool)[..., None], logits, 0)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)

@@ -17,17 +17,21 @@ from typing import cast
 import fsspec
 from etils import epath
 
-from ckl_jax.config import ConfigError
+from ckl_jax.config import ConfigError, require
 
 
 def parse(text: str) -> pathlib.Path:
     """A path as an option gives it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
 
     Raises:
-      ConfigError: another scheme than gs, no bucket, or gcsfs or google-cloud-storage is not installed.
+      ConfigError: nothing, or a newline or another character that is not printed; a path that the system refuses to
+        look at (too long, a loop of links); another scheme than gs, no bucket, or gcsfs or google-cloud-storage is not
+        installed.
     """
+    require(text != "" and text.isprintable(), "path", text, "one or more printable characters")
     scheme, separator, rest = text.partition("://")
     if not separator:
+        _require_reachable(pathlib.Path(text))
         return pathlib.Path(text)
     if scheme != "gs" or not rest.strip("/"):
         raise ConfigError(f"path: got {text}, allowed are local paths and gs://bucket/directory")
@@ -39,6 +43,23 @@ def parse(text: str) -> pathlib.Path:
             f"path: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
         ) from error
     return cast(pathlib.Path, epath.Path(text))
+
+
+def _require_reachable(path: pathlib.Path) -> None:
+    try:
+        path.stat()
+    except OSError as error:
+        is_new = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        require(is_new, "path", str(path), f"a path that the system can look at ({error.strerror})")
+
+
+def require_directory(path: pathlib.Path, field: str) -> None:
+    """Raises a ConfigError, under the name of the option ``field``, where no directory is nor can be made."""
+    if in_bucket(path):
+        return
+    nearest = next(place for place in (path, *resolved(path).parents) if place.exists())
+    fits = nearest.is_dir() and (nearest == path or os.access(nearest, os.W_OK | os.X_OK))
+    require(fits, field, str(path), f"a directory, or a place for a new one, which {nearest} is not")
 
 
 def in_bucket(path: pathlib.Path) -> bool:

@@ -28,6 +28,7 @@ from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
 from ckl_jax.model import GPT2, forward
+from ckl_jax.paths import require_directory
 from ckl_jax.runs import RunDirectory
 
 
@@ -199,6 +200,10 @@ class PretrainCommand:
     """Directory of the run: new, empty, or of the same command interrupted."""
     data_dir: pathlib.Path | None = None
     """Where TFDS keeps the dataset; default: TFDS's own default directory."""
+
+    def __post_init__(self) -> None:
+        if self.data_dir is not None:
+            require_directory(self.data_dir, "data_dir")
 
 
 def preset(scale: str = "tiny") -> PretrainCommand:

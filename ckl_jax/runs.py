@@ -17,7 +17,7 @@ import jax
 from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import append, in_bucket, replace, resolved
+from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
 
 
 class RunDirectory:
@@ -60,6 +60,7 @@ class RunDirectory:
     def _check(self, config: Any) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
+        require_directory(self.path, "out")
         existing = self.path / "config.json"
         if existing.exists():
             differing = sorted(_differences(read_json(existing, "out"), config))
@@ -168,7 +169,7 @@ def _whole_records(text: str) -> list[dict[str, Any]]:
 def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text())
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         allowed = f"allowed is a {path.name} as the run wrote it"
         raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error
 
@@ -203,8 +204,7 @@ def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | N
     Raises:
       ConfigError: ``directory`` is a file or holds a results.json that is damaged or of another command.
     """
-    is_file = directory.exists() and not directory.is_dir()
-    require(not is_file, "out", str(directory), "a directory")
+    require_directory(directory, "out")
     path = directory / "results.json"
     if not path.exists():
         return None

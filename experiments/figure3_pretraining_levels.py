@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import cli, plots
+from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
 from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset, require
 from ckl_jax.finetune import finetune, make_runs, make_task
@@ -229,11 +229,12 @@ def main(command: Figure3Command) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    results["claims"] = as_json(from_verdicts(results["verdicts"]))
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        results["claims"] = as_json(from_verdicts(results["verdicts"]))
+        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, command.out)
-    print(table(results))
-    print(f"{results['wall_seconds']:.0f} s of fine-tuning; results.json, figure3.png and .svg in {command.out}")
+    print(f"{shown}; results.json, figure3.png and .svg in {command.out}")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
+from ckl_jax.paths import require_directory
 from ckl_jax.runs import read_json
 from experiments import summary_page
 from experiments.child import run_process
@@ -61,7 +62,7 @@ class ReproduceCommand:
             unknown = sorted(set(given) - {item.name for item in ITEMS})
             require(not unknown, option, unknown, " | ".join(item.name for item in ITEMS))
         require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
-        require(not self.out.is_file(), "out", str(self.out), "a directory")
+        require_directory(self.out, "out")
         made = f"a directory that python -m ckl_jax.pretrain --scale {self.scale} wrote"
         require(self.scale == "tiny" or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
 
@@ -100,7 +101,7 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 
 def _one_problem(command: ReproduceCommand) -> list[str]:
     """Operands for figure 1, whose own are for the N of the model that ships."""
-    base = int(read_json(_model(command) / "model.json", "checkpoint")["max_pretrain_digits"])
+    _, base = foreign.model_description(_model(command) / "model.json")
     if command.checkpoint is None:
         return []
     (problem,) = addition.rl_problems(np.random.default_rng(0), 1, base + 1, base)
@@ -201,7 +202,8 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
 def main(command: ReproduceCommand) -> None:
     path = command.out / "reproduce.json"
     notes = read_json(path, "out") if path.exists() else {}
-    require(isinstance(notes, dict), "out", str(path), "a directory of an earlier call")
+    earlier = isinstance(notes, dict) and all(isinstance(note, dict) for note in notes.values())
+    require(earlier, "out", str(path), "a directory of an earlier call")
     chosen = [item for item in ITEMS if not command.items or item.name in command.items]
     if command.report_only:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
@@ -209,6 +211,7 @@ def main(command: ReproduceCommand) -> None:
         model = _model(command)
         complete = (model / "model.json").exists()
         require(complete, "checkpoint", str(model), "a directory with params/, params.sha256.json and model.json")
+        foreign.model_description(model / "model.json")
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)
