@@ -2,6 +2,7 @@
 
 A SHA-256 manifest is written beside every checkpoint after it is complete and verified before it is read, because
 damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished.
+Several processes save and restore together: each writes and reads its own parts, process 0 the manifests.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ckl_jax import foreign
+from ckl_jax import foreign, hosts
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, require_directory, resolved
+from ckl_jax.paths import files_below, replace, require_directory, resolved, writing
 
 Params = Any
+HISTORY_NAME = "history.json"
 SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    """Writes JSON so that a reader sees the old file or the new one, never a part; of several processes 0 does."""
+    if hosts.is_first():
+        replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
@@ -52,21 +53,37 @@ def _verify(directory: pathlib.Path) -> None:
 
 
 class StateCheckpoints:
-    """Numbered checkpoints of a train state under ``directory``; the newest two are kept."""
+    """Numbered checkpoints of a train state under ``directory``; the newest two are kept.
+
+    What an earlier process left half-written is removed, so one process at a time may have the directory.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes a checkpoint and its manifest; returns when both are on disk."""
+    def save(self, step: int, state: Any, history: Any = None) -> None:
+        """Writes a checkpoint and its manifest; returns when both are on disk.
+
+        Args:
+          history: what is to be restored beside the state, as JSON.
+
+        Raises:
+          OSError: a file cannot be written, and earlier checkpoints are kept.
+        """
         path = self.directory / str(step)
-        if path.exists():
-            self.manager.delete(step)
-        self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
-        self.manager.wait_until_finished()
+        with writing(path):
+            if hosts.of_first(path.exists):
+                self.manager.delete(step)
+            self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self.manager.wait_until_finished()
+        hosts.of_first(lambda: self._finish(path, history))
+
+    def _finish(self, path: pathlib.Path, history: Any) -> None:
+        if history is not None:
+            write_json(path / HISTORY_NAME, history)
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
         for stale in self.directory.glob("*.sha256.json"):
@@ -82,17 +99,28 @@ class StateCheckpoints:
         Raises:
           ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
         """
+        step = hosts.of_first(self._newest)
+        if step is None:
+            return None
+        path = self.directory / str(step)
+        with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as reader:
+            stored = _flat(_metadata(reader, path / "default"))
+            wanted = _flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
+            _require_same(path, _shapes(stored), _shapes(wanted), "this run")
+            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+
+    def _newest(self) -> int | None:
         for step in sorted(self.manager.all_steps(), reverse=True):
             path = self.directory / str(step)
-            if not _manifest_path(path).exists():
-                continue
-            _verify(path)
-            with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as reader:
-                stored = _flat(_metadata(reader, path / "default"))
-                wanted = _flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
-                _require_same(path, _shapes(stored), _shapes(wanted), "this run")
-                return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            if _manifest_path(path).exists():
+                _verify(path)
+                return step
         return None
+
+    def restore_history(self, step: int) -> Any:
+        """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
+        path = self.directory / str(step) / HISTORY_NAME
+        return hosts.of_first(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def close(self) -> None:
         self.manager.close()
@@ -107,26 +135,34 @@ class Model(NamedTuple):
 
 
 def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
-    """Writes ``directory/params``, its manifest and ``model.json``, replacing what is there.
+    """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
     Args:
       made_by: what a reader needs to make it again: command, seed, config.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     directory = resolved(directory)
     foreign.require_digits(model.max_pretrain_digits)
     require_directory(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
+    hosts.of_first(lambda: (directory / "model.json").unlink(missing_ok=True))
+    with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
-    (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
-    write_json(_manifest_path(path), _manifest(path))
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,
         "model": dataclasses.asdict(model.config),
         "made_by": made_by,
     }
-    write_json(directory / "model.json", description)
+
+    def describe() -> None:
+        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
+        write_json(_manifest_path(path), _manifest(path))
+        write_json(directory / "model.json", description)
+
+    hosts.of_first(describe)
 
 
 def load_model(directory: pathlib.Path) -> Model:
@@ -137,12 +173,7 @@ def load_model(directory: pathlib.Path) -> Model:
     """
     directory = resolved(directory)
     path = directory / "params"
-    needed = (directory / "model.json", _manifest_path(path), path)
-    complete = all(file.exists() for file in needed)
-    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    config, max_pretrain_digits = foreign.model_description(directory / "model.json")
-    _verify(path)
-    foreign.require_filled(path, config)
+    config, max_pretrain_digits = hosts.together(lambda: _read_description(directory))
     with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
         stored = _shapes(_metadata(checkpointer, path))
         few = config.num_layers <= len(stored)
@@ -152,6 +183,8 @@ def load_model(directory: pathlib.Path) -> Model:
         key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
         wanted = jax.eval_shape(GPT2(config).init, key, tokens)
         _require_same(directory, stored, _shapes(wanted), "model.json")
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # Not where they were saved from.
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
         params = checkpointer.restore(path, wanted)
     for name, leaf in jax.tree_util.tree_leaves_with_path(params):
         finite = bool(np.isfinite(np.asarray(leaf)).all())
@@ -167,6 +200,16 @@ def fingerprint(params: Params) -> str:
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(key)} {array.shape} {array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()
+
+
+def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int]:
+    path, params = directory / "model.json", directory / "params"
+    complete = all(file.exists() for file in (path, _manifest_path(params), params))
+    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
+    config, max_pretrain_digits = foreign.model_description(path)
+    _verify(params)
+    foreign.require_filled(params, config)
+    return config, max_pretrain_digits
 
 
 def _require_same(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any], of: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import tyro
 
-from ckl_jax import paths
+from ckl_jax import finite, hosts, paths, preemption
 from ckl_jax.config import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -110,13 +110,39 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "ckl_jax" / "compiled"))
 
 
-def run(main: Callable[[Any], None], config_type: Any, preset: Callable[..., Any] | None = None) -> None:
-    """Parses the process's arguments and runs ``main``; a ConfigError ends as one line and exit code 2."""
+def run(
+    main: Callable[[Any], None],
+    config_type: Any,
+    preset: Callable[..., Any] | None = None,
+    *,
+    joins_hosts: bool = True,
+) -> None:
+    """Parses the process's arguments and runs ``main``; what stops it is one line and an exit code.
+
+    2: a ConfigError. 3: a loss or parameter is not finite. 75: stopped by SIGTERM, to go on with the same command. 1: a
+    file cannot be written or read.
+
+    Args:
+      joins_hosts: become one of several processes where the environment says so (``hosts.start``).
+    """
     _keep_freed_memory()
     _use_all_cores()
     _keep_compiled_programs()
     try:
-        main(parse(config_type, preset, sys.argv[1:]))
+        command = parse(config_type, preset, sys.argv[1:])
+        if joins_hosts:
+            hosts.start()
+        main(command)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(f"error: {error}", 2)
+    except finite.NotFiniteError as error:
+        _stop(f"error: {error}", finite.EXIT_CODE)
+    except preemption.PreemptedError as stop:
+        _stop(f"stopped by SIGTERM: {stop}; the same command goes on from there", preemption.EXIT_CODE)
+    except OSError as error:
+        _stop(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 1)
+
+
+def _stop(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax import addition, cli, sharding
@@ -65,24 +64,23 @@ def judge(
     require_possible(model.config, packed, length, 1.0 if temperature is None else temperature, given_BxT)
     rewards = []
     for start in range(0, len(problems), BATCH):
-        group = problems_lib.rows(packed, start, BATCH)
-        given = None if given_BxT is None else jnp.asarray(given_BxT[start : start + BATCH])
-        mesh = sharding.make_mesh(1, len(group.episodes_B))
-        params = jax.device_put(model.params, sharding.everywhere(mesh))
+        group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
+        count = len(group[0].episodes_B)
+        group = sharding.filled_up(group)
+        mesh = sharding.make_mesh(1, len(group[0].episodes_B))
+        params = sharding.put(model.params, sharding.everywhere(mesh))
         with jax.set_mesh(mesh):
-            rewards.append(
-                _rewards(
-                    model.config,
-                    params,
-                    group,
-                    given,
-                    jax.random.key(seed),
-                    max_length=length,
-                    temperature=1.0 if temperature is None else temperature,
-                    greedy=temperature is None,
-                )
+            found = _rewards(
+                model.config,
+                params,
+                *group,
+                jax.random.key(seed),
+                max_length=length,
+                temperature=1.0 if temperature is None else temperature,
+                greedy=temperature is None,
             )
-    return np.concatenate(rewards)
+        rewards.append((found, count))
+    return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])
 
 
 def longest_episode(digits: int, extra_length: int = addition.EXTRA_LENGTH) -> int:

@@ -21,16 +21,16 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding, token_weights
+from ckl_jax import addition, cli, finite, preemption, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig, finetune_preset, require
-from ckl_jax.episodes import Task
+from ckl_jax.episodes import Hyper, Task
 from ckl_jax.errors import is_integer
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate
-from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
+from ckl_jax.updates import RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
@@ -90,10 +90,11 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
-    """The problems of one round: the same for all arms of a seed."""
-    rng = np.random.default_rng([seed, round_index])
-    drawn = addition.rl_problems(rng, task.config.episodes, task.digits, task.max_pretrain_digits)
-    return problems_lib.pack(drawn, task.digits, task.max_pretrain_digits)
+    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
+    rng, group = np.random.default_rng([seed, round_index]), task.config.group_size
+    drawn = addition.rl_problems(rng, task.config.episodes // group, task.digits, task.max_pretrain_digits)
+    repeated = [problem for problem in drawn for _ in range(group)]
+    return problems_lib.pack(repeated, task.digits, task.max_pretrain_digits)
 
 
 def _stack(items: list[Any]) -> Any:
@@ -102,7 +103,7 @@ def _stack(items: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
-    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
+    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the test temperature."""
     config = task.config
 
     def run_test(problems, axis_name, params):
@@ -116,7 +117,7 @@ def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max
                 how=config.rollout,
                 batch=config.rollout_batch,
                 max_length=max_length,
-                temperature=config.temperature,
+                temperature=config.test_temperature,
                 axis_name=axis_name,
             ).trajectory.reward_B
 
@@ -153,14 +154,16 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
         groups = [problems_lib.rows(packed, start, task.config.test_problems) for start in starts]
         rewards = []
         for group in groups:
-            mesh = sharding.make_mesh(num_runs, len(group.episodes_B))
+            rows, filled = len(group.episodes_B), sharding.filled_up(group)
+            mesh = sharding.make_mesh(num_runs, len(filled.episodes_B))
             shardings = sharding.state_shardings(mesh, policies, task.config.shard_state, sharding.RUN_AXIS)
-            policies = jax.device_put(policies, shardings)
-            rewards.append(np.asarray(_test_rewards(task, mesh, policies, group, length)))
+            policies = sharding.put(policies, shardings)
+            rewards.append(sharding.to_host(_test_rewards(task, mesh, policies, filled, length))[:, :rows])
         accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
     return accuracy
 
 
+@preemption.deferred()
 def finetune(
     config: FinetuneConfig,
     model: Model,
@@ -173,19 +176,24 @@ def finetune(
 
     The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
     ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
+
+    Raises:
+      PreemptedError: SIGTERM came, and the rounds up to the next test are done and saved.
+      NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
+      OSError: a file cannot be written. All three leave what was saved before.
     """
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
     mesh = make_mesh(config, len(runs))
-    hypers = jax.device_put(hypers, sharding.by_run(mesh))
-    ref_params = jax.device_put(model.params, sharding.everywhere(mesh))
+    hypers = sharding.put(hypers, sharding.by_run(mesh))
+    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
     create = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))
     abstract = jax.eval_shape(create, ref_params, hypers)
     shardings = sharding.state_shardings(mesh, abstract, config.shard_state, sharding.RUN_AXIS)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-    directory.rewind_metrics(done if restored else -1)
+    directory.rewind_metrics(done if restored else -1, recorded=done if restored else None)
     start, first = time.monotonic(), done
 
     def run_test(step: int, states: RunState) -> np.ndarray:
@@ -210,12 +218,18 @@ def finetune(
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
+        if preemption.requested():
+            raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
-        problems = jax.device_put(problems, sharding.by_run(mesh))
+        problems = sharding.put(problems, sharding.by_run(mesh))
         states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
-        directory.log(_round_records(runs, done, jax.tree.map(np.asarray, metrics)))
+        metrics = sharding.to_host(metrics)
+        names = [run.name for run in runs]
+        finite.require_metrics("round", done, names, metrics)
+        finite.require_state("round", done + config.test_every, names, states, by_run=True)
+        directory.log(_round_records(runs, done, metrics))
         done += config.test_every
         target = run_test(done, states)
         directory.checkpoints.save(done, states)
@@ -226,7 +240,7 @@ def finetune(
         shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in by_arm.items())
         progress(f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)")
     for index, run in enumerate(runs):
-        policy = jax.tree.map(lambda x, index=index: np.asarray(x[index]), states.params["policy"])
+        policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         save_model(directory.path / run.name, Model(model.config, model.max_pretrain_digits, policy), made_by)
     return runs

@@ -5,9 +5,12 @@ What epath lacks in a bucket is here: ``resolve``, ``rglob`` and appending. Chec
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import cast
 
@@ -80,8 +83,40 @@ def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def append(path: pathlib.Path, text: str) -> None:
     """Adds text to the end of a file. An object in a bucket cannot grow: it is written anew, which happens whole."""
-    if in_bucket(path):
-        path.write_text((path.read_text() if path.exists() else "") + text)
-    else:
-        with path.open("a") as file:
-            file.write(text)
+    with writing(path):
+        if in_bucket(path):
+            path.write_text((path.read_text() if path.exists() else "") + text)
+        else:
+            with path.open("a") as file:
+                file.write(text)
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Every failure to write inside, a full disk say, is an OSError that names a file.
+
+    Python's own names none once a file is open, and TensorStore's is a ValueError, which Orbax logs once per thread.
+    """
+    log = logging.getLogger("absl")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
+    finally:
+        log.disabled = disabled

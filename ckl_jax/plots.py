@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ckl_jax import report
+from ckl_jax import hosts, report
 from ckl_jax.report import Character, Scratchpad
 from ckl_jax.statistics import mean_intervals
 
@@ -72,8 +72,8 @@ def points(
 
 
 def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
-    """Writes ``name.png`` and ``name.svg`` and closes the figure."""
-    for suffix in ("png", "svg"):
+    """Writes ``name.png`` and ``name.svg``, of several processes 0 does, and closes the figure."""
+    for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
         (directory / f"{name}.{suffix}").write_bytes(drawn.getvalue())

@@ -2,6 +2,9 @@
 
 Rollouts are computed device by device on their own rows and wait for nobody; everything else is one program over all
 rows that XLA partitions, so that means, minibatches and gradients are those of the whole batch.
+
+Where there are several processes (``hosts``), the devices are those of all, as many of each: every process takes part
+in every program. What enters one is the same on all of them, drawn from the seed, and each keeps its own part.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ckl_jax import hosts
 from ckl_jax.config import require
 
 RUN_AXIS, DATA_AXIS = "run", "data"
@@ -43,9 +47,54 @@ def make_mesh(num_runs: int, num_rows: int, run_devices: int | None = None, data
         allowed = f"one of {allowed_rows} ({num_rows} rows to share, {at_most} devices)"
         require(data_devices in allowed_rows, "data_devices", data_devices, allowed)
         allowed_rows = [data_devices]
-    fitting = [(runs, rows) for runs in allowed_runs for rows in allowed_rows if runs * rows <= len(devices)]
+    shapes = [(runs, rows) for runs in allowed_runs for rows in allowed_rows if runs * rows <= len(devices)]
+    processes = sorted({device.process_index for device in devices})
+    fitting = [shape for shape in shapes if shape[0] * shape[1] % len(processes) == 0]
+    shared = f"one that evenly shares {num_runs} runs, or {num_rows} rows of each, or both"
+    require(len(fitting) >= 1, "number of processes", len(processes), shared)
     shape = max(fitting, key=lambda shape: (shape[0] * shape[1], shape[0]))
-    return Mesh(np.array(devices[: shape[0] * shape[1]]).reshape(shape), (RUN_AXIS, DATA_AXIS))
+    of_each = shape[0] * shape[1] // len(processes)
+    chosen = [own for process in processes for own in [d for d in devices if d.process_index == process][:of_each]]
+    return Mesh(np.array(chosen).reshape(shape), (RUN_AXIS, DATA_AXIS))
+
+
+def filled_up(rows: Any) -> Any:
+    """The same arrays where there is one process; else with rows again behind the last, for every device as many.
+
+    So every process can take part in what is computed of any number of rows; the results of the rest are dropped.
+    """
+    if not hosts.several():
+        return rows
+    count = jax.tree.leaves(rows)[0].shape[0]
+    index = np.arange(-(-count // jax.device_count()) * jax.device_count()) % count
+    return jax.tree.map(lambda x: x[index], rows)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """``jax.device_put``, also onto a mesh of several processes: of what each has whole, or of global arrays."""
+    if not hosts.several():
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if x.sharding.device_set == sharding.device_set:
+            return jax.device_put(x, sharding)
+        x = to_host(x)
+    return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of the whole values on every process; all must call it."""
+    if hosts.several():
+        replicated = jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, ALL), tree)
+        tree = jax.jit(_same, out_shardings=replicated)(tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def by_run(mesh: Mesh) -> NamedSharding:

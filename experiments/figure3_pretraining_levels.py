@@ -194,12 +194,13 @@ def measure(command: Figure3Command) -> dict[str, Any]:
     """All runs with their verdicts, config, device and wall seconds of the fine-tuning."""
     settings = {"finetune": dataclasses.asdict(command.finetune), "extra_digits": list(command.extra_digits)}
     described = {"command": COMMAND, "models": command.models.describe(), "seeds": command.seeds, **settings}
-    RunDirectory(command.out, described).checkpoints.close()
+    whole = RunDirectory(command.out, described)
     runs = []
     for config in command.models.configs:
         model = command.models.load(config)
         for extra in command.extra_digits:
             runs.append(run_target(command, model, extra))
+    whole.close()
     return {
         "runs": runs,
         "verdicts": verdicts(runs),
@@ -217,7 +218,7 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     directory = RunDirectory(command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings})
     print(f"N = {base}, {base + extra} digits, {command.seeds} seeds: {directory.path}", flush=True)
     finetune(config, model, directory, {ARM: {}}, command.seeds)
-    directory.checkpoints.close()
+    directory.close()
     found = summarize(config, base, command.seeds, directory.metrics())
     return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
 

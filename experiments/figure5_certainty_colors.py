@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, plots, report
+from ckl_jax import addition, cli, critical, hosts, plots, report
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Sampling
@@ -227,7 +227,8 @@ def main(command: Figure5Command) -> None:
         summaries[name] = {"checkpoint": fingerprint(policy.params), **summarize(found), "shown": shown}
     command.out.mkdir(parents=True, exist_ok=True)
     title = f"Where a model pre-trained on {digits - 1} digits is unsure when it adds {digits} digits"
-    (command.out / "figure5.html").write_text(report.page(title, INTRODUCTION, sections))
+    if hosts.is_first():
+        (command.out / "figure5.html").write_text(report.page(title, INTRODUCTION, sections))
     plots.save(plots.scratchpads([(part.title, one_of_each(part)) for part in sections]), command.out, "figure5")
     config = {"command": "experiments.figure5_certainty_colors", **dataclasses.asdict(command)}
     for name in ("checkpoint", "finetuned", "out"):

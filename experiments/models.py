@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
+from ckl_jax import hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
 from ckl_jax.paths import require_directory
@@ -88,10 +89,10 @@ def pretrained(
         return SHIPPED_TINY
     name = f"{config.scale}_N{config.max_digits}"
     run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})
-    if not (run.path / "model.json").exists():  # It is written last.
+    if not hosts.of_first((run.path / "model.json").exists):  # It is written last.
         progress(f"pre-training {name} in {run.path}")
         pretrain(config, run, data_dir, lambda line: progress(f"{name}: {line}"))
-    run.checkpoints.close()
+    run.close()
     return run.path
 
 

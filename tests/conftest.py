@@ -3,9 +3,8 @@
 import os
 import pathlib
 
-DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("NPROC", str(2 * DEVICES))  # As cli._use_all_cores.
+os.environ.setdefault("NPROC", "16")  # Twice the devices, as cli does.
 
 import jax
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from ckl_jax.config import ModelConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", DEVICES)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 
 

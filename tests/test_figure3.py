@@ -25,7 +25,7 @@ def records(seeds, before, after):
         for step, solved in enumerate((before, 50, last)):
             found.append({**at, "step": step, "test_problems": 100, "test_target": solved / 100, "test_old": 0.9})
         found += [{**at, "step": step, "success": 0.1 * step, "kl": 0.01 * seed} for step in (1, 2)]
-    return found
+    return sorted(found, key=lambda record: record["step"])
 
 
 def run(base, extra, before, after, seed=0):

@@ -17,9 +17,10 @@ from ckl_jax.datasets.stream import Windows
 from ckl_jax.episodes import collect, weighed
 from ckl_jax.finetune import draw_problems, make_runs, make_task
 from ckl_jax.model import GPT2, forward, values
+from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import next_token_loss
 from ckl_jax.rollout import answer_mask, rollout, score
-from ckl_jax.updates import init_run, loss_terms
+from ckl_jax.updates import init_run
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 

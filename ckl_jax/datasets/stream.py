@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import addition, hosts
 from ckl_jax.config import require
 from ckl_jax.datasets.scratchpads import Scratchpads
 
@@ -34,8 +34,17 @@ class Windows(NamedTuple):
 def load_stream(
     max_digits: int, num_examples: int, seed: int = 0, split: str = "train", data_dir: str | pathlib.Path | None = None
 ) -> TokenStream:
-    """Prepares the TFDS dataset if it is not there yet and reads a split into host memory."""
+    """Prepares the TFDS dataset if it is not there yet and reads a split into host memory.
+
+    Of several processes 0 does, and hands it to the others: they need no dataset, and none is prepared twice.
+    """
     require(split in ("train", "test"), "split", split, "train | test")
+    return hosts.of_first(lambda: _read_stream(max_digits, num_examples, seed, split, data_dir))
+
+
+def _read_stream(
+    max_digits: int, num_examples: int, seed: int, split: str, data_dir: str | pathlib.Path | None
+) -> TokenStream:
     directory = None if data_dir is None else str(data_dir)
     builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, data_dir=directory)
     builder.download_and_prepare()

@@ -1,0 +1,75 @@
+"""One of two processes that ``test_hosts`` starts: what each finds when they agree, as JSON in DIRECTORY/<its number>.
+
+python tests/host_worker.py DIRECTORY
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from ckl_jax import addition, hosts, sharding
+from ckl_jax.checkpoint import load_model
+from ckl_jax.config import ConfigError
+from ckl_jax.evaluate import judge
+from ckl_jax.runs import RunDirectory
+
+
+def refusal(call, *arguments):
+    try:
+        call(*arguments)
+    except ConfigError as error:
+        return str(error)
+
+
+def refuse(where):
+    if jax.process_index() == where:
+        raise ConfigError(f"refused by {where}")
+
+
+def judged(model):
+    """Whether three answers are right that are given whole, the second with another number's result."""
+    problems = [addition.Problem(1, 2), addition.Problem(3, 4), addition.Problem(5, 6)]
+    texts = [addition.answer_text(a, b) for a, b in ((1, 2), (3, 5), (5, 6))]
+    given_BxT = np.full((3, max(map(len, texts))), -1)
+    for row, text in enumerate(texts):
+        given_BxT[row, : len(text)] = addition.encode(text)
+    return judge(model, problems, 1, given_BxT=given_BxT).tolist()
+
+
+def run_directory(directory):
+    run = RunDirectory(directory / "run", {"seed": 0})
+    run.log([{"step": 1}])
+    run.log_seconds(1, 2.0)
+    run.log([{"step": 2}])
+    run.rewind_metrics(1)
+    return run.metrics(), run.seconds()
+
+
+def main(directory):
+    hosts.start()
+    print(f"process {jax.process_index()}")
+    mesh = sharding.make_mesh(2, 1)
+    by_run = sharding.put(np.arange(6).reshape(2, 3), sharding.by_run(mesh))
+    found = {
+        "several": hosts.several(),
+        "first": hosts.is_first(),
+        "any": [hosts.any_host(jax.process_index() == number) for number in range(3)],
+        "of_first": hosts.of_first(lambda: np.full(5000, 7 + jax.process_index())).tolist() == [7] * 5000,
+        "of_first refused": refusal(hosts.of_first, lambda: refuse(0)),
+        "together": hosts.together(jax.process_index),
+        "together refused": [refusal(hosts.together, lambda number=number: refuse(number)) for number in range(2)],
+        "own part": np.asarray(by_run.addressable_data(0)).tolist(),
+        "whole": sharding.to_host(by_run).tolist(),
+        "uneven": refusal(sharding.make_mesh, 1, 3),
+        "judged": judged(load_model(directory / "model")),
+        "records": run_directory(directory),
+        "another run": refusal(RunDirectory, directory / "run", {"seed": 1}),
+    }
+    (directory / str(jax.process_index())).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,254 @@
+"""Several processes as one program: what the environment must say, and two real ones against a single one."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import hosts
+from ckl_jax.checkpoint import Model, load_model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.model import GPT2
+
+ROOT = pathlib.Path(__file__).parent.parent
+SETTINGS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+PRETRAIN = """
+    --max-digits 1 --num-documents 60 --packing documents --batch-size 4 --num-steps 6 --warmup-steps 2
+    --checkpoint-every 2 --eval-problems 3 --optimizer adamw --learning-rate 1e-3 --model.num-layers 1
+    --model.num-heads 2 --model.width 16 --model.block-size 280 --model.attention-chunk 64 --shard-state True
+"""
+FINETUNE = """
+    --rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 3
+    --final-problems 6 --old-problems 3 --extra-length 5 --learning-rate 1e-2 --adam-epsilon 1e-3 --rollout plain
+    --beta 2 --seeds 1
+"""
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments of calls of ``jax.distributed.initialize``, in an environment that names no hosts."""
+    for name in (*SETTINGS, "CKL_HOSTS"):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+def test_a_process_on_its_own_is_the_first_and_agrees_with_itself(joined):
+    hosts.start()
+    assert joined == []
+    assert hosts.is_first()
+    assert not hosts.several()
+    assert (hosts.any_host(True), hosts.any_host(False)) == (True, False)
+    assert hosts.of_first(lambda: "found") == hosts.together(lambda: "found") == "found"
+
+
+@pytest.mark.parametrize("call", [hosts.of_first, hosts.together])
+def test_what_is_refused_on_its_own_is_raised_as_it_is(call):
+    error = ConfigError("out: got nothing")
+
+    def refuse():
+        raise error
+
+    with pytest.raises(ConfigError) as caught:
+        call(refuse)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments"),
+    [
+        (SETTINGS, {"coordinator_address": "10.0.0.1:8476", "num_processes": 2, "process_id": 1}),
+        ({"CKL_HOSTS": "auto"}, {}),
+    ],
+)
+def test_the_environment_says_which_others_are_joined_and_is_not_passed_on(joined, monkeypatch, settings, arguments):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    hosts.start()
+    hosts.start()
+    assert joined == [arguments]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_PROCESS_ID: got '', allowed is a value where JAX_COORDINATOR_ADDRESS has one"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "JAX_COORDINATOR_ADDRESS: got '', allowed is a value where JAX_NUM"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "JAX_COORDINATOR_ADDRESS: got '10.0.0.1', allowed is host:port"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:70000"}, "JAX_COORDINATOR_ADDRESS: got 'host:70000', allowed is host:port"),
+        ({"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES: got '0', allowed is a number of at least 1"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES: got 'two', allowed is a number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: got '2', allowed is 0 to 1, below JAX_NUM_PROCESSES = 2"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID: got '-1', allowed is 0 to 1"),
+        ({"CKL_HOSTS": "auto"}, "CKL_HOSTS: got 'auto', allowed is only without JAX_COORDINATOR_ADDRESS"),
+        (dict.fromkeys(SETTINGS, "") | {"CKL_HOSTS": "2"}, "CKL_HOSTS: got '2', allowed is auto"),
+    ],
+)
+def test_settings_that_are_partial_or_cannot_work_are_refused_by_name(joined, monkeypatch, change, said):
+    for name, value in (SETTINGS | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        hosts.start()
+    assert str(caught.value).startswith(said)
+    assert joined == []
+
+
+def test_others_that_are_not_found_are_one_line(joined, monkeypatch):
+    def fail(**arguments):
+        raise ValueError("coordinator_address\n should be defined.")
+
+    monkeypatch.setenv("CKL_HOSTS", "auto")
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ConfigError, match=r"^hosts: .* CKL_HOSTS=auto \(ValueError: coordinator_address should be def"):
+        hosts.start()
+
+
+class Machine:
+    """Starts processes that share a directory, a model in it, and compiled programs."""
+
+    def __init__(self, path):
+        self.path = path
+        self.environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "CKL_HOSTS")}
+        self.environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            "JAX_COMPILATION_CACHE_DIR": str(path / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def start(self, count, *words):
+        """That many processes that run ``python words``, as one program where there are several."""
+        with socket.socket() as server:
+            server.bind(("localhost", 0))
+            address = f"localhost:{server.getsockname()[1]}"
+        started = []
+        for index in range(count):
+            joining = dict(zip(SETTINGS, (address, str(count), str(index)), strict=True)) if count > 1 else {}
+            with (self.path / f"errors_{index}.txt").open("w") as errors:
+                arguments = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "cwd": ROOT}
+                environment = self.environment | joining
+                started.append(subprocess.Popen([sys.executable, *map(str, words)], env=environment, **arguments))
+        return started
+
+    def run(self, count, *words):
+        """The lines that process 0 prints; the others print none."""
+        started = self.start(count, *words)
+        printed = [process.communicate(timeout=300)[0] for process in started]
+        errors = [(self.path / f"errors_{index}.txt").read_text() for index in range(count)]
+        assert [process.returncode for process in started] == [0] * count, errors
+        assert not any(printed[1:])
+        return [line for line in printed[0].splitlines() if not line.startswith("[Gloo]")]
+
+    def kill_after(self, start, count, *words):
+        """Kills all processes as soon as process 0 has printed a line that starts so."""
+        started = self.start(count, *words)
+        try:
+            seen = any(line.startswith(start) for line in iter(started[0].stdout.readline, ""))
+            assert seen, [(self.path / f"errors_{index}.txt").read_text() for index in range(count)]
+        finally:
+            for process in started:
+                process.kill()
+                process.communicate()
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("hosts")
+    config = dataclasses.replace(small_model, num_layers=1)
+    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(path / "model", Model(config, 1, params), {})
+    return Machine(path)
+
+
+def records(directory, arm=None):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if arm in (None, record.get("arm"))]
+
+
+def assert_same_records(found, expected):
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"arm"}:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=3e-5, err_msg=name)
+
+
+def assert_same_model(found, expected):
+    chex.assert_trees_all_close(load_model(found).params, load_model(expected).params, rtol=1e-3, atol=3e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_share_files_and_devices(machine):
+    assert machine.run(2, "tests/host_worker.py", machine.path) == ["process 0"]
+    first, second = (json.loads((machine.path / str(index)).read_text()) for index in range(2))
+    other = "hosts: another process cannot go on, and says why"
+    differing = {
+        "first": (True, False),
+        "together": (0, 1),
+        "together refused": (["refused by 0", other], [other, "refused by 1"]),
+        "own part": ([[0, 1, 2]], [[3, 4, 5]]),
+    }
+    assert {name: (first.pop(name), second.pop(name)) for name in differing} == differing
+    assert first == second
+    assert first == {
+        "several": True,
+        "any": [True, True, False],
+        "of_first": True,
+        "of_first refused": "refused by 0",
+        "whole": [[0, 1, 2], [3, 4, 5]],
+        "uneven": "number of processes: got 2, allowed is one that evenly shares 1 runs, or 3 rows of each, or both",
+        "judged": [1.0, 0.0, 1.0],
+        "records": [[{"step": 1}], 2.0],
+        "another run": first["another run"],
+    }
+    assert "holds a run with another config (differing: seed)" in first["another run"]
+
+
+@pytest.mark.slow
+def test_pretraining_by_two_processes_stopped_and_resumed_is_that_by_one(machine):
+    words = ["-m", "ckl_jax.pretrain", *PRETRAIN.split(), "--data-dir", machine.path / "tfds", "--out"]
+    alone, together = machine.path / "pretrained_alone", machine.path / "pretrained"
+    machine.run(1, *words, alone)
+    machine.kill_after("step 2/6", 2, *words, together)
+    assert (together / "checkpoints" / "2" / "default" / "ocdbt.process_1").is_dir()
+    lines = machine.run(2, *words, together)
+    assert not any(line.startswith("step 2/6") for line in lines)
+    assert_same_records(records(together), records(alone))
+    assert_same_model(together, alone)
+
+
+@pytest.mark.slow
+def test_figure4_by_two_processes_stopped_and_resumed_and_its_episodes_shared_are_those_by_one(machine):
+    words = [*FINETUNE.split(), "--checkpoint", machine.path / "model", "--out"]
+    alone, by_run, by_row = (machine.path / name for name in ("alone", "by_run", "by_row"))
+    figure4 = ["-m", "experiments.figure4_prioritized_kl", *words]
+    machine.run(1, *figure4, alone)
+
+    machine.kill_after("round 1/2", 2, *figure4, by_run)
+    lines = machine.run(2, *figure4, by_run)
+    assert [line.split(":")[0] for line in lines if line.startswith(("before", "round"))] == ["round 2/2"]
+    assert_same_records(records(by_run), records(alone))
+    for arm in ("standard", "prioritized"):
+        assert_same_model(by_run / arm / "seed_0", alone / arm / "seed_0")
+    assert {path.name for path in by_run.iterdir()} == {path.name for path in alone.iterdir()}
+
+    finetune = ["-m", "ckl_jax.finetune", "--shard-state", "True", *words]
+    machine.run(2, *finetune, by_row)
+    assert (by_row / "checkpoints" / "2" / "default" / "ocdbt.process_1").is_dir()
+    expected = [record | {"arm": "run"} for record in records(alone, "prioritized")]
+    assert_same_records(records(by_row), expected)
+    assert_same_model(by_row / "run" / "seed_0", alone / "prioritized" / "seed_0")
