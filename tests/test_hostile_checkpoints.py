@@ -11,16 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hostile import CANARY, PICKLE, refusal
+from hostile import CANARY, PICKLE, refusal, saved_model
 
 from ckl_jax import checkpoint
-from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model, write_json
-from ckl_jax.config import ConfigError, ModelConfig
-from ckl_jax.model import GPT2
+from ckl_jax.checkpoint import StateCheckpoints, load_model, save_model, write_json
+from ckl_jax.config import ConfigError
 
 # Orbax leaves threads of its own behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-CONFIG = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
 WHERE = r"\S*model"
 DESCRIPTION = rf"checkpoint: {WHERE}/model\.json is no model description "
 DAMAGED = r" is damaged \(.+\); allowed is what the command that made it wrote"
@@ -30,12 +28,7 @@ PLAIN = r"allowed is a plain file or directory: links are not followed"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("good") / "model"
-    abstract = jax.eval_shape(lambda: GPT2(CONFIG).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
-    save_model(directory, Model(CONFIG, 1, params), {})
-    return directory
+    return saved_model(tmp_path_factory.mktemp("good") / "model")
 
 
 @pytest.fixture

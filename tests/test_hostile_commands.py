@@ -1,6 +1,5 @@
 """Bad input to every command: one line that names the field and what is allowed, exit code 2, and nothing touched."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -10,35 +9,14 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hostile import CANARY, PICKLE, CompiledError, refusal
+from hostile import CANARY, PICKLE, TYPES, CompiledError, refusal, refused_command, saved_model
 
-from ckl_jax import checkpoint, cli
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ModelConfig
-from ckl_jax.model import GPT2
+from ckl_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results" / "tiny"
-TYPES = {
-    "ckl_jax.pretrain": "PretrainCommand",
-    "ckl_jax.finetune": "FinetuneCommand",
-    "ckl_jax.evaluate": "EvaluateConfig",
-    "experiments.figure1_scratchpad": "Figure1Command",
-    "experiments.figure2_pretraining": "Figure2Command",
-    "experiments.figure3_pretraining_levels": "Figure3Command",
-    "experiments.figure4_prioritized_kl": "Figure4Command",
-    "experiments.figure5_certainty_colors": "Figure5Command",
-    "experiments.figure6_beta_sweep": "Figure6Command",
-    "experiments.figure7_critical_tokens": "Figure7Command",
-    "experiments.table1_certainty_gap": "Table1Command",
-    "experiments.critical_token_discovery": "DiscoveryCommand",
-    "experiments.controls": "ControlsCommand",
-    "experiments.reproduce": "ReproduceCommand",
-    "experiments.benchmark": "BenchmarkCommand",
-}
 WITH_OUT = [name for name in TYPES if name != "ckl_jax.evaluate"]
 WITH_CHECKPOINT = [
     name
@@ -51,12 +29,7 @@ PLOT_ONLY += ["experiments.figure7_critical_tokens", "experiments.critical_token
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    config = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
-    abstract = jax.eval_shape(lambda: GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    directory = tmp_path_factory.mktemp("good") / "model"
-    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), abstract)
-    save_model(directory, Model(config, 1, params), {})
-    return directory
+    return saved_model(tmp_path_factory.mktemp("good") / "model")
 
 
 @pytest.fixture
@@ -78,17 +51,6 @@ def test_every_command_is_in_the_table():
     modules = [*(ROOT / "ckl_jax").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
     with_main = {f"{path.parent.name}.{path.stem}" for path in modules if "cli.run(main" in path.read_text()}
     assert with_main == set(TYPES)
-
-
-def _refused(here, capsys, monkeypatch, name, arguments, expected):
-    module = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    with refusal(here), pytest.raises(SystemExit) as stop:
-        cli.run(module.main, getattr(module, TYPES[name]), getattr(module, "preset", None))
-    printed = capsys.readouterr()
-    assert stop.value.code == 2
-    assert printed.out == ""
-    assert re.fullmatch(rf"error: {expected}\n", printed.err), printed.err
 
 
 def _words(arguments):
@@ -116,12 +78,14 @@ SEEN = "allowed is a path that the system can look at"
     ids=["empty", "newline", "NUL", "bytes", "long", "loop", "bucket", "below a file", ".."],
 )
 def test_a_place_where_nothing_can_be_written_is_refused(here, capsys, monkeypatch, name, out, expected):
-    _refused(here, capsys, monkeypatch, name, ["--out", out], expected)
+    refused_command(here, capsys, monkeypatch, name, ["--out", out], expected)
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_an_unknown_option_is_refused(here, capsys, monkeypatch, name):
-    _refused(here, capsys, monkeypatch, name, ["--no-such-option", "1"], "Unrecognized options: --no-such-option, 1")
+    refused_command(
+        here, capsys, monkeypatch, name, ["--no-such-option", "1"], "Unrecognized options: --no-such-option, 1"
+    )
 
 
 NO_MODEL = r"checkpoint: got '\S*{}', allowed is a directory with params/, params\.sha256\.json and model\.json"
@@ -132,7 +96,7 @@ NO_MODEL = r"checkpoint: got '\S*{}', allowed is a directory with params/, param
 def test_what_is_no_checkpoint_is_refused(here, capsys, monkeypatch, name, path):
     option = "--checkpoints" if name.endswith("table1_certainty_gap") else "--checkpoint"
     expected = NO_MODEL.format("" if path == "." else pathlib.Path(path).name)
-    _refused(here, capsys, monkeypatch, name, [option, path], expected)
+    refused_command(here, capsys, monkeypatch, name, [option, path], expected)
 
 
 @pytest.mark.parametrize("name", [*WITH_CHECKPOINT, "experiments.table1_certainty_gap"])
@@ -142,7 +106,7 @@ def test_a_checkpoint_of_a_stranger_is_refused(here, capsys, monkeypatch, name):
     description["model"]["num_layers"] = 10**9
     (here / "model" / "model.json").write_text(json.dumps(description))
     said = r"checkpoint: \S*model\.json is no model description \(num_layers: got 1000000000, allowed is .*\)"
-    _refused(here, capsys, monkeypatch, name, [option, "model"], said)
+    refused_command(here, capsys, monkeypatch, name, [option, "model"], said)
 
 
 BELOW_A_FILE = r"got 'file/x', allowed is a directory, or a place for a new one, which \S*file is not"
@@ -237,7 +201,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
     ids=lambda value: " ".join(_words(value))[:60].rpartition(".")[2] if value else "",
 )
 def test_a_value_that_cannot_work_is_refused(here, capsys, monkeypatch, name, arguments, expected):
-    _refused(here, capsys, monkeypatch, name, _words(arguments), expected)
+    refused_command(here, capsys, monkeypatch, name, _words(arguments), expected)
 
 
 DAMAGED = r"\S*{} is damaged \(.*\); allowed is .*"
@@ -258,7 +222,7 @@ DAMAGED = r"\S*{} is damaged \(.*\); allowed is .*"
 def test_results_that_no_command_wrote_are_refused_and_kept(here, capsys, monkeypatch, name, content, expected):
     (here / "earlier").mkdir()
     (here / "earlier" / "results.json").write_text(content.replace("COMMAND", name))
-    _refused(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
+    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +242,7 @@ def test_results_with_one_field_of_junk_are_refused_and_kept(here, capsys, monke
     (here / "earlier").mkdir()
     (here / "earlier" / "results.json").write_text(json.dumps(results | {field: value}))
     expected = "plot_only: " + DAMAGED.format(r"earlier/results\.json")
-    _refused(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
+    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +269,7 @@ def test_a_run_that_no_command_wrote_is_refused(here, capsys, monkeypatch, confi
     (here / "run").mkdir()
     for name, content in {"config.json": json.dumps(config), "metrics.jsonl": metrics, "results.json": "{}"}.items():
         (here / "run" / name).write_text(content)
-    _refused(here, capsys, monkeypatch, "experiments.figure7_critical_tokens", ["--run", "run"], expected)
+    refused_command(here, capsys, monkeypatch, "experiments.figure7_critical_tokens", ["--run", "run"], expected)
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"figure1": 7}', '{"figure1"', "[" * 100_000])
@@ -313,7 +277,7 @@ def test_notes_that_reproduce_did_not_write_are_refused(here, capsys, monkeypatc
     (here / "earlier").mkdir()
     (here / "earlier" / "reproduce.json").write_text(content)
     damaged = r"out: (got '\S*reproduce\.json', allowed is a directory of an earlier call|\S+ is damaged .*)"
-    _refused(here, capsys, monkeypatch, "experiments.reproduce", ["--out", "earlier"], damaged)
+    refused_command(here, capsys, monkeypatch, "experiments.reproduce", ["--out", "earlier"], damaged)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", PICKLE, b"[" * 100_000], ids=["list", "empty", "pickle", "deep"])
@@ -322,7 +286,7 @@ def test_a_config_of_another_make_is_refused_and_kept(here, capsys, monkeypatch,
     (here / "run").mkdir()
     (here / "run" / "config.json").write_bytes(content)
     another = r"out: \S*run holds a run with another config \(differing: .*\); allowed is .*"
-    _refused(here, capsys, monkeypatch, name, ["--out", "run"], rf"({another}|out: \S+ is damaged .*)")
+    refused_command(here, capsys, monkeypatch, name, ["--out", "run"], rf"({another}|out: \S+ is damaged .*)")
 
 
 def test_processes_print_that_one_line_and_end_with_2(here):
