@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.arrays import require_logits, require_temperature
-from ckl_jax.config import CertaintyKind, require
+from ckl_jax.config import require
+from ckl_jax.finetune_config import CertaintyKind
 
 
 def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature: float | jax.Array = 1.0) -> jax.Array:

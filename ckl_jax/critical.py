@@ -16,8 +16,9 @@ from ckl_jax import problems as problems_lib
 from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty, entropy_of
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import CertaintyKind, ModelConfig, require
+from ckl_jax.config import ModelConfig, require
 from ckl_jax.errors import require_types
+from ckl_jax.finetune_config import CertaintyKind
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import score
 from ckl_jax.speculative import generate

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from ckl_jax import addition, advantage_shaping, advantages, losses, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
-from ckl_jax.config import FinetuneConfig, ModelConfig
+from ckl_jax.config import ModelConfig
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import Trajectory, score

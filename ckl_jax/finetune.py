@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from ckl_jax import addition, cli, finite, preemption, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.config import require
 from ckl_jax.episodes import Hyper, Task
 from ckl_jax.errors import is_integer
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ckl_jax import losses
-from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import Episodes, Hyper, Task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.rollout import score
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.arrays import require_array, require_at_least, require_floats
-from ckl_jax.config import KLWeights, require
+from ckl_jax.config import require
+from ckl_jax.finetune_config import KLWeights
 
 
 def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:

@@ -12,8 +12,8 @@ import optax
 from jax.sharding import Mesh
 
 from ckl_jax import losses, sharding, transitions
-from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import Episodes, Hyper, Task, collect
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import ValueHead
 from ckl_jax.objective import Gradient, gradient_norms, loss_gradient, term_names
 from ckl_jax.problems import Problems

@@ -12,8 +12,9 @@ import tyro
 
 from ckl_jax import foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
-from ckl_jax.config import ConfigError, FinetuneConfig, require
+from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import MOST_SEEDS, Arms, describe, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.statistics import mean_interval
 

@@ -37,8 +37,9 @@ import tyro
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
-from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset, require
+from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent, share_interval
 from experiments.claims import as_json

@@ -21,7 +21,8 @@ import numpy as np
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.config import require
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
 from experiments import arms as arms_lib

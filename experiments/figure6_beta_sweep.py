@@ -38,7 +38,8 @@ import numpy as np
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.config import require
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
 from experiments import arms as arms_lib
 from experiments.claims import Claim, as_json, verdict

@@ -12,9 +12,10 @@ import pytest
 
 from ckl_jax import losses
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset
+from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Hyper, assessed
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.objective import loss_gradient, term_names
 from ckl_jax.rollout import Trajectory, score

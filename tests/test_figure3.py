@@ -9,7 +9,8 @@ import pytest
 
 from ckl_jax import cli
 from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.config import ConfigError, PretrainConfig, finetune_preset
+from ckl_jax.config import ConfigError, PretrainConfig
+from ckl_jax.finetune_config import finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.statistics import mean_interval, share_interval
 from experiments import figure3_pretraining_levels as figure3

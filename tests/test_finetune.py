@@ -20,9 +20,10 @@ from ckl_jax import finetune as finetune_lib
 from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
-from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
+from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Hyper, Task, collect, weighed
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, KLWeights
 from ckl_jax.finite import NotFiniteError
 from ckl_jax.model import GPT2, values
 from ckl_jax.objective import gradient_norms

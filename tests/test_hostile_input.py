@@ -13,11 +13,12 @@ from ckl_jax import addition, critical, evaluate, losses, report, rollout, specu
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError, FinetuneConfig, ModelConfig, PretrainConfig, finetune_preset, pretrain_preset
+from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, pretrain_preset
 from ckl_jax.critical import Sampling
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
 from ckl_jax.discovery import Rule
 from ckl_jax.finetune import make_runs
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5_000
 CONFIG = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)

@@ -12,10 +12,11 @@ import torch
 from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import FinetuneConfig, pretrain_preset
+from ckl_jax.config import pretrain_preset
 from ckl_jax.datasets.stream import Windows
 from ckl_jax.episodes import collect, weighed
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2, forward, values
 from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import next_token_loss

@@ -14,9 +14,10 @@ import pytest
 from ckl_jax import transitions
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import Model, load_model
-from ckl_jax.config import ConfigError, FinetuneConfig
+from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Episodes, Hyper
 from ckl_jax.finetune import draw_problems, finetune, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
 from ckl_jax.objective import loss_terms
 from ckl_jax.rollout import Trajectory

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import collect
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import forward, init_cache
 from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import init_state, train_step

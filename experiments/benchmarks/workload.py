@@ -14,10 +14,11 @@ import numpy as np
 
 from ckl_jax import addition
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, finetune_preset, pretrain_preset
+from ckl_jax.config import ModelConfig, PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.episodes import Hyper, Task
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.problems import Problems
 from ckl_jax.updates import RunState, init_run
