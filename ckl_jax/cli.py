@@ -78,7 +78,16 @@ def _errors_as_one_line() -> Iterator[None]:
         text = re.sub(frame, " ", printed.getvalue(), flags=re.MULTILINE).replace("│", " ")
         line = re.split(" For full helptext| Argument helptext:", " ".join(text.split()))[0]
         foreign = r"^(Error parsing )?(\w+(Command|Config): )?|no type matching .* <class 'pathlib.Path'>: "
-        raise ConfigError(re.sub(foreign, "", line)) from None
+        raise ConfigError(_as_raised(re.sub(foreign, "", line), stop)) from None
+
+
+def _as_raised(line: str, error: BaseException | None) -> str:
+    """The line with what the ConfigError behind ``error`` says, whose long words a parser has broken in two."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    said = "" if error is None else str(error)
+    broken = r"\s*".join(map(re.escape, said.replace(" ", "")))
+    return re.sub(broken, lambda found: said, line) if said else line
 
 
 def _keep_freed_memory() -> None:

@@ -83,6 +83,9 @@ class PretrainConfig:
     """Steps between checkpoints, metric lines and greedy evaluations."""
     eval_problems: int = 100
     """Problems per cell of the evaluations on the way."""
+    target_accuracy: float | None = None
+    """End before `num_steps`, at the first checkpoint whose greedy accuracy on operands of up to `max_digits` digits is
+    this; the learning rate still decays as for `num_steps`."""
     data_devices: int | None = None
     """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
     shard_state: bool = False
@@ -103,6 +106,8 @@ class PretrainConfig:
         require_choice(self, "packing", ("stream", "documents"))
         require_choice(self, "optimizer", ("adamw", "muon"))
         require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
+        if self.target_accuracy is not None:
+            require_number(self, "target_accuracy", 0, exclusive=True, high=1)
         require_number(self, "adam_beta2", 0, high=0.9999)
         tested = self.max_digits + 1
         longest = addition.max_prompt_length(tested) + addition.max_answer_length(tested)

@@ -156,7 +156,8 @@ def pretrain(
     logged = done - len(history)
     directory.rewind_metrics(done, logged or None)
     start, first, stopping = time.monotonic(), done, False
-    while done < config.num_steps and not stopping:
+    reached = any(_reaches_target(config, record) for record in directory.metrics())
+    while done < config.num_steps and not stopping and not reached:
         end = min(logged + config.checkpoint_every, config.num_steps)
         with jax.set_mesh(mesh):
             while done < end and not stopping:
@@ -178,6 +179,7 @@ def pretrain(
             rng = np.random.default_rng([config.seed, digits])
             problems = addition.varying_problems(rng, config.eval_problems, digits)
             record[f"accuracy_varying_{digits}"] = float(judge(model, problems, digits).mean())
+        reached = _reaches_target(config, record)
         directory.log([record])
         directory.checkpoints.save(done, state)
         elapsed = time.monotonic() - start
@@ -189,6 +191,11 @@ def pretrain(
     model = Model(config.model, config.max_digits, state.params)
     save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
     return model
+
+
+def _reaches_target(config: PretrainConfig, record: dict[str, Any]) -> bool:
+    accuracy = record[f"accuracy_varying_{config.max_digits}"]
+    return config.target_accuracy is not None and accuracy >= config.target_accuracy
 
 
 @dataclass(frozen=True)

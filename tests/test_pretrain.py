@@ -105,6 +105,17 @@ def test_the_saved_model_is_the_returned_one_and_says_how_it_was_made(config, un
     assert made_by["config"] == dataclasses.asdict(config)
 
 
+def test_training_ends_at_the_target_accuracy_and_stays_there(config, data_dir, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.0, 0.9, 0.0])
+    monkeypatch.setattr(pretrain_lib, "judge", lambda *arguments: np.array([next(accuracies)]))
+    config = dataclasses.replace(config, target_accuracy=0.9)
+    ended, metrics = _run(config, tmp_path, data_dir, lambda line: None)
+    assert [record["step"] for record in metrics] == [8, 16]
+    again, metrics = _run(config, tmp_path, data_dir, lambda line: None)
+    assert [record["step"] for record in metrics] == [8, 16]
+    chex.assert_trees_all_equal(again.params, ended.params)
+
+
 class _KilledError(Exception):
     pass
 

@@ -101,7 +101,7 @@ def round_of(small_model):
     params = init_run(task, policy, hyper).params
     key = jax.random.key(5)
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
-    run = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None)[0])
+    run = jax.jit(lambda p, r, problems: collect(task, p, r, hyper, problems, (key, key), None)[0])
     episodes = run(params, reference, draw_problems(task, 0, 0))
     episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
     return task, hyper, params, reference, episodes
