@@ -69,11 +69,15 @@ class ReproduceCommand:
     @property
     def more(self) -> dict[str, list[str]]:
         """The words of ``options`` by item."""
-        pairs = (text.partition(":") for text in self.options)
-        try:
-            return {name.strip(): shlex.split(words) for name, _, words in pairs}
-        except ValueError as error:
-            raise ConfigError(f"options: got {self.options}, allowed is what a shell can split ({error})") from error
+        found: dict[str, list[str]] = {}
+        for text in self.options:
+            name, _, words = text.partition(":")
+            try:
+                found.setdefault(name.strip(), []).extend(shlex.split(words))
+            except ValueError as error:
+                allowed = f"allowed is what a shell can split ({error})"
+                raise ConfigError(f"options: got {self.options}, {allowed}") from error
+        return found
 
 
 @dataclass(frozen=True)

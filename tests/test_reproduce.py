@@ -146,7 +146,7 @@ def test_report_only_runs_nothing(stand_ins):
 
 
 def test_options_of_one_item_reach_it_alone(stand_ins):
-    call(stand_ins, "--options", "figure4: --seeds 8 --run 'a b'")
+    call(stand_ins, "--options", "figure4: --seeds 8", "figure4: --run 'a b'")
     results = json.loads((stand_ins / "out" / "figure4" / "results.json").read_text())
     assert results["seeds"] == [8]
     notes = json.loads((stand_ins / "out" / "reproduce.json").read_text())
