@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckl_jax.errors import ConfigError, is_integer, require
+
 PAD = "%"
 VOCABULARY = PAD + "\n +,-/0123456789:<=>ACDEINT[]aceghnprstu"
 VOCAB_SIZE = len(VOCABULARY)
@@ -19,6 +21,7 @@ NEWLINE_ID = VOCABULARY.index("\n")
 RESULT_MARK = "</scratch>\n"
 EXTRA_LENGTH = 100
 MAX_DIGITS = 18
+MOST_SHOWN = 5
 
 _ID_OF = {character: index for index, character in enumerate(VOCABULARY)}
 
@@ -32,10 +35,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name, value in (("a", self.a), ("b", self.b)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 10**MAX_DIGITS:
-                raise ValueError(
-                    f"{name}: got {value!r}, allowed are integers from 0 to below 10^{MAX_DIGITS} ({MAX_DIGITS} digits)"
-                )
+            fits = is_integer(value) and 0 <= value < 10**MAX_DIGITS
+            require(fits, name, value, f"an integer from 0 to below 10^{MAX_DIGITS} ({MAX_DIGITS} digits)")
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,25 @@ class CriticalToken:
 
 
 def encode(text: str) -> np.ndarray:
-    """Characters to tokens: uint8 [len(text)]. Raises ValueError for a character outside ``VOCABULARY``."""
-    unknown = sorted(set(text) - set(VOCABULARY))
-    if unknown:
-        raise ValueError(f"text: has the characters {unknown}, allowed are {VOCABULARY!r}")
+    """Characters to tokens: uint8 [len(text)]. Raises ConfigError for a character outside ``VOCABULARY``."""
+    require(isinstance(text, str), "text", type(text).__name__, "a str")
+    unknown = sorted(set(text) - set(VOCABULARY))[:MOST_SHOWN]
+    require(not unknown, "text", unknown, f"characters of {VOCABULARY!r}")
     return np.array([_ID_OF[character] for character in text], np.uint8)
 
 
 def decode(tokens: Sequence[int] | np.ndarray) -> str:
-    """Tokens [T] to characters. Raises ValueError for a token outside ``0..VOCAB_SIZE-1``."""
-    tokens_T = np.asarray(tokens)
-    if tokens_T.ndim != 1 or (tokens_T.size and not np.issubdtype(tokens_T.dtype, np.integer)):
-        raise ValueError(f"tokens: got shape {tokens_T.shape} of {tokens_T.dtype}, allowed is one axis of integers")
-    if tokens_T.size and not (tokens_T.min() >= 0 and tokens_T.max() < VOCAB_SIZE):
-        raise ValueError(
-            f"tokens: range {tokens_T.min()}..{tokens_T.max()}, allowed is 0..{VOCAB_SIZE - 1} (the vocabulary)"
-        )
+    """Tokens [T] to characters. Raises ConfigError for a token outside ``0..VOCAB_SIZE-1``."""
+    try:
+        tokens_T = np.asarray(tokens)
+    except ValueError as error:
+        raise ConfigError("tokens: got rows of several lengths, allowed is one axis of integers") from error
+    whole = tokens_T.ndim == 1 and (not tokens_T.size or np.issubdtype(tokens_T.dtype, np.integer))
+    require(whole, "tokens", f"shape {tokens_T.shape} of {tokens_T.dtype}", "one axis of integers")
+    if tokens_T.size:
+        low, high = tokens_T.min(), tokens_T.max()
+        inside = low >= 0 and high < VOCAB_SIZE
+        require(bool(inside), "tokens", f"{low}..{high}", f"0..{VOCAB_SIZE - 1} (the vocabulary)")
     return "".join(VOCABULARY[token] for token in tokens_T)
 
 
@@ -134,8 +138,9 @@ def critical_tokens(a: int, b: int, max_pretrain_digits: int) -> list[CriticalTo
     In steps 1, 2 and 3, for each operand longer than that by ``gap`` > 0: the last ``2 * gap`` characters before the
     closing bracket of the operand's list, ordered from the bracket backwards.
     """
-    if max_pretrain_digits < 1:
-        raise ValueError(f"max_pretrain_digits: got {max_pretrain_digits}, allowed is 1 or more")
+    Problem(a, b)
+    possible = is_integer(max_pretrain_digits) and max_pretrain_digits >= 1
+    require(possible, "max_pretrain_digits", max_pretrain_digits, "1 or more")
     lines, lists = _scratchpad(a, b)
     found = []
     line_start = len("\n<scratch>\n")
@@ -154,13 +159,19 @@ def critical_tokens(a: int, b: int, max_pretrain_digits: int) -> list[CriticalTo
     return found
 
 
+def _require_digits(digits: int) -> None:
+    require(is_integer(digits) and 1 <= digits <= MAX_DIGITS, "digits", digits, f"1..{MAX_DIGITS}")
+
+
 def max_prompt_length(digits: int) -> int:
     """Characters of the longest prompt with operands of up to ``digits`` digits."""
+    _require_digits(digits)
     return len(prompt_text(10**digits - 1, 10**digits - 1))
 
 
 def max_answer_length(digits: int, extra: int = EXTRA_LENGTH) -> int:
     """The length limit of an episode: the longest right answer for ``digits`` digits plus ``extra`` characters."""
+    _require_digits(digits)
     return len(answer_text(10**digits - 1, 10**digits - 1)) + extra
 
 
@@ -170,14 +181,14 @@ def _draw(rng: np.random.Generator, digits: int) -> int:
 
 def problem_of_lengths(rng: np.random.Generator, digits_a: int, digits_b: int) -> Problem:
     """A problem whose operands have exactly those lengths; only a 1-digit number may start with 0."""
+    for digits in (digits_a, digits_b):
+        _require_digits(digits)
     return Problem(_draw(rng, digits_a), _draw(rng, digits_b))
 
 
 def _check_counts(count: int, digits: int) -> None:
-    if count < 1:
-        raise ValueError(f"count: got {count}, allowed is 1 or more")
-    if not 1 <= digits <= MAX_DIGITS:
-        raise ValueError(f"digits: got {digits}, allowed is 1..{MAX_DIGITS}")
+    require(is_integer(count) and count >= 1, "count", count, "1 or more")
+    _require_digits(digits)
 
 
 def identical_problems(rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
@@ -204,8 +215,8 @@ def rl_problems(rng: np.random.Generator, count: int, digits: int, max_pretrain_
     with probability 1/2, uniform in 1..``max_pretrain_digits``, else in ``max_pretrain_digits + 1``..``digits``.
     """
     _check_counts(count, digits)
-    if not 1 <= max_pretrain_digits < digits:
-        raise ValueError(f"max_pretrain_digits: got {max_pretrain_digits}, allowed is 1..{digits - 1} (below digits)")
+    possible = is_integer(max_pretrain_digits) and 1 <= max_pretrain_digits < digits
+    require(possible, "max_pretrain_digits", max_pretrain_digits, f"1..{digits - 1} (below digits)")
     problems = []
     for _ in range(count):
         low, high = (1, max_pretrain_digits) if rng.random() < 0.5 else (max_pretrain_digits + 1, digits)

@@ -7,7 +7,9 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.config import CertaintyKind, require
+from ckl_jax.arrays import require_logits, require_temperature
+from ckl_jax.config import require
+from ckl_jax.finetune_config import CertaintyKind
 
 
 def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature: float | jax.Array = 1.0) -> jax.Array:
@@ -31,9 +33,8 @@ def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature
       ValueError: unknown kind, temperature not above 0, or V < 2.
     """
     require(kind in get_args(CertaintyKind), "kind", kind, " | ".join(get_args(CertaintyKind)))
-    if not isinstance(temperature, jax.core.Tracer):
-        require(float(temperature) > 0, "temperature", float(temperature), "above 0")
-    require(logits.ndim >= 1 and logits.shape[-1] >= 2, "logits", logits.shape, "[..., V] with V >= 2")
+    require_temperature(temperature)
+    require_logits(logits)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32) / temperature))
     log_v = jnp.log(logits.shape[-1])
     if kind == "max_prob":

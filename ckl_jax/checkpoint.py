@@ -18,22 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ckl_jax import hosts
+from ckl_jax import foreign, hosts
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, resolved
+from ckl_jax.paths import files_below, replace, require_directory, resolved, writing
 
 Params = Any
+HISTORY_NAME = "history.json"
 SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part; of several processes 0 does."""
-    if not hosts.is_first():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    if hosts.is_first():
+        replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
@@ -46,10 +44,8 @@ def _manifest_path(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _verify(directory: pathlib.Path) -> None:
-    try:
-        expected = dict(json.loads(_manifest_path(directory).read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"checkpoint: {_manifest_path(directory)} is damaged ({error})") from error
+    expected = foreign.read_object(_manifest_path(directory), "checkpoint")
+    foreign.require_plain(directory, "checkpoint")
     found = _manifest(directory)
     damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if damaged:
@@ -57,24 +53,37 @@ def _verify(directory: pathlib.Path) -> None:
 
 
 class StateCheckpoints:
-    """Numbered checkpoints of a train state under ``directory``; the newest two are kept."""
+    """Numbered checkpoints of a train state under ``directory``; the newest two are kept.
+
+    What an earlier process left half-written is removed, so one process at a time may have the directory.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes a checkpoint and its manifest; returns when both are on disk."""
-        path = self.directory / str(step)
-        if hosts.of_first(path.exists):
-            self.manager.delete(step)
-        self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
-        self.manager.wait_until_finished()
-        hosts.of_first(lambda: self._finish(path))
+    def save(self, step: int, state: Any, history: Any = None) -> None:
+        """Writes a checkpoint and its manifest; returns when both are on disk.
 
-    def _finish(self, path: pathlib.Path) -> None:
+        Args:
+          history: what is to be restored beside the state, as JSON.
+
+        Raises:
+          OSError: a file cannot be written, and earlier checkpoints are kept.
+        """
+        path = self.directory / str(step)
+        with writing(path):
+            if hosts.of_first(path.exists):
+                self.manager.delete(step)
+            self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self.manager.wait_until_finished()
+        hosts.of_first(lambda: self._finish(path, history))
+
+    def _finish(self, path: pathlib.Path, history: Any) -> None:
+        if history is not None:
+            write_json(path / HISTORY_NAME, history)
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
         for stale in self.directory.glob("*.sha256.json"):
@@ -93,11 +102,12 @@ class StateCheckpoints:
         step = hosts.of_first(self._newest)
         if step is None:
             return None
-        try:
+        path = self.directory / str(step)
+        with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as reader:
+            stored = _flat(_metadata(reader, path / "default"))
+            wanted = _flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
+            _require_same(path, _shapes(stored), _shapes(wanted), "this run")
             return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-        except ValueError as error:
-            path = self.directory / str(step)
-            raise ConfigError(f"checkpoint: {path} does not fit this run ({' '.join(str(error).split())})") from error
 
     def _newest(self) -> int | None:
         for step in sorted(self.manager.all_steps(), reverse=True):
@@ -106,6 +116,11 @@ class StateCheckpoints:
                 _verify(path)
                 return step
         return None
+
+    def restore_history(self, step: int) -> Any:
+        """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
+        path = self.directory / str(step) / HISTORY_NAME
+        return hosts.of_first(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def close(self) -> None:
         self.manager.close()
@@ -120,15 +135,21 @@ class Model(NamedTuple):
 
 
 def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
-    """Writes ``directory/params``, its manifest and ``model.json``, replacing what is there.
+    """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
     Args:
       made_by: what a reader needs to make it again: command, seed, config.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     directory = resolved(directory)
+    foreign.require_digits(model.max_pretrain_digits)
+    require_directory(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
-    with ocp.StandardCheckpointer() as checkpointer:
+    hosts.of_first(lambda: (directory / "model.json").unlink(missing_ok=True))
+    with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
     description = {
         "max_pretrain_digits": model.max_pretrain_digits,
@@ -148,25 +169,28 @@ def load_model(directory: pathlib.Path) -> Model:
     """Reads what ``save_model`` wrote.
 
     Raises:
-      ConfigError: missing, damaged, or parameters of other names, shapes or types than model.json says.
+      ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
     """
     directory = resolved(directory)
     path = directory / "params"
     config, max_pretrain_digits = hosts.together(lambda: _read_description(directory))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    wanted = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored_shapes = _shapes(checkpointer.metadata(path).item_metadata.tree)
-        wanted_shapes = _shapes(wanted)
-        for name in sorted(stored_shapes.keys() | wanted_shapes.keys()):
-            stored, expected = stored_shapes.get(name), wanted_shapes.get(name)
-            if stored != expected:
-                raise ConfigError(
-                    f"checkpoint: {directory} has {stored} for {name}, allowed is {expected} (model.json)"
-                )
+    with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
+        stored = _shapes(_metadata(checkpointer, path))
+        few = config.num_layers <= len(stored)
+        require(
+            few, "checkpoint", f"num_layers = {config.num_layers} in model.json", f"at most {len(stored)}, the arrays"
+        )
+        key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+        wanted = jax.eval_shape(GPT2(config).init, key, tokens)
+        _require_same(directory, stored, _shapes(wanted), "model.json")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # Not where they were saved from.
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)
-        return Model(config, max_pretrain_digits, checkpointer.restore(path, wanted))
+        params = checkpointer.restore(path, wanted)
+    for name, leaf in jax.tree_util.tree_leaves_with_path(params):
+        finite = bool(np.isfinite(np.asarray(leaf)).all())
+        named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
+        require(finite, "checkpoint", named, "finite parameters")
+    return Model(config, max_pretrain_digits, params)
 
 
 def fingerprint(params: Params) -> str:
@@ -182,15 +206,30 @@ def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int]:
     path, params = directory / "model.json", directory / "params"
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
     require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    try:
-        description = json.loads(path.read_text())
-        found = ModelConfig(**description["model"]), int(description["max_pretrain_digits"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
+    config, max_pretrain_digits = foreign.model_description(path)
     _verify(params)
-    return found
+    foreign.require_filled(params, config)
+    return config, max_pretrain_digits
+
+
+def _require_same(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any], of: str) -> None:
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, expected = stored.get(name), wanted.get(name)
+        if found != expected:
+            raise ConfigError(f"checkpoint: {directory} has {found} for {name}, allowed is {expected} ({of})")
+
+
+def _metadata(reader: ocp.StandardCheckpointer, path: pathlib.Path) -> Any:
+    found = reader.metadata(path).item_metadata
+    require(found is not None, "checkpoint", str(path), "the arrays of Orbax as save wrote them, with their metadata")
+    return found.tree
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return {".".join(map(str, key)): leaf for key, leaf in ocp.tree.to_flat_dict(tree).items()}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type by name. Orbax casts to what is asked for, so a difference has to be found before."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(key): (tuple(leaf.shape), str(leaf.dtype)) for key, leaf in leaves}

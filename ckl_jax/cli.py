@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import tyro
 
-from ckl_jax import hosts, paths
+from ckl_jax import finite, hosts, paths, preemption
 from ckl_jax.config import ConfigError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -76,8 +76,18 @@ def _errors_as_one_line() -> Iterator[None]:
             raise
         frame = r"\x1b\[[0-9;]*m|\A[^\n]*\n\s*-+\s*$|^usage:.*|^\s*[╭╰].*|^[\s│]*[─-]+[\s│]*$"
         text = re.sub(frame, " ", printed.getvalue(), flags=re.MULTILINE).replace("│", " ")
-        line = " ".join(text.split()).partition(" For full helptext")[0]
-        raise ConfigError(re.sub("^Error parsing ", "", line)) from None
+        line = re.split(" For full helptext| Argument helptext:", " ".join(text.split()))[0]
+        foreign = r"^(Error parsing )?(\w+(Command|Config): )?|no type matching .* <class 'pathlib.Path'>: "
+        raise ConfigError(_as_raised(re.sub(foreign, "", line), stop)) from None
+
+
+def _as_raised(line: str, error: BaseException | None) -> str:
+    """The line with what the ConfigError behind ``error`` says, whose long words a parser has broken in two."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    said = "" if error is None else str(error)
+    broken = r"\s*".join(map(re.escape, said.replace(" ", "")))
+    return re.sub(broken, lambda found: said, line) if said else line
 
 
 def _keep_freed_memory() -> None:
@@ -92,11 +102,14 @@ def _keep_freed_memory() -> None:
 def _use_all_cores() -> None:
     """One device per core where JAX has no accelerator, so that runs are computed side by side.
 
-    Where JAX has computed something already (in a notebook, say), its devices stay what they are.
+    XLA gets twice as many threads (it reads NPROC): with one a device, a device that waits in an all-reduce holds the
+    thread that another's matrix product waits for, and pre-training stands still. Where JAX has computed something
+    already (in a notebook, say), its devices stay what they are.
     """
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or os.cpu_count() or 1)
+    os.environ.setdefault("NPROC", str(2 * devices))
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def _keep_compiled_programs() -> None:
@@ -113,7 +126,10 @@ def run(
     *,
     joins_hosts: bool = True,
 ) -> None:
-    """Parses the process's arguments and runs ``main``; a ConfigError ends as one line and exit code 2.
+    """Parses the process's arguments and runs ``main``; what stops it is one line and an exit code.
+
+    2: a ConfigError. 3: a loss or parameter is not finite. 75: stopped by SIGTERM, to go on with the same command. 1: a
+    file cannot be written or read.
 
     Args:
       joins_hosts: become one of several processes where the environment says so (``hosts.start``).
@@ -127,5 +143,15 @@ def run(
             hosts.start()
         main(command)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(f"error: {error}", 2)
+    except finite.NotFiniteError as error:
+        _stop(f"error: {error}", finite.EXIT_CODE)
+    except preemption.PreemptedError as stop:
+        _stop(f"stopped by SIGTERM: {stop}; the same command goes on from there", preemption.EXIT_CODE)
+    except OSError as error:
+        _stop(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 1)
+
+
+def _stop(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)

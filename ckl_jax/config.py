@@ -1,39 +1,16 @@
-"""Every number of a run: frozen dataclasses, the named scales, and the checks that refuse what cannot work."""
+"""Every number of a model and its pre-training: frozen dataclasses, the named scales, and what they refuse."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from ckl_jax import addition
+from ckl_jax.errors import ConfigError as ConfigError
+from ckl_jax.errors import require, require_choice, require_number, require_types
 
 Scale = Literal["tiny", "small", "gpt2"]
-Recipe = Literal["ours"]
-CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
-KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
-
-
-class ConfigError(ValueError):
-    """What a user asked for cannot work; the message is one line that names the field and what is allowed."""
-
-
-def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """Raises a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
-    if not condition:
-        raise ConfigError(f"{name}: got {value!r}, allowed is {allowed}")
-
-
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    require(getattr(config, name) in choices, name, getattr(config, name), " | ".join(choices))
-
-
-def _require_number(config: Any, names: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
-    bound = f"{'above' if exclusive else 'at least'} {low:g}" + (f", at most {high:g}" if high < math.inf else "")
-    for name in names.split():
-        value = getattr(config, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        require(number and (low < value if exclusive else low <= value) and value <= high, name, value, bound)
+MOST_LAYERS, MOST_WEIGHTS = 1_000, 10**10
 
 
 @dataclass(frozen=True)
@@ -58,11 +35,21 @@ class ModelConfig:
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
 
     def __post_init__(self) -> None:
-        _require_number(self, "num_layers num_heads width block_size vocab_size attention_chunk", 1)
+        require_types(self)
+        require_number(self, "num_heads width block_size vocab_size attention_chunk", 1)
+        require_number(self, "num_layers", 1, high=MOST_LAYERS)
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads = {self.num_heads}")
-        _require_number(self, "dropout", 0, high=0.99)
-        _require_choice(self, "dtype", ("float32", "bfloat16"))
-        _require_choice(self, "precision", ("default", "high", "highest"))
+        require_number(self, "dropout", 0, high=0.99)
+        require_choice(self, "dtype", ("float32", "bfloat16"))
+        require_choice(self, "precision", ("default", "high", "highest"))
+        few = self.num_weights <= MOST_WEIGHTS
+        sizes = f"{self.num_weights:.3g} weights (num_layers, block_size and vocab_size count too)"
+        require(few, "width", self.width, f"what makes at most {MOST_WEIGHTS:.0e} weights, not {sizes}")
+
+    @property
+    def num_weights(self) -> int:
+        """Entries of the matrices, which are nearly all parameters."""
+        return 12 * self.num_layers * self.width**2 + (self.vocab_size + self.block_size) * self.width
 
 
 @dataclass(frozen=True)
@@ -96,6 +83,9 @@ class PretrainConfig:
     """Steps between checkpoints, metric lines and greedy evaluations."""
     eval_problems: int = 100
     """Problems per cell of the evaluations on the way."""
+    target_accuracy: float | None = None
+    """End before `num_steps`, at the first checkpoint whose greedy accuracy on operands of up to `max_digits` digits is
+    this; the learning rate still decays as for `num_steps`."""
     data_devices: int | None = None
     """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
     shard_state: bool = False
@@ -103,16 +93,22 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        _require_choice(self, "scale", ("tiny", "small", "gpt2"))
-        _require_number(self, "seed warmup_steps weight_decay", 0)
-        _require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
+        require_types(self)
+        require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        require(isinstance(self.model, ModelConfig), "model", self.model, "a ModelConfig")
+        require_number(self, "seed warmup_steps weight_decay", 0)
+        require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
         require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
-        _require_number(self, "num_documents", self.max_digits**2)
-        _require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
-        _require_choice(self, "packing", ("stream", "documents"))
-        _require_choice(self, "optimizer", ("adamw", "muon"))
-        _require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
-        _require_number(self, "adam_beta2", 0, high=0.9999)
+        longer = f"above warmup_steps = {self.warmup_steps}, the rate decays after the warm-up"
+        require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
+        require_number(self, "num_documents", self.max_digits**2)
+        require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
+        require_choice(self, "packing", ("stream", "documents"))
+        require_choice(self, "optimizer", ("adamw", "muon"))
+        require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
+        if self.target_accuracy is not None:
+            require_number(self, "target_accuracy", 0, exclusive=True, high=1)
+        require_number(self, "adam_beta2", 0, high=0.9999)
         tested = self.max_digits + 1
         longest = addition.max_prompt_length(tested) + addition.max_answer_length(tested)
         require(
@@ -149,140 +145,5 @@ def pretrain_preset(scale: str) -> PretrainConfig:
         ),
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
     }
-    require(scale in presets, "scale", scale, " | ".join(presets))
-    return presets[scale]
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """RL fine-tuning of a pre-trained model on operands of `extra_digits` more digits (paper, section 5)."""
-
-    scale: Scale = "tiny"
-    """Preset of the budget that the other fields start from; the model comes from the checkpoint."""
-    recipe: Recipe = "ours"
-    """`ours`: what learns well here: lambda 1, advantages normalized over the round, minibatches of whole episodes, the
-    exact KL."""
-    seed: int = 0
-    """First seed; run k of an experiment has seed + k."""
-    extra_digits: int = 1
-    """Target length beyond the pre-training length N: N + 1 or N + 2 digits."""
-    rounds: int = 14
-    """Collect-update rounds."""
-    episodes: int = 128
-    """Episodes collected per round."""
-    minibatch: Literal["episodes", "transitions"] = "episodes"
-    """What an Adam step averages over: whole episodes (4 to 50 steps a round), or single characters shuffled over the
-    round's episodes (the authors' way: thousands of steps a round, so it wants a far smaller learning rate)."""
-    minibatch_episodes: int = 16
-    """Whole episodes per Adam step; divides `episodes`. No effect with minibatch transitions."""
-    minibatch_transitions: int = 8
-    """Single transitions per Adam step; the last step of an epoch takes what is left. No effect with minibatch
-    episodes."""
-    epochs: int = 1
-    """Passes over a round's episodes."""
-    extra_length: int = 100
-    """Characters that an answer may be longer than the longest right one."""
-    temperature: float = 1.0
-    """Of sampling, log-probs, entropy and reference log-probs, in training and in tests."""
-    learning_rate: float = 3e-4
-    """Adam's, for the policy (the trunk included)."""
-    learning_rate_decay: bool = True
-    """Linear decay of the policy's learning rate, from its full value in the first round towards 0 after the last."""
-    value_learning_rate: float = 1e-2
-    """Adam's, for the value head, which starts at random."""
-    value_warmup_rounds: int = 0
-    """First rounds in which only the value head learns; Adam's statistics of the policy warm up meanwhile."""
-    adam_epsilon: float = 1e-8
-    discount: float = 1.0
-    gae_lambda: float = 1.0
-    normalize_advantages: bool = True
-    """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0."""
-    reward_right: float = 1.0
-    reward_wrong: float = 0.0
-    value_coefficient: float = 0.1
-    detach_critic: bool = False
-    """Keep the value loss's gradient out of the trunk."""
-    entropy_coefficient: float = 0.0005
-    kl_coefficient: float = 5.0
-    """alpha, on the mean over tokens of J^beta * KL (the paper: 5 with the prioritized KL, 10 in section 5.2)."""
-    kl: Literal["k1", "k2", "k3", "exact"] = "exact"
-    """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
-    (the paper's is k2; k1 has no gradient in expectation)."""
-    beta: float = 150.0
-    """Exponent of the certainty J; 0 is the standard KL penalty."""
-    kl_weights: KLWeights = "prioritized"
-    """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
-    round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its
-    mean). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv 2512.04359),
-    `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778)."""
-    kl_quantile: float = 0.8
-    """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
-    kl_weak: float = 0.1
-    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0)."""
-    certainty: CertaintyKind = "negentropy"
-    certainty_temperature: float = 1.0
-    """Temperature of the reference's distribution inside J."""
-    test_every: int = 7
-    """Rounds between tests and checkpoints; divides `rounds`."""
-    test_problems: int = 100
-    """Problems of each test within the learning curve (the same for all runs)."""
-    final_problems: int = 1000
-    """Problems of the tests before the first and after the last round."""
-    old_problems: int = 200
-    """Problems of the old lengths in every test, at most as many as of the target length."""
-    diagnostic_episodes: int = 4
-    """Episodes of each round on which the gradient norm of each loss term is measured."""
-    rollout: Literal["auto", "speculative", "plain"] = "auto"
-    """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step, or the
-    first unless it turns out too slow. The same characters, up to rounding, at another speed."""
-    rollout_batch: int = 128
-    """Episodes generated together, at most; it changes the speed alone."""
-    transition_batch: int = 8
-    """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
-    own length. It changes the speed alone."""
-    data_devices: int | None = None
-    """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
-    shard_state: bool = False
-    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
-    runs_at_once: int = 1
-    """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
-
-    def __post_init__(self) -> None:
-        _require_choice(self, "scale", ("tiny", "small", "gpt2"))
-        _require_choice(self, "recipe", ("ours",))
-        _require_choice(self, "rollout", ("auto", "speculative", "plain"))
-        _require_choice(self, "minibatch", ("episodes", "transitions"))
-        _require_choice(self, "kl", ("k1", "k2", "k3", "exact"))
-        _require_choice(self, "certainty", ("negentropy", "negentropy_max_prob", "max_prob"))
-        _require_choice(self, "kl_weights", get_args(KLWeights))
-        _require_number(
-            self, "seed extra_length value_warmup_rounds value_coefficient entropy_coefficient kl_coefficient beta", 0
-        )
-        _require_number(self, "rounds episodes epochs test_every test_problems", 1)
-        _require_number(self, "minibatch_episodes minibatch_transitions", 1)
-        _require_number(self, "final_problems old_problems rollout_batch transition_batch runs_at_once", 1)
-        require(self.data_devices is None or self.data_devices >= 1, "data_devices", self.data_devices, "at least 1")
-        _require_number(
-            self, "temperature certainty_temperature learning_rate value_learning_rate adam_epsilon", 0, exclusive=True
-        )
-        _require_number(self, "discount gae_lambda kl_weak", 0, high=1)
-        _require_number(self, "kl_quantile", 0, exclusive=True, high=1)
-        _require_number(self, "extra_digits", 1, high=2)
-        _require_number(self, "diagnostic_episodes", 1, high=self.episodes)
-        divides = self.minibatch == "transitions" or self.episodes % self.minibatch_episodes == 0
-        require(divides, "minibatch_episodes", self.minibatch_episodes, f"a divisor of episodes = {self.episodes}")
-        require(
-            self.rounds % self.test_every == 0, "test_every", self.test_every, f"a divisor of rounds = {self.rounds}"
-        )
-
-
-def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
-    """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
-    require(recipe in ("ours",), "recipe", recipe, "ours")
-    presets = {
-        "tiny": FinetuneConfig(scale="tiny", extra_length=20, rollout_batch=16, transition_batch=1, kl_coefficient=0.5),
-        "small": FinetuneConfig(scale="small", learning_rate=3e-5, runs_at_once=4),
-        "gpt2": FinetuneConfig(scale="gpt2", learning_rate=1e-5),
-    }
-    require(scale in presets, "scale", scale, " | ".join(presets))
+    require(scale in tuple(presets), "scale", scale, " | ".join(presets))
     return presets[scale]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
@@ -14,9 +13,12 @@ import numpy as np
 
 from ckl_jax import addition
 from ckl_jax import problems as problems_lib
+from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty, entropy_of
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import CertaintyKind, ModelConfig, require
+from ckl_jax.config import ModelConfig, require
+from ckl_jax.errors import require_types
+from ckl_jax.finetune_config import CertaintyKind
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import score
 from ckl_jax.speculative import generate
@@ -39,10 +41,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("extra_length", "seed"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            value = getattr(self, name)
+            require(0 <= value <= MOST_SEED, name, value, f"at least 0, at most {MOST_SEED}")
         for name in ("temperature", "certainty_temperature"):
-            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0 and finite")
+            require_temperature(getattr(self, name), name)
         kinds = get_args(CertaintyKind)
         require(self.certainty in kinds, "certainty", self.certainty, " | ".join(kinds))
 
@@ -177,6 +181,8 @@ def certainty_gaps(certainty_BxT: np.ndarray, mask_BxT: np.ndarray) -> np.ndarra
 
     NaN where the mask is False, and in answers of one character.
     """
+    same = mask_BxT.shape == certainty_BxT.shape
+    require(same, "mask", mask_BxT.shape, f"the shape of the certainty, {certainty_BxT.shape}")
     sure_BxT = np.where(mask_BxT, certainty_BxT, 0.0).astype(np.float64)
     others_Bx1 = mask_BxT.sum(axis=1, keepdims=True) - 1
     mean_of_others = (sure_BxT.sum(axis=1, keepdims=True) - sure_BxT) / np.maximum(others_Bx1, 1)

@@ -18,6 +18,7 @@ import numpy as np
 from ckl_jax import addition
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Place, certainty_gaps, places
+from ckl_jax.errors import require_types
 from ckl_jax.statistics import mean_interval, share_interval
 
 WORDS = {0: "operand 1 list", 2: "operand 2 list", 4: "result list", 6: "carry in", 8: "sum", 10: "digit", 12: "carry"}
@@ -43,6 +44,7 @@ class Rule:
     """Drops that a type must have been measured on."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         at_least = {"candidates": 1, "controls": 0, "first_completions": 1, "completions": 1, "least_answers": 2}
         for name, least in at_least.items():
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition, losses, sharding, token_weights
+from ckl_jax import addition, advantage_shaping, advantages, losses, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
-from ckl_jax.config import FinetuneConfig, ModelConfig
+from ckl_jax.config import ModelConfig
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import Trajectory, score
@@ -34,10 +35,20 @@ class Task(NamedTuple):
         return addition.max_answer_length(self.digits, self.config.extra_length)
 
 
+class Hyper(NamedTuple):
+    """What may differ between runs of one program; scalars, or arrays [runs]."""
+
+    seed: jax.Array
+    learning_rate: jax.Array
+    kl_coefficient: jax.Array
+    beta: jax.Array
+    kl_weights: jax.Array
+
+
 class Episodes(NamedTuple):
     """A round's collect with everything that its updates need; the reference's pass is done once.
 
-    ``kl_weights_BxT`` are the standard KL's, 1, until ``weighed``.
+    ``kl_weights_BxT`` are the standard KL's, 1, until ``weighed``. ``kl_cov_BxT`` marks the tokens that KL-Cov holds.
     """
 
     trajectory: Trajectory
@@ -46,12 +57,23 @@ class Episodes(NamedTuple):
     advantages_BxT: jax.Array
     returns_BxT: jax.Array
     kl_weights_BxT: jax.Array
+    kl_cov_BxT: jax.Array
 
 
 def collect(
-    task: Task, params: dict[str, Any], ref_params: Any, problems: Problems, key: jax.Array, axis_name: str | None
+    task: Task,
+    params: dict[str, Any],
+    ref_params: Any,
+    hyper: Hyper,
+    problems: Problems,
+    keys: tuple[jax.Array, jax.Array],
+    axis_name: str | None,
 ) -> tuple[Episodes, dict[str, jax.Array]]:
-    """Rolls out the policy, judges the answers, passes policy and reference over them, and estimates advantages."""
+    """Rolls out the policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
+
+    Args:
+      keys: for sampling, and for weights that are shuffled.
+    """
     config = task.config
 
     def roll_out(whole, problems):
@@ -69,24 +91,94 @@ def collect(
             axis_name=axis_name,
         )[:3]
 
-    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], key), problems)
+    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
     assert logits_BxTxV is not None
     assert hidden_BxTxD is not None
     ref_logits_BxTxV, _ = score(task.model, ref_params, trajectory)
     values_BxT = values(params["value"], hidden_BxTxD)
-    mask_BxT = trajectory.mask_BxT
+    episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
+    return episodes, _collect_metrics(task, episodes, logits_BxTxV, values_BxT, problems)
 
-    final_B = jnp.where(trajectory.reward_B > 0, config.reward_right, config.reward_wrong)
-    is_last_BxT = mask_BxT & ~jnp.pad(mask_BxT[:, 1:], ((0, 0), (0, 1)))
-    rewards_BxT = jnp.where(is_last_BxT, final_B[:, None], 0.0)
-    raw_BxT = losses.gae(rewards_BxT, values_BxT, mask_BxT, config.discount, config.gae_lambda)
-    advantages_BxT = _normalize(raw_BxT, mask_BxT, final_B) if config.normalize_advantages else raw_BxT
+
+def assessed(
+    config: FinetuneConfig,
+    trajectory: Trajectory,
+    logits_BxTxV: jax.Array,
+    ref_logits_BxTxV: jax.Array,
+    values_BxT: jax.Array,
+    hyper: Hyper,
+    key: jax.Array,
+) -> Episodes:
+    """A whole round's answers with the weight of every token's KL and every token's advantage.
+
+    Args:
+      logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
+      key: for weights that are shuffled.
+    """
+    mask_BxT = trajectory.mask_BxT
+    outcome_BxT, returns_BxT = _outcome_advantages(config, _final_rewards(config, trajectory), values_BxT, mask_BxT)
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
-    returns_BxT = raw_BxT + values_BxT
-    ones_BxT = token_weights.uniform(mask_BxT)
-    episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, ones_BxT)
-    metrics = _collect_metrics(task, episodes, logits_BxTxV, values_BxT, final_B, problems)
-    return episodes, metrics
+    ones_BxT, none_BxT = token_weights.uniform(mask_BxT), jnp.zeros_like(mask_BxT)
+    episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, outcome_BxT, returns_BxT, ones_BxT, none_BxT)
+    episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
+    return _credited(config, episodes, hyper.kl_coefficient, losses.entropy(logits_BxTxV, config.temperature))
+
+
+def _final_rewards(config: FinetuneConfig, trajectory: Trajectory) -> jax.Array:
+    return jnp.where(trajectory.reward_B > 0, config.reward_right, config.reward_wrong)
+
+
+def _outcome_advantages(
+    config: FinetuneConfig, final_B: jax.Array, values_BxT: jax.Array, mask_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The algorithm's advantages of the right or wrong result, and the critic's targets."""
+    if config.has_critic:
+        is_last_BxT = mask_BxT & ~jnp.pad(mask_BxT[:, 1:], ((0, 0), (0, 1)))
+        rewards_BxT = jnp.where(is_last_BxT, final_B[:, None], 0.0)
+        raw_BxT = advantages.gae(rewards_BxT, values_BxT, mask_BxT, config.discount, config.gae_lambda)
+        returns_BxT = raw_BxT + values_BxT
+    else:
+        of_episodes = {
+            "reinforce": lambda: advantages.leave_one_out(final_B, config.episodes),
+            "rloo": lambda: advantages.leave_one_out(final_B, config.group_size),
+            "grpo": lambda: advantages.standardized_in_group(final_B, config.group_size),
+        }
+        raw_BxT = jnp.where(mask_BxT, of_episodes[config.algorithm]()[:, None], 0.0)
+        returns_BxT = jnp.where(mask_BxT, final_B[:, None], 0.0)
+    if not config.normalize_advantages or config.algorithm == "grpo":
+        return raw_BxT, returns_BxT
+    # Equal rewards say nothing about the tokens: what is left of the advantage is the critic's error.
+    informative = final_B.max() > final_B.min()
+    return jnp.where(informative, advantages.standardized(raw_BxT, mask_BxT), 0.0), returns_BxT
+
+
+def _credited(
+    config: FinetuneConfig, episodes: Episodes, kl_coefficient: jax.Array, entropy_BxT: jax.Array
+) -> Episodes:
+    """The episodes with advantages shaped by the policy's entropy, the KL in the reward, and the tokens of KL-Cov."""
+    trajectory, mask_BxT = episodes.trajectory, episodes.trajectory.mask_BxT
+    shaped = {
+        "none": lambda A: A,
+        "top_entropy": lambda A: advantage_shaping.top_entropy(A, entropy_BxT, mask_BxT, config.entropy_quantile),
+        "entropy_bonus": lambda A: advantage_shaping.entropy_bonus(
+            A, entropy_BxT, mask_BxT, config.entropy_scale, config.entropy_kappa
+        ),
+        "gtpo": lambda A: advantage_shaping.gtpo(
+            trajectory.reward_B, entropy_BxT, mask_BxT, config.group_size, config.gtpo_share
+        ),
+    }
+    advantages_BxT = shaped[config.advantage_shaping](episodes.advantages_BxT)
+    if config.kl_in == "reward":
+        # After the normalization, which would rescale alpha.
+        ref_log_probs_BxT = losses.token_log_probs(
+            episodes.ref_logits_BxTxV, trajectory.answers_BxT, config.temperature
+        )
+        k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
+        to_go_BxT = advantages.kl_to_go(episodes.kl_weights_BxT * k1_BxT, mask_BxT)
+        advantages_BxT = advantages_BxT - kl_coefficient * to_go_BxT
+    covariance_BxT = advantage_shaping.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
+    held_BxT = advantage_shaping.top_share(covariance_BxT, mask_BxT, config.kl_cov_share)
+    return episodes._replace(advantages_BxT=advantages_BxT, kl_cov_BxT=held_BxT)
 
 
 def weighed(
@@ -104,20 +196,10 @@ def weighed(
     return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
-def _normalize(advantages_BxT: jax.Array, mask_BxT: jax.Array, final_B: jax.Array) -> jax.Array:
-    mean = losses.masked_mean(advantages_BxT, mask_BxT)
-    variance = losses.masked_mean(jnp.square(advantages_BxT - mean), mask_BxT)
-    # Equal rewards say nothing about the tokens: what is left of the advantage is the critic's error.
-    informative = final_B.max() > final_B.min()
-    return jnp.where(mask_BxT & informative, (advantages_BxT - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
-
-
-def _collect_metrics(task, episodes, logits_BxTxV, values_BxT, final_B, problems) -> dict[str, jax.Array]:
+def _collect_metrics(task, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:
     config, mask_BxT = task.config, episodes.trajectory.mask_BxT
     mean = functools.partial(losses.masked_mean, mask=mask_BxT)
     kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
-    residual = mean(jnp.square(episodes.returns_BxT - values_BxT))
-    spread = mean(jnp.square(episodes.returns_BxT - mean(episodes.returns_BxT)))
     indices, recorded = problems_lib.critical_indices(episodes.trajectory.answers_BxT, problems)
     batch = indices.shape[0]
 
@@ -129,17 +211,22 @@ def _collect_metrics(task, episodes, logits_BxTxV, values_BxT, final_B, problems
     right = problems_lib.critical_characters(problems).reshape(batch, -1, 1)
     probability = jnp.exp(jnp.take_along_axis(flat, right, axis=2)).reshape(indices.shape)
     counts = recorded.sum(axis=0)
-    return {
+    metrics = {
         "success": episodes.trajectory.reward_B.mean(),
-        "reward": final_B.mean(),
+        "reward": _final_rewards(config, episodes.trajectory).mean(),
         "length": mask_BxT.sum(axis=1).mean(),
         "entropy": mean(losses.entropy(logits_BxTxV, config.temperature)),
         "kl": mean(kl_BxT),
+        "kl_weight": mean(episodes.kl_weights_BxT),
         "certainty_mean": mean(episodes.certainty_BxT),
         "certainty_min": jnp.where(mask_BxT, episodes.certainty_BxT, 1.0).min(),
-        "explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
         "critical_advantage": losses.masked_mean(at_critical(episodes.advantages_BxT), recorded),
         "critical_certainty": losses.masked_mean(at_critical(episodes.certainty_BxT), recorded),
         "critical_probability_3x2xC": (probability * recorded).sum(axis=0) / jnp.maximum(counts, 1),
         "critical_count_3x2xC": counts,
     }
+    if config.has_critic:
+        residual = mean(jnp.square(episodes.returns_BxT - values_BxT))
+        spread = mean(jnp.square(episodes.returns_BxT - mean(episodes.returns_BxT)))
+        metrics["explained_variance"] = 1.0 - residual / jnp.maximum(spread, 1e-8)
+    return metrics

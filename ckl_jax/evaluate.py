@@ -16,9 +16,12 @@ import numpy as np
 
 from ckl_jax import addition, cli, sharding
 from ckl_jax import problems as problems_lib
+from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import ModelConfig, require
+from ckl_jax.errors import is_integer, require_types
 from ckl_jax.problems import Problems
+from ckl_jax.rollout import require_possible
 from ckl_jax.speculative import generate
 from ckl_jax.statistics import bootstrap_interval
 
@@ -55,6 +58,10 @@ def judge(
       given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
     packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
+    require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
+    require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
+    length = addition.max_answer_length(digits, extra_length)
+    require_possible(model.config, packed, length, 1.0 if temperature is None else temperature, given_BxT)
     rewards = []
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
@@ -68,7 +75,7 @@ def judge(
                 params,
                 *group,
                 jax.random.key(seed),
-                max_length=addition.max_answer_length(digits, extra_length),
+                max_length=length,
                 temperature=1.0 if temperature is None else temperature,
                 greedy=temperature is None,
             )
@@ -97,6 +104,7 @@ def judge_cell(
       operands: ``identical`` (both of ``digits`` digits) or ``varying`` (one may be shorter).
       count: problems.
     """
+    require(operands in tuple(DRAWS), "operands", operands, " | ".join(DRAWS))
     problems = DRAWS[operands](np.random.default_rng([seed, digits]), count, digits)
     return judge(model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length)
 
@@ -114,9 +122,11 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
+        require_types(self)
+        require(0 <= self.seed <= MOST_SEED, "seed", self.seed, f"at least 0, at most {MOST_SEED}")
         require(self.problems >= 1, "problems", self.problems, "at least 1")
-        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or None")
+        if self.temperature is not None:
+            require_temperature(self.temperature, note=", or None")
 
 
 def main(config: EvaluateConfig) -> None:

@@ -17,23 +17,25 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding, token_weights
+from ckl_jax import addition, cli, finite, preemption, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
-from ckl_jax.episodes import Task
+from ckl_jax.config import require
+from ckl_jax.episodes import Hyper, Task
+from ckl_jax.errors import is_integer
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.problems import Problems
 from ckl_jax.runs import RunDirectory
 from ckl_jax.speculative import generate
-from ckl_jax.updates import Hyper, RunState, init_run, map_runs, train_rounds
+from ckl_jax.updates import RunState, init_run, map_runs, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
 TEST_SEED = 10**6
+MOST_SEEDS = 1_000
 
 
 class Run(NamedTuple):
@@ -71,7 +73,7 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     Raises:
       ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
     """
-    require(seeds >= 1, "seeds", seeds, "at least 1")
+    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
     require(len(arms) >= 1, "arms", dict(arms), "at least one")
     traced = tuple(name for name in Hyper._fields if name != "seed")
     runs, rows = [], []
@@ -82,16 +84,18 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
             runs.append(Run(arm, seed))
             numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
             rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": jnp.uint32, "kl_weights": jnp.int32}
+    types = {"seed": np.uint32, "kl_weights": np.int32}
     columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    return runs, Hyper(**{name: jnp.array(of_run, types.get(name, jnp.float32)) for name, of_run in columns.items()})
+    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
+    return runs, Hyper(**arrays)
 
 
 def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
-    """The problems of one round: the same for all arms of a seed."""
-    rng = np.random.default_rng([seed, round_index])
-    drawn = addition.rl_problems(rng, task.config.episodes, task.digits, task.max_pretrain_digits)
-    return problems_lib.pack(drawn, task.digits, task.max_pretrain_digits)
+    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
+    rng, group = np.random.default_rng([seed, round_index]), task.config.group_size
+    drawn = addition.rl_problems(rng, task.config.episodes // group, task.digits, task.max_pretrain_digits)
+    repeated = [problem for problem in drawn for _ in range(group)]
+    return problems_lib.pack(repeated, task.digits, task.max_pretrain_digits)
 
 
 def _stack(items: list[Any]) -> Any:
@@ -100,7 +104,7 @@ def _stack(items: list[Any]) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
-    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the training temperature."""
+    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the test temperature."""
     config = task.config
 
     def run_test(problems, axis_name, params):
@@ -114,7 +118,7 @@ def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max
                 how=config.rollout,
                 batch=config.rollout_batch,
                 max_length=max_length,
-                temperature=config.temperature,
+                temperature=config.test_temperature,
                 axis_name=axis_name,
             ).trajectory.reward_B
 
@@ -160,6 +164,7 @@ def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
     return accuracy
 
 
+@preemption.deferred()
 def finetune(
     config: FinetuneConfig,
     model: Model,
@@ -172,6 +177,11 @@ def finetune(
 
     The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
     ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
+
+    Raises:
+      PreemptedError: SIGTERM came, and the rounds up to the next test are done and saved.
+      NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
+      OSError: a file cannot be written. All three leave what was saved before.
     """
     task = make_task(config, model)
     runs, hypers = make_runs(config, arms, seeds)
@@ -184,7 +194,7 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-    directory.rewind_metrics(done if restored else -1)
+    directory.rewind_metrics(done if restored else -1, recorded=done if restored else None)
     start, first = time.monotonic(), done
 
     def run_test(step: int, states: RunState) -> np.ndarray:
@@ -209,12 +219,18 @@ def finetune(
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
+        if preemption.requested():
+            raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
         problems = sharding.put(problems, sharding.by_run(mesh))
         states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
-        directory.log(_round_records(runs, done, sharding.to_host(metrics)))
+        metrics = sharding.to_host(metrics)
+        names = [run.name for run in runs]
+        finite.require_metrics("round", done, names, metrics)
+        finite.require_state("round", done + config.test_every, names, states, by_run=True)
+        directory.log(_round_records(runs, done, metrics))
         done += config.test_every
         target = run_test(done, states)
         directory.checkpoints.save(done, states)

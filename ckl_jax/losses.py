@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import token_weights
+from ckl_jax.arrays import require_array, require_integers, require_logits, require_temperature
 from ckl_jax.certainty import entropy_of
 from ckl_jax.config import require
 
@@ -24,6 +25,8 @@ KLKind = Literal["k1", "k2", "k3"]
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of ``values`` [...] over ``mask`` [...] in float32; 0 where no token is selected."""
+    for name, array in (("values", values), ("mask", mask)):
+        require_array(array, name)
     require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
     mask = mask.astype(bool)
     selected = jnp.where(mask, values.astype(jnp.float32), 0.0)
@@ -35,10 +38,15 @@ def token_log_probs(
 ) -> jax.Array:
     """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...].
 
-    With a ``mask`` [...], tokens outside it may be any number (padding of -100, say).
+    With a ``mask`` [...], tokens outside it may be any number (padding of -100, say). Elsewhere a token that the
+    vocabulary does not have, negative ones included, gives NaN.
     """
+    require_logits(logits)
+    require_integers(tokens, "tokens")
+    require(tokens.shape == logits.shape[:-1], "tokens", tokens.shape, f"one per distribution, {logits.shape[:-1]}")
     log_p = _log_softmax(logits, temperature, mask)
     tokens = _only(mask, tokens)
+    tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
     return _only(mask, jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0])
 
 
@@ -146,52 +154,91 @@ def policy_gradient_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.
     return -masked_mean(advantages * _only(mask, log_probs.astype(jnp.float32)), mask)
 
 
+def clipped_policy_loss(
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+) -> jax.Array:
+    """PPO: -mean over the masked tokens of min(r * A, clip(r, 1 - clip, 1 + clip) * A) (Schulman et al. 2017).
+
+    r = exp(log_probs - old_log_probs), token by token; ``old_log_probs`` are those at which the tokens were sampled.
+    Old log-probabilities and advantages take no gradient.
+
+    Raises:
+      ConfigError: different shapes, or ``clip`` not above 0.
+    """
+    require(clip > 0, "clip", clip, "above 0")
+    ratio = _ratio(log_probs, old_log_probs, mask)
+    advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
+    bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    return -masked_mean(jnp.minimum(ratio * advantages, bounded * advantages), mask)
+
+
+def off_policy_kl(
+    kl: jax.Array, kind: KLKind, log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """A KL estimate of tokens that an older policy sampled: r * kl, with the ratio r of new to old probability.
+
+    Its expected gradient over the older policy's tokens is that of KL(pi || ref) for every kind: the ratio takes part
+    in the gradient of k1 and k3, and is a constant for k2, whose own gradient it is. An exact KL needs no ratio.
+
+    Args:
+      kl: from ``kl_estimate`` of that ``kind``, [...] as all others. ``old_log_probs`` take no gradient.
+    """
+    ratio = _ratio(log_probs, old_log_probs, mask)
+    return _only(mask, kl) * (jax.lax.stop_gradient(ratio) if kind == "k2" else ratio)
+
+
+def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, mask: jax.Array) -> jax.Array:
+    """KL-Cov: mean over the masked tokens of |log pi - log pi_old| where ``chosen``, else 0 (arXiv 2505.22617).
+
+    ``old_log_probs`` are those of the rollout, without gradient; ``chosen`` bool [...] marks the greatest covariances
+    of advantage and log-probability. In that work they are chosen in each minibatch, here by the caller, over a round.
+    """
+    log_ratio = _log_ratio(log_probs, old_log_probs, mask)
+    return masked_mean(jnp.where(chosen, jnp.abs(log_ratio), 0.0), mask)
+
+
+def adapted_coefficient(
+    coefficient: jax.Array, kl: jax.Array, target: float | jax.Array, gain: float | jax.Array
+) -> jax.Array:
+    """The KL coefficient after a round whose KL was ``kl``: coefficient * (1 + gain * clip(kl / target - 1, +-0.2)).
+
+    A proportional controller in log space (Ziegler et al. 2019, section 2.2).
+    """
+    return coefficient * (1.0 + gain * jnp.clip(kl / target - 1.0, -0.2, 0.2))
+
+
 def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean squared error of the critic over the masked tokens (authors' code: no factor 1/2)."""
     returns = jax.lax.stop_gradient(_only(mask, returns.astype(jnp.float32)))
     return masked_mean(jnp.square(_only(mask, values.astype(jnp.float32)) - returns), mask)
 
 
-def gae(
-    rewards_BxT: jax.Array, values_BxT: jax.Array, mask_BxT: jax.Array, discount: float, gae_lambda: float
-) -> jax.Array:
-    """Generalized advantage estimates of episodes that end with their mask (Schulman et al. 2016).
-
-    delta_t = r_t + discount * V_{t+1} - V_t and A_t = delta_t + discount * lambda * A_{t+1}, with V = A = 0 after the
-    end: the length limit counts as a true end.
-
-    Args:
-      rewards_BxT: reward of each token. values_BxT: value of the state before each token.
-      mask_BxT: True on an episode's tokens, a prefix of each row.
-
-    Returns:
-      float32 [B, T], 0 after the end. Returns (value targets) are these plus ``values_BxT``.
-    """
-    mask_BxT = mask_BxT.astype(bool)
-    values_BxT = jnp.where(mask_BxT, values_BxT.astype(jnp.float32), 0.0)
-    rewards_BxT = jnp.where(mask_BxT, rewards_BxT.astype(jnp.float32), 0.0)
-    next_values_BxT = jnp.pad(values_BxT[:, 1:], ((0, 0), (0, 1)))
-    deltas_BxT = rewards_BxT + discount * next_values_BxT - values_BxT
-
-    def backward(advantage_B, delta_B):
-        advantage_B = delta_B + discount * gae_lambda * advantage_B
-        return advantage_B, advantage_B
-
-    _, advantages_TxB = jax.lax.scan(backward, jnp.zeros_like(deltas_BxT[:, 0]), deltas_BxT.T, reverse=True)
-    return jnp.where(mask_BxT, advantages_TxB.T, 0.0)
-
-
 def _only(mask: jax.Array | None, values: jax.Array) -> jax.Array:
     """``values`` [...] where the mask is True, else 0; all of them without a mask."""
     if mask is None:
         return values
+    require_array(mask, "mask")
     require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
     return jnp.where(mask.astype(bool), values, 0)
 
 
+def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:
+    same = log_probs.shape == old_log_probs.shape
+    require(same, "old_log_probs", old_log_probs.shape, f"the shape of log_probs, {log_probs.shape}")
+    old_log_probs = jax.lax.stop_gradient(_only(mask, old_log_probs.astype(jnp.float32)))
+    return _only(mask, log_probs.astype(jnp.float32)) - old_log_probs
+
+
+def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return jnp.exp(_log_ratio(log_probs, old_log_probs, mask))
+
+
 def _log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Array | None) -> jax.Array:
     """Of logits [..., V] over the temperature in float32; uniform where a mask [...] is False."""
+    require_logits(logits)
+    require_temperature(temperature)
     if mask is not None:
+        require_array(mask, "mask")
         require(logits.shape[:-1] == mask.shape, "mask", mask.shape, f"one entry per token, {logits.shape[:-1]}")
         logits = jnp.where(mask.astype(bool)[..., None], logits, 0)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)

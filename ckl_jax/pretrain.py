@@ -22,12 +22,13 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, sharding
+from ckl_jax import addition, cli, finite, preemption, sharding
 from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
 from ckl_jax.model import GPT2, forward
+from ckl_jax.paths import require_directory
 from ckl_jax.runs import RunDirectory
 
 
@@ -127,13 +128,21 @@ def make_mesh(config: PretrainConfig) -> Mesh:
     return sharding.make_mesh(1, config.batch_size, data_devices=config.data_devices)
 
 
+@preemption.deferred()
 def pretrain(
     config: PretrainConfig,
     directory: RunDirectory,
     data_dir: pathlib.Path | None = None,
     progress: Callable[[str], None] = print,
 ) -> Model:
-    """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory."""
+    """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory.
+
+    Raises:
+      PreemptedError: SIGTERM came, and the steps so far are saved.
+      NotFiniteError: a loss or parameter is not finite; nothing since the last checkpoint is logged or saved.
+      OSError: a file cannot be written. All three leave what was saved before.
+    """
+    run = f"seed {config.seed}"
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
     mesh = make_mesh(config)
     stream = sharding.put(stream, sharding.everywhere(mesh))
@@ -143,32 +152,50 @@ def pretrain(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, state = restored or (0, jax.jit(create, out_shardings=shardings)())
-    directory.rewind_metrics(done)
-    start, first = time.monotonic(), done
-    while done < config.num_steps:
-        count = min(config.checkpoint_every, config.num_steps - done)
-        history = []
+    history = [jax.tree.map(np.float32, metrics) for metrics in directory.checkpoints.restore_history(done) or []]
+    logged = done - len(history)
+    directory.rewind_metrics(done, logged or None)
+    start, first, stopping = time.monotonic(), done, False
+    reached = any(_reaches_target(config, record) for record in directory.metrics())
+    while done < config.num_steps and not stopping and not reached:
+        end = min(logged + config.checkpoint_every, config.num_steps)
         with jax.set_mesh(mesh):
-            for _ in range(count):
+            while done < end and not stopping:
                 state, metrics = train_step(config, state, stream)
                 history.append(metrics)
-        done += count
-        means = jax.tree.map(lambda *values: float(np.mean(values)), *history)
-        record: dict[str, Any] = {"step": done, **means}
+                done += 1
+                stopping = preemption.requested(done)
+        history = jax.device_get(history)
+        values = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
+        finite.require_metrics("step", logged, [run], jax.tree.map(lambda x: x[None], values))
+        finite.require_state("step", done, [run], state, by_run=False)
+        if done < end:
+            directory.checkpoints.save(done, state, jax.tree.map(float, history))
+            continue
+        logged, history = done, []
+        record: dict[str, Any] = {"step": done, **{name: float(np.mean(x)) for name, x in values.items()}}
         model = Model(config.model, config.max_digits, state.params)
         for digits in (config.max_digits, config.max_digits + 1):
             rng = np.random.default_rng([config.seed, digits])
             problems = addition.varying_problems(rng, config.eval_problems, digits)
             record[f"accuracy_varying_{digits}"] = float(judge(model, problems, digits).mean())
+        reached = _reaches_target(config, record)
         directory.log([record])
         directory.checkpoints.save(done, state)
         elapsed = time.monotonic() - start
         left = elapsed / (done - first) * (config.num_steps - done)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
         progress(f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s, {left:.0f} s left)")
+    if stopping:
+        raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
     model = Model(config.model, config.max_digits, state.params)
     save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
     return model
+
+
+def _reaches_target(config: PretrainConfig, record: dict[str, Any]) -> bool:
+    accuracy = record[f"accuracy_varying_{config.max_digits}"]
+    return config.target_accuracy is not None and accuracy >= config.target_accuracy
 
 
 @dataclass(frozen=True)
@@ -180,6 +207,10 @@ class PretrainCommand:
     """Directory of the run: new, empty, or of the same command interrupted."""
     data_dir: pathlib.Path | None = None
     """Where TFDS keeps the dataset; default: TFDS's own default directory."""
+
+    def __post_init__(self) -> None:
+        if self.data_dir is not None:
+            require_directory(self.data_dir, "data_dir")
 
 
 def preset(scale: str = "tiny") -> PretrainCommand:

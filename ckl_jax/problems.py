@@ -14,6 +14,7 @@ import numpy as np
 
 from ckl_jax import addition
 from ckl_jax.config import require
+from ckl_jax.errors import is_integer
 
 STEPS = 3
 Array = np.ndarray | jax.Array
@@ -47,6 +48,10 @@ def pack(problems: Sequence[addition.Problem], digits: int, max_pretrain_digits:
       ValueError: no problem, or an operand longer than ``digits``.
     """
     require(len(problems) > 0, "problems", len(problems), "1 or more")
+    foreign = next((problem for problem in problems if not isinstance(problem, addition.Problem)), None)
+    require(foreign is None, "problems", foreign, "addition.Problem")
+    possible = is_integer(max_pretrain_digits) and max_pretrain_digits >= 1
+    require(possible, "max_pretrain_digits", max_pretrain_digits, "1 or more")
     longest = max(len(str(max(problem.a, problem.b))) for problem in problems)
     require(longest <= digits, "problems", f"an operand of {longest} digits", f"up to {digits} digits")
     count, slots = len(problems), 2 * max(0, digits - max_pretrain_digits)

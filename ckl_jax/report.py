@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckl_jax.errors import require
+
 _HERE = pathlib.Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LEGEND_STEPS = (1.0, 0.99, 0.95, 0.9, 0.75, 0.5, 0.0)
@@ -66,6 +68,7 @@ class Section:
 
 def shade(certainty: float) -> int:
     """Strength of a character's colour in percent: the square root of 1 - J, so that 0.99 can be told from 1."""
+    require(not math.isnan(certainty), "certainty", certainty, "a number")
     return round(100 * math.sqrt(min(1.0, max(0.0, 1.0 - certainty))))
 
 

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckl_jax import addition
 from ckl_jax import problems as problems_lib
+from ckl_jax.arrays import require_integers, require_temperature
 from ckl_jax.config import ModelConfig, require
+from ckl_jax.errors import is_integer
 from ckl_jax.model import Cache, Output, forward, init_cache
 from ckl_jax.problems import Array, Problems
 
@@ -106,6 +109,7 @@ def rollout(
         shape.
     """
     require_possible(config, problems, max_length, temperature, given_BxT)
+    require(batch is None or (is_integer(batch) and batch >= 1), "batch", batch, "1 or more, or None")
     decode = functools.partial(
         _decode, config, params, key, max_length=max_length, temperature=temperature, greedy=greedy, axis_name=axis_name
     )
@@ -127,14 +131,19 @@ def require_possible(
     given_BxT: Array | None = None,
 ) -> None:
     """Raises ConfigError as ``rollout`` says."""
-    if not isinstance(temperature, jax.core.Tracer):
-        require(float(temperature) > 0, "temperature", float(temperature), "above 0 (greedy=True for argmax)")
+    require_temperature(temperature, note=" (greedy=True for argmax)")
+    require(is_integer(max_length) and max_length >= 1, "max_length", max_length, "1 or more")
     total = problems.prompts_BxP.shape[1] + max_length
     require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")
     if given_BxT is not None:
+        require_integers(given_BxT, "given_BxT")
         count = problems.prompts_BxP.shape[0]
         fits = given_BxT.ndim == 2 and given_BxT.shape[0] == count and given_BxT.shape[1] <= max_length
         require(fits, "given_BxT", given_BxT.shape, f"[{count}, up to {max_length}]")
+        if isinstance(given_BxT, np.ndarray) and given_BxT.size:
+            low, high = int(given_BxT.min()), int(given_BxT.max())
+            inside = low >= -1 and high < config.vocab_size
+            require(inside, "given_BxT", f"{low}..{high}", f"-1 or a token below {config.vocab_size}")
 
 
 def layout(problems: Problems, max_length: int) -> tuple[jax.Array, jax.Array]:

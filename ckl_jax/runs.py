@@ -5,6 +5,7 @@ Several processes (``hosts``) share it: process 0 reads and writes its files, fo
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import platform
@@ -13,34 +14,53 @@ from typing import Any
 
 import jax
 
-from ckl_jax import hosts
+from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import append, resolved
+from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
 
 
 class RunDirectory:
-    """Opens or resumes ``path`` for ``config``.
+    """Opens or resumes ``path`` for ``config``, and keeps other processes out of it until ``close``.
+
+    Nothing keeps other processes out of a bucket's directory: never start the same run twice in one.
 
     Raises:
-      ConfigError: the directory holds another run's config, or files but no config; nothing is touched.
+      ConfigError: the directory holds another run's config, or files but no config, or a running process has it; then
+        nothing is touched. Or it cannot be written.
     """
 
     def __init__(self, path: pathlib.Path, config: Mapping[str, Any]):
         self.path = resolved(path)
-        self.metrics_path = self.path / "metrics.jsonl"
+        self.metrics_path, self._seconds_path = self.path / "metrics.jsonl", self.path / "seconds.jsonl"
+        self._lock: lock.DirectoryLock | None = None
         hosts.of_first(lambda: self._open(config))
         self.checkpoints = StateCheckpoints(self.path / "checkpoints")
 
     def _open(self, config: Mapping[str, Any]) -> None:
-        self._check(json.loads(json.dumps(config)))
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "config.json").exists():
-            write_json(self.path / "config.json", config)
+        wanted = json.loads(json.dumps(config))
+        try:
+            self._check(wanted)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = None if in_bucket(self.path) else lock.hold(self.path)
+            self._check(wanted)  # Again: until now another process may have had the directory.
+            if not (self.path / "config.json").exists():
+                write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise ConfigError(
+                f"out: got {self.path}, allowed is a directory that can be written "
+                f"({error.filename or self.path}: {error.strerror})"
+            ) from error
+
+    def close(self) -> None:
+        """Lets other processes have the directory. What was logged can still be read."""
+        self.checkpoints.close()
+        self._lock = None
 
     def _check(self, config: Any) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
+        require_directory(self.path, "out")
         existing = self.path / "config.json"
         if existing.exists():
             differing = sorted(_differences(read_json(existing, "out"), config))
@@ -49,21 +69,36 @@ class RunDirectory:
                     f"out: {self.path} holds a run with another config (differing: {', '.join(differing)}); "
                     "allowed is a directory that is new, empty or of this run"
                 )
-        elif self.path.exists() and any(file.suffix != ".tmp" for file in self.path.iterdir()):
+        elif self.path.exists() and any(not _is_left_over(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"out: {self.path} holds files but no config.json; "
                 "allowed is a directory that is new, empty or of this run"
             )
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drops metric lines after ``step`` (they will be computed again) and a half-written last line."""
-        if not hosts.is_first() or not self.metrics_path.exists():
-            return
-        lines = self.metrics_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.metrics_path)
+    def rewind_metrics(self, step: int, recorded: int | None = None) -> None:
+        """Drops metric lines after ``step`` (they will be computed again) and half-written last lines.
+
+        Args:
+          recorded: the step that the last line kept must be of.
+
+        Raises:
+          ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
+            nothing is dropped.
+        """
+        hosts.of_first(lambda: self._rewind(step, recorded))
+
+    def _rewind(self, step: int, recorded: int | None) -> None:
+        records = _parse(self.metrics_path, "out", _whole_records) if self.metrics_path.exists() else []
+        kept = [record for record in records if record["step"] <= step]
+        last = kept[-1]["step"] if kept else None
+        if recorded is not None and last != recorded:
+            raise ConfigError(
+                f"out: {self.metrics_path} is damaged (it ends at step {last}); "
+                f"allowed is one with step {recorded}, as the checkpoint has"
+            )
+        _rewrite(self.metrics_path, kept)
+        if self._seconds_path.exists():
+            _rewrite(self._seconds_path, _parse(self._seconds_path, "out", _whole_records))
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
@@ -71,7 +106,7 @@ class RunDirectory:
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
-        self._append(self.path / "seconds.jsonl", [{"step": step, "seconds": seconds}])
+        self._append(self._seconds_path, [{"step": step, "seconds": seconds}])
 
     def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
         if hosts.is_first():
@@ -79,17 +114,25 @@ class RunDirectory:
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""
-        return sum(record["seconds"] for record in self._records(self.path / "seconds.jsonl"))
+        return sum((record["seconds"] for record in _of_first(self._seconds_path)), 0.0)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records so far."""
-        return self._records(self.metrics_path)
+        """All records so far. Raises ConfigError like ``read_json``."""
+        return _of_first(self.metrics_path)
 
-    def _records(self, path: pathlib.Path) -> list[dict[str, Any]]:
-        def read() -> list[dict[str, Any]]:
-            return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-        return hosts.of_first(read)
+def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
+    return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
+
+
+def _is_left_over(file: pathlib.Path) -> bool:
+    """Whether a process that was killed before it wrote config.json may have left it."""
+    return file.suffix == ".tmp" or file.name == lock.LOCK_NAME
+
+
+def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    if path.exists():
+        replace(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_json(path: pathlib.Path, field: str) -> Any:
@@ -99,13 +142,34 @@ def read_json(path: pathlib.Path, field: str) -> Any:
 
 def read_metrics(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl that is only read. Raises ConfigError like ``read_json``."""
-    return _parse(path, field, lambda text: [json.loads(line) for line in text.splitlines()])
+    return _parse(path, field, _records)
+
+
+def _records(text: str) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(records[-1], dict) or not isinstance(records[-1].get("step"), int):
+            raise ValueError(f"line {number}: no record with a step")
+    return records
+
+
+def _whole_records(text: str) -> list[dict[str, Any]]:
+    """The records of a run that is going on: the last line may be half, and steps never go back."""
+    records = _records(text[: text.rfind("\n") + 1])
+    for number, (before, after) in enumerate(itertools.pairwise(records), 2):
+        if after["step"] < before["step"]:
+            raise ValueError(f"line {number}: step {after['step']} after step {before['step']}")
+    return records
 
 
 def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(path.read_text())
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         allowed = f"allowed is a {path.name} as the run wrote it"
         raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error
 
@@ -140,8 +204,7 @@ def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | N
     Raises:
       ConfigError: ``directory`` is a file or holds a results.json that is damaged or of another command.
     """
-    is_file = directory.exists() and not directory.is_dir()
-    require(not is_file, "out", str(directory), "a directory")
+    require_directory(directory, "out")
     path = directory / "results.json"
     if not path.exists():
         return None

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import stats
 
 from ckl_jax.config import require
+from ckl_jax.errors import is_integer
 
 
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -44,6 +45,8 @@ def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 
       ConfigError: no value.
     """
     require(len(values) > 0, "values", len(values), "1 or more")
+    require(bool(np.isfinite(values).all()), "values", "NaN or infinity among them", "finite numbers")
+    require(is_integer(samples) and samples >= 1, "samples", samples, "1 or more")
     rng = np.random.default_rng(seed)
     means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -58,6 +61,8 @@ def share_interval(successes: int, count: int) -> tuple[float, float, float]:
     Raises:
       ConfigError: ``successes`` outside 0..count.
     """
+    for name, value in (("successes", successes), ("count", count)):
+        require(is_integer(value), name, value, "an integer")
     require(0 <= successes <= count, "successes", successes, f"0..{count}")
     if count == 0:
         return float("nan"), 0.0, 1.0

@@ -13,7 +13,9 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.config import KLWeights, require
+from ckl_jax.arrays import require_array, require_at_least, require_floats
+from ckl_jax.config import require
+from ckl_jax.finetune_config import KLWeights
 
 
 def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -30,8 +32,7 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
     Raises:
       ConfigError: negative beta or different shapes.
     """
-    if not isinstance(beta, jax.core.Tracer):
-        require(float(beta) >= 0, "beta", float(beta), "0 or more")
+    require_at_least(beta, "beta", 0, "0 or more, and finite")
     mask_BxT = _checked(certainty_BxT, mask_BxT)
     certainty_BxT, beta = jax.lax.stop_gradient((certainty_BxT.astype(jnp.float32), jnp.float32(beta)))
     return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT, 1.0), beta), 0.0)
@@ -120,6 +121,8 @@ def weigh(
         "threshold": lambda: threshold(entropy_BxT, mask_BxT, share),
         "archer": lambda: archer(entropy_BxT, mask_BxT, share, weak),
     }
+    known = not isinstance(index, int) or 0 <= index < len(of_word)
+    require(known, "index", index, f"0..{len(of_word) - 1}")
     return jax.lax.switch(index, [of_word[word] for word in get_args(KLWeights)])
 
 
@@ -131,6 +134,8 @@ def index_of(word: str) -> int:
 
 
 def _checked(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    require_floats(values_BxT, "values")
+    require_array(mask_BxT, "mask")
     require(values_BxT.shape == mask_BxT.shape, "mask", mask_BxT.shape, f"the shape of the values, {values_BxT.shape}")
     return mask_BxT.astype(bool)
 
@@ -144,6 +149,7 @@ def _low(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array
     """True on the tokens of every row's mask up to its quantile."""
     require(0 < share <= 1, "share", share, "above 0, at most 1")
     mask_BxT = _checked(entropy_BxT, mask_BxT)
+    require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
     entropy_BxT = jnp.where(mask_BxT, jax.lax.stop_gradient(entropy_BxT.astype(jnp.float32)), jnp.inf)
     rank_Bx1 = jnp.round(share * mask_BxT.sum(axis=1, keepdims=True)).astype(jnp.int32)
     quantile_Bx1 = jnp.take_along_axis(jnp.sort(entropy_BxT, axis=1), jnp.maximum(rank_Bx1 - 1, 0), axis=1)

@@ -1,4 +1,4 @@
-"""The loss, its update, and collect -> update as one pure round, scanned over rounds and vmapped over runs."""
+"""Adam updates on minibatches, and collect -> update as one pure round, scanned over rounds and vmapped over runs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,26 @@ import optax
 from jax.sharding import Mesh
 
 from ckl_jax import losses, sharding, transitions
-from ckl_jax.config import FinetuneConfig
-from ckl_jax.episodes import Episodes, Task, collect, weighed
-from ckl_jax.model import ValueHead, values
+from ckl_jax.episodes import Episodes, Hyper, Task, collect
+from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.model import ValueHead
+from ckl_jax.objective import Gradient, gradient_norms, loss_gradient, term_names
 from ckl_jax.problems import Problems
-from ckl_jax.rollout import largest_divisor, score
+from ckl_jax.rollout import largest_divisor
 
 RUNS = "runs"
-TERMS = ("policy", "value", "entropy", "kl")
-Gradient = tuple[dict[str, Any], dict[str, jax.Array]]
-"""The loss's gradient in the parameters, and the loss's terms."""
-
-
-class Hyper(NamedTuple):
-    """What may differ between runs of one program; scalars, or arrays [runs]."""
-
-    seed: jax.Array
-    learning_rate: jax.Array
-    kl_coefficient: jax.Array
-    beta: jax.Array
-    kl_weights: jax.Array
 
 
 class RunState(NamedTuple):
-    """What a run carries from round to round: ``params`` has ``policy`` and ``value``; Adam's state lives on."""
+    """What a run carries from round to round: ``params`` has ``policy`` and ``value``; Adam's state lives on.
+
+    ``kl_coefficient`` is the run's alpha, which a ``kl_target`` changes from round to round.
+    """
 
     round: jax.Array
     params: dict[str, Any]
     opt_state: optax.OptState
+    kl_coefficient: jax.Array
 
 
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
@@ -51,31 +43,8 @@ def init_run(task: Task, policy_params: Any, hyper: Hyper) -> RunState:
     key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
     value_params = ValueHead().init(key, jnp.zeros((1, task.model.width)))
     params = {"policy": policy_params, "value": value_params}
-    return RunState(jnp.zeros((), jnp.int32), params, _optimizer(task.config).init(params))
-
-
-def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
-    """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
-    config = task.config
-    trajectory = episodes.trajectory
-    actions_BxT, mask_BxT = trajectory.answers_BxT, trajectory.mask_BxT
-    logits_BxTxV, hidden_BxTxD = score(task.model, params["policy"], trajectory)
-    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature)
-    if config.kl == "exact":
-        kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
-    else:
-        ref_log_probs_BxT = losses.token_log_probs(episodes.ref_logits_BxTxV, actions_BxT, config.temperature)
-        kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl)
-    if config.detach_critic:
-        hidden_BxTxD = jax.lax.stop_gradient(hidden_BxTxD)
-    values_BxT = values(params["value"], hidden_BxTxD)
-    entropy_BxT = losses.entropy(logits_BxTxV, config.temperature)
-    return {
-        "policy": losses.policy_gradient_loss(log_probs_BxT, episodes.advantages_BxT, mask_BxT),
-        "value": config.value_coefficient * losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT),
-        "entropy": -config.entropy_coefficient * losses.masked_mean(entropy_BxT, mask_BxT),
-        "kl": hyper.kl_coefficient * losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT),
-    }
+    opt_state = _optimizer(task.config).init(params)
+    return RunState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(hyper.kl_coefficient))
 
 
 def update(
@@ -116,20 +85,13 @@ def update(
 
         return jax.lax.fori_loop(0, updates, step, carry), updates
 
-    zeros = dict.fromkeys(TERMS, jnp.zeros(()))
+    zeros = dict.fromkeys(term_names(config), jnp.zeros(()))
     keys = jax.random.split(key, config.epochs)
     (params, opt_state, sums), updates = jax.lax.scan(epoch, (state.params, state.opt_state, zeros), keys)
     updates = updates.sum()
     metrics = {f"loss/{name}": total / updates for name, total in sums.items()}
-    return RunState(state.round + 1, params, opt_state), metrics | {"updates": updates}
-
-
-def _gradient(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
-    def total_loss(params):
-        terms = loss_terms(task, hyper, params, episodes)
-        return sum(terms.values()), terms
-
-    return jax.grad(total_loss, has_aux=True)(params)
+    state = state._replace(round=state.round + 1, params=params, opt_state=opt_state)
+    return state, metrics | {"updates": updates}
 
 
 def _episode_minibatches(task, hyper, episodes, key, axis_name) -> tuple[int, Callable[..., Gradient]]:
@@ -140,7 +102,7 @@ def _episode_minibatches(task, hyper, episodes, key, axis_name) -> tuple[int, Ca
     def gradient(params, index):
         chosen = jax.lax.dynamic_slice_in_dim(order, index * config.minibatch_episodes, config.minibatch_episodes)
         minibatch = sharding.share_rows(jax.tree.map(lambda x: x[chosen], episodes))
-        return _gradient(task, hyper, params, minibatch)
+        return loss_gradient(task, hyper, params, minibatch)
 
     return config.episodes // config.minibatch_episodes, gradient
 
@@ -160,7 +122,7 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
             # One bucket for all vmapped runs: a switch on an index of each run's own would compute every branch.
             longest = longest if axis_name is None else jax.lax.pmax(longest, axis_name)
             branches = [
-                lambda indices, length=length: _gradient(
+                lambda indices, length=length: loss_gradient(
                     task, hyper, params, transitions.cut(episodes, indices, length)
                 )
                 for length in lengths
@@ -169,7 +131,7 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
             share = (indices.lengths_M > 0).sum() / valid
             return jax.tree.map(lambda x, y: x + share * y, total, part), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(TERMS, jnp.zeros(()))
+        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(term_names(task.config), jnp.zeros(()))
         groups = jax.tree.map(lambda x: x.reshape(-1, group), chosen)
         return jax.lax.scan(add, zeros, groups)[0]
 
@@ -182,33 +144,22 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
     return -(-count // size), gradient
 
 
-def gradient_norms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
-    """Norm of each term's gradient in the policy's parameters, on the first ``diagnostic_episodes`` episodes."""
-    few = jax.tree.map(lambda x: x[: task.config.diagnostic_episodes], episodes)
-
-    def terms_of(policy):
-        return loss_terms(task, hyper, {**params, "policy": policy}, few)
-
-    terms, pullback = jax.vjp(terms_of, params["policy"])
-
-    def norm(name):
-        cotangent = {other: jnp.asarray(float(other == name)) for other in terms}
-        return optax.global_norm(pullback(cotangent)[0])
-
-    return {f"grad_norm/{name}": norm(name) for name in terms}
-
-
 def train_round(
     task: Task, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
-    episodes, metrics = collect(task, state.params, ref_params, problems, rollout_key, axis_name)
-    episodes = weighed(task.config, episodes, hyper.kl_weights, hyper.beta, weights_key)
-    metrics["kl_weight"] = losses.masked_mean(episodes.kl_weights_BxT, episodes.trajectory.mask_BxT)
-    metrics |= gradient_norms(task, hyper, state.params, episodes)
+    hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
+    keys = (rollout_key, weights_key)
+    episodes, metrics = collect(task, state.params, ref_params, hyper, problems, keys, axis_name)
+    metrics |= gradient_norms(task, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
     state, terms = update(task, hyper, state, episodes, shuffle_key, axis_name)
+    if task.config.kl_target is not None:
+        adapted = losses.adapted_coefficient(
+            hyper.kl_coefficient, metrics["kl"], task.config.kl_target, task.config.kl_gain
+        )
+        state = state._replace(kl_coefficient=adapted)
     return state, metrics | terms
 
 

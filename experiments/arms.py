@@ -10,9 +10,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
+from ckl_jax import foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
-from ckl_jax.config import ConfigError, FinetuneConfig, require
-from ckl_jax.finetune import Arms, describe, finetune, make_runs, make_task
+from ckl_jax.config import ConfigError, require
+from ckl_jax.finetune import MOST_SEEDS, Arms, describe, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.statistics import mean_interval
 
@@ -81,11 +83,15 @@ def _finished(command: ArmsCommand, name: str, max_pretrain_digits: int, checkpo
     if made is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a finished run's directory")
     config = read_json(command.out / "config.json", "plot_only")
-    same = config["checkpoint"] == checkpoint
-    require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
+    with foreign.only_read(command.out / "config.json", "plot_only", applies=True):
+        same = config["checkpoint"] == checkpoint
+        require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
+        require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
+        digits = max_pretrain_digits + config["config"]["extra_digits"]
     records = read_metrics(command.out / "metrics.jsonl", "plot_only")
-    kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
-    return Run(config, records, kept, max_pretrain_digits + config["config"]["extra_digits"])
+    with foreign.only_read(command.out / "results.json", "plot_only", applies=True):
+        kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
+    return Run(config, records, kept, digits)
 
 
 def summarize(

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ckl_jax import addition
-from ckl_jax.config import FinetuneConfig, ModelConfig, require
+from ckl_jax.config import ModelConfig, require
 from ckl_jax.episodes import Episodes
+from ckl_jax.finetune_config import FinetuneConfig
 from experiments.pytorch_baselines import GPT, device, functional, load_flax, nn, torch
 
 VALUE_FEATURES = 128

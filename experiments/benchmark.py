@@ -33,8 +33,9 @@ from typing import Any
 import jax
 
 from ckl_jax import cli
-from ckl_jax.checkpoint import write_json
+from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
+from ckl_jax.paths import require_directory
 from experiments.benchmarks import ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
@@ -60,6 +61,7 @@ class BenchmarkCommand:
     def __post_init__(self) -> None:
         for name in self.names:
             require(name in SECTIONS, "sections", name, ", ".join(SECTIONS))
+        require_directory(self.out, "out")
         require(self.repeats is None or self.repeats >= 1, "repeats", self.repeats, "at least 1")
 
     @property
@@ -129,6 +131,8 @@ def main(command: BenchmarkCommand) -> None:
     settings = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "device": jax.devices()[0].device_kind}))
     path = command.out / "results.json"
     sections = _resume(path, settings)
+    for policy in command.policies:
+        load_model(policy)  # Refuses here what the section would refuse after the others.
     command.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     if load > IDLE_LOAD:

@@ -49,8 +49,9 @@ from matplotlib.axes import Axes
 
 from ckl_jax import cli, plots
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model, write_json
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.config import require
 from ckl_jax.finetune import describe, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import RunDirectory, by_run, critical_probability, machine
 from ckl_jax.statistics import mean_interval, percent
 

@@ -50,7 +50,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, discovery, plots
+from ckl_jax import addition, cli, critical, discovery, foreign, plots
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
@@ -221,9 +221,10 @@ def main(command: DiscoveryCommand) -> None:
         write_json(command.out / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    draw(results, command.out)
-    print(table(results))
-    print(f"{results['wall_seconds']:.0f} s; results.json, discovery.png and discovery.svg in {command.out}")
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s"
+        draw(results, command.out)
+    print(f"{shown}; results.json, discovery.png and discovery.svg in {command.out}")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from ckl_jax import addition, cli, plots
+from ckl_jax import addition, cli, foreign, plots
 from ckl_jax import problems as problems_lib
+from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, ModelConfig, require
@@ -71,8 +72,9 @@ class Figure1Command:
     """Claim and figure again from results.json."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "at least 0")
-        require(self.temperature is None or self.temperature > 0, "temperature", self.temperature, "above 0, or None")
+        require(0 <= self.seed <= MOST_SEED, "seed", self.seed, f"at least 0, at most {MOST_SEED}")
+        if self.temperature is not None:
+            require_temperature(self.temperature, note=", or None")
         for name, value in (("a", self.a), ("b", self.b)):
             longest = addition.MAX_DIGITS
             require(0 <= value < 10**longest, name, value, f"an integer from 0, of at most {longest} digits")
@@ -292,11 +294,12 @@ def main(command: Figure1Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+        shown = "\n".join([results["text"], *(legend(results, operand) for operand in (1, 2))])
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, command.out)
-    print(results["text"])
-    print("\n".join(legend(results, operand) for operand in (1, 2)))
+    print(shown)
     print(f"results.json, figure1.png and figure1.svg in {command.out}")
 
 

@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, plots
+from ckl_jax import addition, cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
@@ -237,11 +237,12 @@ def main(command: Figure2Command) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    results["claims"] = figure2_claims(results)
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        results["claims"] = figure2_claims(results)
+        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, command.out)
-    print(table(results))
-    print(f"{results['wall_seconds']:.0f} s of evaluating; results.json, figure2.png and .svg in {command.out}")
+    print(f"{shown}; results.json, figure2.png and .svg in {command.out}")
 
 
 if __name__ == "__main__":

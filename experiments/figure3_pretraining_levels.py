@@ -35,10 +35,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import cli, plots
+from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
-from ckl_jax.config import ConfigError, FinetuneConfig, finetune_preset, require
+from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent, share_interval
 from experiments.claims import as_json
@@ -194,12 +195,13 @@ def measure(command: Figure3Command) -> dict[str, Any]:
     """All runs with their verdicts, config, device and wall seconds of the fine-tuning."""
     settings = {"finetune": dataclasses.asdict(command.finetune), "extra_digits": list(command.extra_digits)}
     described = {"command": COMMAND, "models": command.models.describe(), "seeds": command.seeds, **settings}
-    RunDirectory(command.out, described).checkpoints.close()
+    whole = RunDirectory(command.out, described)
     runs = []
     for config in command.models.configs:
         model = command.models.load(config)
         for extra in command.extra_digits:
             runs.append(run_target(command, model, extra))
+    whole.close()
     return {
         "runs": runs,
         "verdicts": verdicts(runs),
@@ -217,7 +219,7 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     directory = RunDirectory(command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings})
     print(f"N = {base}, {base + extra} digits, {command.seeds} seeds: {directory.path}", flush=True)
     finetune(config, model, directory, {ARM: {}}, command.seeds)
-    directory.checkpoints.close()
+    directory.close()
     found = summarize(config, base, command.seeds, directory.metrics())
     return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
 
@@ -228,11 +230,12 @@ def main(command: Figure3Command) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    results["claims"] = as_json(from_verdicts(results["verdicts"]))
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        results["claims"] = as_json(from_verdicts(results["verdicts"]))
+        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, command.out)
-    print(table(results))
-    print(f"{results['wall_seconds']:.0f} s of fine-tuning; results.json, figure3.png and .svg in {command.out}")
+    print(f"{shown}; results.json, figure3.png and .svg in {command.out}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ckl_jax import cli, plots
+from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
-from ckl_jax.config import FinetuneConfig, finetune_preset, require
+from ckl_jax.config import require
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
 from experiments import arms as arms_lib
@@ -121,12 +122,13 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
 
 def main(command: Figure4Command) -> None:
     run = arms_lib.run_arms(command, COMMAND, arms(command.config))
-    results = summarize(run)
-    results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
+    with foreign.only_read(command.out, "plot_only", command.plot_only):
+        results = summarize(run)
+        results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
+        shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"
+        draw(results, run.digits, command.out)
     write_json(command.out / "results.json", results)
-    draw(results, run.digits, command.out)
-    print(table(results, run.digits))
-    print(f"{results['wall_seconds']:.0f} s; results.json, figure4.png and figure4.svg in {command.out}")
+    print(f"{shown}; results.json, figure4.png and figure4.svg in {command.out}")
 
 
 if __name__ == "__main__":

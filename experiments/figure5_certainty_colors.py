@@ -32,6 +32,7 @@ from ckl_jax import addition, cli, critical, hosts, plots, report
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Sampling
+from ckl_jax.paths import require_directory
 from ckl_jax.report import Character, Scratchpad, Section
 from ckl_jax.runs import machine
 from ckl_jax.statistics import mean_interval, share_interval
@@ -66,7 +67,7 @@ class Figure5Command:
     def __post_init__(self) -> None:
         for name in ("generations", "examples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(not self.out.is_file(), "out", str(self.out), "a directory")
+        require_directory(self.out, "out")
 
 
 def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scratchpad:

@@ -28,7 +28,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ckl_jax import cli, plots
+from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
@@ -70,10 +70,13 @@ def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str
     try:
         settings = config["config"]
         episodes, rounds, first = (int(settings[name]) for name in ("episodes", "rounds", "seed"))
-        seeds = list(range(first, first + int(config["seeds"])))
-    except (KeyError, TypeError, ValueError) as error:
+        count = int(config["seeds"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"run: config.json is not figure 4's ({error!r}); allowed is {FINISHED_RUN}") from error
-    steps = range(1, rounds + 1)
+    needed = len(ARMS) * count * rounds
+    enough = needed <= len(records)
+    require(enough, "run", f"{needed - len(records)} or more of {needed} rounds missing", FINISHED_RUN)
+    seeds, steps = list(range(first, first + count)), range(1, rounds + 1)
     found = by_run(records, "critical_count_3x2xC")
     wanted = list(itertools.product(ARMS, seeds, steps))
     missing = sum(key not in found for key in wanted)
@@ -181,7 +184,8 @@ def measure(run: pathlib.Path) -> dict[str, Any]:
     complete = all((run / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json"))
     require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
     config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
-    results = summarize(config, read_metrics(run / "metrics.jsonl", "run"))
+    with foreign.only_read(run, "run", applies=True):
+        results = summarize(config, read_metrics(run / "metrics.jsonl", "run"))
     metrics_sha256 = hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest()
     return results | {
         "config": {"command": COMMAND, "run": config, "metrics_sha256": metrics_sha256},
@@ -197,10 +201,12 @@ def main(command: Figure7Command) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {directory}, allowed is a directory with an earlier call's results.json")
-    results["claims"] = as_json(claims(results))
+    with foreign.only_read(directory / "results.json", "plot_only", command.plot_only):
+        results["claims"] = as_json(claims(results))
+        shown = table(results)
+        draw(results, directory)
     write_json(directory / "results.json", results)
-    draw(results, directory)
-    print(table(results))
+    print(shown)
     print(f"results.json, figure7.png and figure7.svg in {directory}")
 
 

@@ -20,6 +20,7 @@ from matplotlib.colors import to_hex
 from ckl_jax import hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
+from ckl_jax.paths import require_directory
 from ckl_jax.pretrain import pretrain
 from ckl_jax.runs import RunDirectory
 
@@ -45,6 +46,9 @@ class Models:
         ascending = all(low < high for low, high in itertools.pairwise(self.digits))
         require(len(self.digits) >= 1 and ascending, "digits", self.digits, "1 or more numbers of digits, ascending")
         require(self.pretrain.scale == self.scale, "pretrain.scale", self.pretrain.scale, f"scale = {self.scale}")
+        require_directory(self.pretrained, "pretrained")
+        if self.data_dir is not None:
+            require_directory(self.data_dir, "data_dir")
         _ = self.configs  # Refuses here what the block cannot hold.
 
     @property
@@ -88,7 +92,7 @@ def pretrained(
     if not hosts.of_first((run.path / "model.json").exists):  # It is written last.
         progress(f"pre-training {name} in {run.path}")
         pretrain(config, run, data_dir, lambda line: progress(f"{name}: {line}"))
-    run.checkpoints.close()
+    run.close()
     return run.path
 
 

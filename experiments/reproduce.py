@@ -8,6 +8,7 @@
 Each item is a process of its own, so one that fails loses nothing but what reads it: its error is on the page and the
 exit code is 1. Called again with the same options, it skips the items that are done and goes on with the others, each
 of which resumes where it stopped. An item is done when it ended well with the same command, checkpoint and inputs.
+SIGTERM goes on to the running item, which saves what it has, and then ends this process too, with exit code 75.
 
 Each item writes to ``out/<item>``, its output also to ``out/logs/<item>.log``; ``out/reproduce.json`` notes what was
 run and ``out/report.html`` is written anew after every item. Figures 5 and 7 read the run of figure 4, figures 2 and 3
@@ -17,10 +18,8 @@ share the models that are pre-trained on the way.
 from __future__ import annotations
 
 import hashlib
-import os
 import pathlib
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,14 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, cli
+from ckl_jax import addition, cli, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
-from ckl_jax.paths import append
+from ckl_jax.paths import require_directory
 from ckl_jax.runs import read_json
 from experiments import summary_page
-
-ERROR_LINES = 20
+from experiments.child import run_process
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class ReproduceCommand:
             unknown = sorted(set(given) - {item.name for item in ITEMS})
             require(not unknown, option, unknown, " | ".join(item.name for item in ITEMS))
         require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
-        require(not self.out.is_file(), "out", str(self.out), "a directory")
+        require_directory(self.out, "out")
         made = f"a directory that python -m ckl_jax.pretrain --scale {self.scale} wrote"
         require(self.scale == "tiny" or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
 
@@ -103,7 +101,7 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 
 def _one_problem(command: ReproduceCommand) -> list[str]:
     """Operands for figure 1, whose own are for the N of the model that ships."""
-    base = int(read_json(_model(command) / "model.json", "checkpoint")["max_pretrain_digits"])
+    _, base = foreign.model_description(_model(command) / "model.json")
     if command.checkpoint is None:
         return []
     (problem,) = addition.rl_problems(np.random.default_rng(0), 1, base + 1, base)
@@ -166,25 +164,6 @@ def identity(command: ReproduceCommand, item: Item) -> dict[str, Any]:
     return {"command": shlex.join(["python", *arguments(command, item)]), "reads": digests}
 
 
-def run_process(item: Item, words: list[str], log: pathlib.Path) -> tuple[int, str]:
-    """Runs ``python words``, showing and logging every line; its exit code and, if it failed, its last lines."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
-    style: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    style["env"] = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, *words], **style) as process:
-        try:
-            for line in process.stdout or ():
-                print(f"{item.name} | {line}", end="", flush=True)
-                lines.append(line)
-        except BaseException:  # This process is being stopped.
-            process.terminate()
-            raise
-        finally:
-            append(log, "".join(lines))
-    return process.returncode, "" if process.returncode == 0 else "".join(lines[-ERROR_LINES:])
-
-
 def run_item(command: ReproduceCommand, item: Item, notes: dict[str, Any]) -> None:
     """Runs an item unless it is done, and notes what came of it under its name in ``notes``."""
     lacking = [name for name in item.needs if not (command.out / name / "results.json").exists()]
@@ -199,7 +178,7 @@ def run_item(command: ReproduceCommand, item: Item, notes: dict[str, Any]) -> No
         error = f"It reads the results of {', '.join(lacking)}, which are not there."
     else:
         print(f"{item.name}: {wanted['command']}", flush=True)
-        code, output = run_process(item, arguments(command, item), command.out / "logs" / f"{item.name}.log")
+        code, output = run_process(item.name, arguments(command, item), command.out / "logs" / f"{item.name}.log")
         error = f"exit code {code}\n{output}" if code else ""
     seconds = time.monotonic() - started
     notes[item.name] = {**wanted, "error": error, "seconds": seconds}
@@ -223,7 +202,8 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
 def main(command: ReproduceCommand) -> None:
     path = command.out / "reproduce.json"
     notes = read_json(path, "out") if path.exists() else {}
-    require(isinstance(notes, dict), "out", str(path), "a directory of an earlier call")
+    earlier = isinstance(notes, dict) and all(isinstance(note, dict) for note in notes.values())
+    require(earlier, "out", str(path), "a directory of an earlier call")
     chosen = [item for item in ITEMS if not command.items or item.name in command.items]
     if command.report_only:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
@@ -231,6 +211,7 @@ def main(command: ReproduceCommand) -> None:
         model = _model(command)
         complete = (model / "model.json").exists()
         require(complete, "checkpoint", str(model), "a directory with params/, params.sha256.json and model.json")
+        foreign.model_description(model / "model.json")
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)

@@ -46,6 +46,7 @@ from ckl_jax import addition, cli, critical
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Sampling
+from ckl_jax.paths import require_directory
 from ckl_jax.runs import machine
 from ckl_jax.statistics import mean_interval, share_interval
 from experiments.claims import Claim, as_json, decided
@@ -85,7 +86,7 @@ class Table1Command:
         require(len(self.checkpoints) > 0, "checkpoints", self.checkpoints, "1 or more directories")
         for name in ("generations", "criterion_generations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(not self.out.is_file(), "out", str(self.out), "a directory")
+        require_directory(self.out, "out")
 
 
 def _interval(values: np.ndarray) -> Interval:

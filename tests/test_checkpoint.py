@@ -1,7 +1,11 @@
 """Checkpoints come back exactly, and whatever is missing, damaged or of another shape is refused."""
 
 import contextlib
+import errno
+import gc
 import json
+import random
+import resource
 
 import chex
 import jax
@@ -183,6 +187,67 @@ def test_a_damaged_checkpoint_is_refused_and_not_passed_over(checkpoints):
     assert checkpoints.restore_latest(ABSTRACT)[0] == 2
 
 
+def test_a_hundred_random_bit_flips_are_all_refused(checkpoints):
+    checkpoints.save(1, _state(1), history=[{"loss": 0.5}])
+    step = checkpoints.directory / "1"
+    files = [path for path in [*_files(step), checkpoints.directory / "1.sha256.json"] if path.stat().st_size]
+    assert {"history.json", "1.sha256.json"} < {path.name for path in files}
+    drawn = random.Random(0)
+    for _ in range(100):
+        path = drawn.choice(files)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[drawn.randrange(len(whole))] ^= 1 << drawn.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"^checkpoint: .* is damaged"):
+            checkpoints.restore_latest(ABSTRACT)
+        path.write_bytes(whole)
+    assert checkpoints.restore_latest(ABSTRACT)[0] == 1
+
+
+def test_a_history_comes_back_with_its_checkpoint_exactly(checkpoints):
+    history = [{"loss": float(np.float32(0.1)), "grad_norm": 3.0}]
+    checkpoints.save(1, _state(1), history)
+    checkpoints.save(2, _state(2))
+    with _reopened(checkpoints) as reopened:
+        assert reopened.restore_latest(ABSTRACT)[0] == 2
+        assert reopened.restore_history(2) is None
+        assert reopened.restore_history(1) == history
+    checkpoints.save(1, _state(1))
+    assert checkpoints.restore_history(1) is None
+
+
+@contextlib.contextmanager
+def _no_file_above(size):
+    """What a full disk is to Orbax's writers, without one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_is_full_is_an_error_that_names_the_checkpoint_and_keeps_the_last_one(
+    checkpoints, tmp_path, caplog
+):
+    checkpoints.save(1, _state(1))
+    large = {"step": jnp.asarray(2), "params": jax.random.normal(jax.random.key(0), (300, 300))}
+    with _no_file_above(50_000):
+        with pytest.raises(OSError, match="File too large") as caught:
+            checkpoints.save(2, large)
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(checkpoints.directory / "2"))
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_model(tmp_path / "model", Model(None, 1, large), MADE_BY)
+        assert caught.value.filename == str(tmp_path / "model" / "params")
+    assert caplog.text == ""
+    step, state = _restored_anew(checkpoints)
+    assert step == 1
+    chex.assert_trees_all_equal(state, _state(1))
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"1", "1.sha256.json"}
+
+
 @pytest.mark.parametrize("again", [1, 2])
 def test_saving_an_existing_step_again_replaces_it_and_keeps_the_other(checkpoints, again):
     checkpoints.save(1, _state(1))
@@ -203,6 +268,7 @@ def test_a_state_of_other_shapes_or_names_is_refused(checkpoints):
     ):
         with pytest.raises(ConfigError, match=r"^checkpoint: "):
             checkpoints.restore_latest(jax.eval_shape(lambda other=other: other))
+    gc.collect()  # Orbax's futures warn when they are collected, here and not in a later test.
 
 
 def test_a_fingerprint_names_the_values_and_not_the_place():

@@ -9,7 +9,8 @@ import pytest
 
 from ckl_jax import cli, evaluate, finetune, pretrain
 from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ConfigError, FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)

@@ -147,7 +147,7 @@ def test_cells_wrap_long_lines_and_end_lines_after_their_newline():
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(arguments, field):
-    with pytest.raises(ConfigError, match=rf"^Figure1Command: {field}: "):
+    with pytest.raises(ConfigError, match=rf"^{field}: "):
         command(*arguments)
 
 

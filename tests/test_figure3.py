@@ -9,7 +9,8 @@ import pytest
 
 from ckl_jax import cli
 from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.config import ConfigError, PretrainConfig, finetune_preset
+from ckl_jax.config import ConfigError, PretrainConfig
+from ckl_jax.finetune_config import finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.statistics import mean_interval, share_interval
 from experiments import figure3_pretraining_levels as figure3
@@ -25,7 +26,7 @@ def records(seeds, before, after):
         for step, solved in enumerate((before, 50, last)):
             found.append({**at, "step": step, "test_problems": 100, "test_target": solved / 100, "test_old": 0.9})
         found += [{**at, "step": step, "success": 0.1 * step, "kl": 0.01 * seed} for step in (1, 2)]
-    return found
+    return sorted(found, key=lambda record: record["step"])
 
 
 def run(base, extra, before, after, seed=0):

@@ -6,6 +6,7 @@ The random model never solves a problem; its critic's errors give advantages tha
 import dataclasses
 import functools
 import json
+import signal
 from typing import get_args
 
 import chex
@@ -19,15 +20,19 @@ from ckl_jax import finetune as finetune_lib
 from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
-from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
-from ckl_jax.episodes import Task, collect, weighed
+from ckl_jax.config import ConfigError
+from ckl_jax.episodes import Hyper, Task, collect, weighed
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, KLWeights
+from ckl_jax.finite import NotFiniteError
 from ckl_jax.model import GPT2, values
+from ckl_jax.objective import gradient_norms
+from ckl_jax.preemption import PreemptedError
 from ckl_jax.rollout import score
 from ckl_jax.runs import RunDirectory
 from ckl_jax.sharding import make_mesh
 from ckl_jax.token_weights import index_of
-from ckl_jax.updates import Hyper, gradient_norms, init_run, train_rounds, update
+from ckl_jax.updates import init_run, train_rounds, update
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
 CONFIG = FinetuneConfig(
@@ -217,8 +222,9 @@ def _collected(task, ref_params):
     policy["params"]["wpe"]["embedding"] += 0.05 * noise
     state = state._replace(params={**state.params, "policy": policy})
     problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
-    episodes, metrics = collect(task, state.params, ref_params, problems, jax.random.key(2), None)
-    return state, _weighed(task.config, episodes, HYPER.kl_weights), metrics
+    keys = jax.random.split(jax.random.key(2))
+    episodes, metrics = collect(task, state.params, ref_params, HYPER, problems, (keys[0], keys[1]), None)
+    return state, episodes, metrics
 
 
 def _weighed(config, episodes, index):
@@ -427,6 +433,35 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, model, uninterrupt
     shown = []
     assert _run(CONFIG, model, tmp_path, shown.append) == runs
     assert not any(line.startswith("before") for line in shown)
+    for run in runs:
+        chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_and_numbers_that_are_not_finite_stop_a_run_that_then_ends_with_the_same_bits(
+    tmp_path, model, uninterrupted, monkeypatch
+):
+    path, runs, _ = uninterrupted
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return train_rounds(*arguments)
+
+    def poisoned(task, mesh, ref_params, states, *others):
+        states = states._replace(params=jax.tree.map(lambda x: x.at[2].mul(jnp.nan), states.params))
+        return train_rounds(task, mesh, ref_params, states, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_lib, "train_rounds", signalled)
+        with pytest.raises(PreemptedError, match=rf"^round 2/4 is saved in {tmp_path}$"):
+            _run(CONFIG, model, tmp_path)
+        logged = (tmp_path / "metrics.jsonl").read_bytes()
+        patch.setattr(finetune_lib, "train_rounds", poisoned)
+        with pytest.raises(NotFiniteError, match=r"^round 3 of prioritized/seed_0: entropy is nan"):
+            _run(CONFIG, model, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == logged
+    assert {file.name for file in (tmp_path / "checkpoints").iterdir() if file.is_dir()} == {"0", "2"}
+    assert _run(CONFIG, model, tmp_path) == runs
     for run in runs:
         chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()

@@ -13,6 +13,7 @@ import pytest
 from absl.testing import parameterized
 
 from ckl_jax import losses
+from ckl_jax.advantages import gae, kl_to_go, standardized
 from ckl_jax.certainty import certainty
 from ckl_jax.config import ConfigError
 
@@ -120,6 +121,10 @@ def test_exact_kl_has_a_finite_gradient_where_the_policy_excludes_a_token():
         ("mask", lambda x, y: losses.exact_kl(x, x, 1.0, y > 0)),
         ("mask", lambda x, y: losses.kl_estimate(x, x, "k2", y > 0)),
         ("weights", lambda x, y: losses.weighted_kl(x, y, x > 0)),
+        ("clip", lambda x, y: losses.clipped_policy_loss(x, x, x, x > 0, 0.0)),
+        ("old_log_probs", lambda x, y: losses.clipped_policy_loss(x, y, x, x > 0, 0.2)),
+        ("old_log_probs", lambda x, y: losses.off_policy_kl(x, "k1", x, y)),
+        ("old_log_probs", lambda x, y: losses.kl_cov(x, y, x > 0, x > 0)),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(field, call):
@@ -208,6 +213,64 @@ def test_expected_gradient_of_each_estimate_state_by_state(kind, gradient_of, be
     np.testing.assert_allclose(expected_gradient(kind, beta), expected_4x3, atol=1e-6)
 
 
+OLD_POLICY_4x3 = np.array([[0.3, 0.3, 0.4], [0.5, 0.25, 0.25], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_with_the_ratio_every_estimate_has_the_gradient_of_the_kl_on_an_older_policys_tokens(kind, debug_nans):
+    tokens_3x4 = jnp.arange(3)[:, None] * jnp.ones((1, 4), int)
+    states_4 = jnp.arange(4)
+    old_4x3 = jnp.log(jnp.asarray(OLD_POLICY_4x3))
+
+    def loss(logits_4x3):
+        """Per state, the expectation over the older policy's token."""
+
+        def of_token(tokens_4):
+            log_probs_4, ref_4, old_4 = (
+                losses.token_log_probs(x[states_4], tokens_4)
+                for x in (logits_4x3, jnp.log(jnp.asarray(REFERENCE_4x3)), old_4x3)
+            )
+            kl_4 = losses.kl_estimate(log_probs_4, ref_4, kind)
+            return jnp.exp(old_4) * losses.off_policy_kl(kl_4, kind, log_probs_4, old_4)
+
+        return jax.vmap(of_token)(tokens_3x4).sum()
+
+    found = jax.grad(loss)(jnp.log(jnp.asarray(POLICY_4x3)))
+    np.testing.assert_allclose(found, reverse_kl_gradient(POLICY_4x3, REFERENCE_4x3), atol=1e-6)
+
+
+def test_the_clipped_loss_stops_where_the_ratio_has_gone_far_enough_in_the_advantages_direction():
+    """Ratios 1, 1.5, 0.5, 1.5, 0.5 with clip 0.2; the last token is outside the mask."""
+    log_probs = jnp.log(jnp.array([1.0, 1.5, 0.5, 1.5, 0.5, 9.0]))
+    advantages, mask = jnp.array([2.0, 2.0, 2.0, -2.0, -2.0, 5.0]), jnp.arange(6) < 5
+    loss = functools.partial(
+        losses.clipped_policy_loss, old_log_probs=jnp.zeros(6), advantages=advantages, mask=mask, clip=0.2
+    )
+    value, gradient = jax.value_and_grad(loss)(log_probs)
+    np.testing.assert_allclose(value, -(2.0 + 2.4 + 1.0 - 3.0 - 1.6) / 5, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-0.4, 0.0, -0.2, 0.6, 0.0, 0.0], atol=1e-6)
+
+
+def test_at_the_rollouts_policy_the_clipped_loss_has_the_policy_gradient():
+    log_probs, advantages = jnp.array([-0.5, -2.0]), jnp.array([1.5, -0.5])
+    mask = jnp.array([True, True])
+    clipped = jax.grad(losses.clipped_policy_loss)(log_probs, log_probs, advantages, mask, 0.2)
+    chex.assert_trees_all_close(clipped, jax.grad(losses.policy_gradient_loss)(log_probs, advantages, mask))
+
+
+def test_kl_cov_is_the_distance_to_the_rollouts_policy_on_the_chosen_tokens():
+    log_probs, old = jnp.array([-1.0, -2.0, -3.0, -4.0]), jnp.array([-1.5, -1.0, -9.0, 0.0])
+    chosen, mask = jnp.array([True, True, False, True]), jnp.array([True, True, True, False])
+    value, gradient = jax.value_and_grad(losses.kl_cov)(log_probs, old, chosen, mask)
+    np.testing.assert_allclose(value, (0.5 + 1.0) / 3)
+    np.testing.assert_allclose(gradient, [1 / 3, -1 / 3, 0.0, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.02, 1.0), (0.022, 1.01), (5.0, 1.02), (0.0, 0.98), (0.019, 0.995)])
+def test_the_adapted_coefficient_follows_the_kl_and_never_by_more_than_a_fifth_of_the_gain(kl, factor):
+    np.testing.assert_allclose(losses.adapted_coefficient(jnp.float32(5.0), kl, 0.02, 0.1), 5.0 * factor, rtol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [0.0, 3.0], ids=["unweighted", "weighted"])
 def test_exact_kl_has_the_expected_gradient_of_k2(beta, debug_nans):
     def loss(logits_4x3):
@@ -237,39 +300,6 @@ def test_at_the_start_the_penalty_of_sampled_tokens_has_no_gradient(kind, debug_
     chex.assert_trees_all_equal(jax.grad(loss)(ref_logits), jnp.zeros((2, 3)))
 
 
-def gae_by_loop(rewards, values, lengths, discount, gae_lambda):
-    advantages = np.zeros_like(rewards)
-    for row, length in enumerate(lengths):
-        for start in range(length):
-            for t in range(start, length):
-                next_value = values[row, t + 1] if t + 1 < length else 0.0
-                delta = rewards[row, t] + discount * next_value - values[row, t]
-                advantages[row, start] += (discount * gae_lambda) ** (t - start) * delta
-    return advantages
-
-
-@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0), (0.5, 1.0), (0.0, 0.7)])
-def test_gae_equals_a_plain_loop_on_ragged_episodes(discount, gae_lambda, debug_nans):
-    rng = np.random.default_rng(0)
-    rewards, values = rng.normal(size=(2, 5, 6)).astype(np.float32)
-    lengths = np.array([6, 4, 1, 0, 3])
-    mask = np.arange(6) < lengths[:, None]
-    found = losses.gae(*map(jnp.asarray, (rewards, values, mask)), discount, gae_lambda)
-    expected = gae_by_loop(rewards, values, lengths, discount, gae_lambda)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-class UndiscountedAdvantageTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.parameters(0.0, 9.0, INF, NAN)
-    def test_it_is_the_final_reward_minus_the_value_and_zero_after_the_end(self, garbage):
-        rewards = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, garbage]])
-        values = jnp.array([[0.25, 0.5, 0.875], [0.5, 0.75, garbage]])
-        mask = jnp.array([[True, True, True], [True, True, False]])
-        found = self.variant(lambda r, v, m: losses.gae(r, v, m, 1.0, 1.0))(rewards, values, mask)
-        np.testing.assert_allclose(found, [[0.75, 0.5, 0.125], [0.5, 0.25, 0.0]], atol=1e-6)
-
-
 TOKENS_3x4 = jnp.array([[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]])
 WITH_MASK = {
     "k1": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k1", m),
@@ -287,7 +317,12 @@ OF_PER_TOKEN_VALUES = {
     "weighted": lambda x, y, z, m: losses.weighted_kl(x, y, m),
     "policy gradient": lambda x, y, z, m: losses.policy_gradient_loss(x, y, m),
     "value": lambda x, y, z, m: losses.value_loss(x, y, m),
-    "gae": lambda x, y, z, m: (losses.gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
+    "clipped": lambda x, y, z, m: losses.clipped_policy_loss(x.clip(-1, 1), y.clip(-1, 1), z, m, 0.2),
+    "KL-Cov": lambda x, y, z, m: losses.kl_cov(x, y, z > 0, m),
+    "off-policy k1": lambda x, y, z, m: losses.off_policy_kl(z, "k1", x.clip(-1, 1), y.clip(-1, 1), m).sum(),
+    "gae": lambda x, y, z, m: (gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
+    "KL to go": lambda x, y, z, m: (kl_to_go(x, m) * z.clip(-1, 1)).sum(),
+    "standardized": lambda x, y, z, m: (standardized(x, m) * z.clip(-1, 1)).sum(),
 }
 
 
@@ -368,10 +403,10 @@ def test_weighted_kl_is_the_mean_of_weight_times_kl_without_gradient_for_the_wei
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_inputs_are_computed_in_float32(dtype):
-    x, y = jnp.array([1.0078125, -2.0, 0.5], dtype), jnp.array([0.33203125, 0.75, 3.0], dtype)
-    mask = jnp.array([True, True, False])
+    x, y = jnp.array([[1.0078125, -2.0, 0.5]], dtype), jnp.array([[0.33203125, 0.75, 3.0]], dtype)
+    z, mask = jnp.array([[0.5, -1.5, 2.0]], dtype), jnp.array([[True, True, False]])
     for name, loss in OF_PER_TOKEN_VALUES.items():
         if name != "gae":
-            found = loss(x, y, None, mask)
+            found = loss(x, y, z, mask)
             chex.assert_type(found, jnp.float32)
-            chex.assert_trees_all_equal(found, loss(x.astype(jnp.float32), y.astype(jnp.float32), None, mask))
+            chex.assert_trees_all_equal(found, loss(*(value.astype(jnp.float32) for value in (x, y, z)), mask))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import signal
 
 import chex
 import jax
@@ -10,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.checkpoint import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
+from ckl_jax.finite import NotFiniteError
+from ckl_jax.preemption import PreemptedError
 from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_step
 from ckl_jax.runs import RunDirectory
 
@@ -101,6 +105,17 @@ def test_the_saved_model_is_the_returned_one_and_says_how_it_was_made(config, un
     assert made_by["config"] == dataclasses.asdict(config)
 
 
+def test_training_ends_at_the_target_accuracy_and_stays_there(config, data_dir, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.0, 0.9, 0.0])
+    monkeypatch.setattr(pretrain_lib, "judge", lambda *arguments: np.array([next(accuracies)]))
+    config = dataclasses.replace(config, target_accuracy=0.9)
+    ended, metrics = _run(config, tmp_path, data_dir, lambda line: None)
+    assert [record["step"] for record in metrics] == [8, 16]
+    again, metrics = _run(config, tmp_path, data_dir, lambda line: None)
+    assert [record["step"] for record in metrics] == [8, 16]
+    chex.assert_trees_all_equal(again.params, ended.params)
+
+
 class _KilledError(Exception):
     pass
 
@@ -139,6 +154,63 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     model, _ = _run(config, tmp_path, data_dir, shown.append)
     assert 0 < len(shown) < 3
     chex.assert_trees_all_equal(model.params, expected.params)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def _at_step(monkeypatch, step, act):
+    """Calls ``act`` on the state before that step; what it returns is trained on."""
+    reached = []
+
+    def train(config, state, stream):
+        reached.append(int(state.step) + 1)
+        return train_step(config, act(state) if reached[-1] == step else state, stream)
+
+    monkeypatch.setattr(pretrain_lib, "train_step", train)
+    return reached
+
+
+def test_sigterm_saves_within_a_chunk_and_the_run_ends_with_the_same_bits(
+    config, data_dir, tmp_path, uninterrupted, monkeypatch
+):
+    path, expected, metrics = uninterrupted
+    expected = jax.tree.map(np.asarray, expected.params)
+
+    def signalled(state):
+        signal.raise_signal(signal.SIGTERM)
+        return state
+
+    for step, logged in ((3, 0), (8, 1), (14, 1), (15, 1), (24, 3)):
+        with monkeypatch.context() as patch:
+            reached = _at_step(patch, step, signalled)
+            with pytest.raises(PreemptedError, match=rf"^step {step}/24 is saved in {tmp_path}$"):
+                _run(config, tmp_path, data_dir)
+        assert reached[-1] == step
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] if logged else []
+        assert records == metrics[:logged]
+    assert not (tmp_path / "model.json").exists()
+    model, _ = _run(config, tmp_path, data_dir)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), expected)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_state_is_kept(
+    config, data_dir, tmp_path, uninterrupted, monkeypatch
+):
+    path, _, metrics = uninterrupted
+
+    def poisoned(state):
+        return state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+
+    for step, message in ((13, "step 13 of seed 0: loss is nan"), (10, "step 10 of seed 0: loss is nan")):
+        with monkeypatch.context() as patch:
+            _at_step(patch, step, poisoned)
+            with pytest.raises(NotFiniteError, match=message):
+                _run(config, tmp_path, data_dir)
+        saved = {file.name for file in (tmp_path / "checkpoints").iterdir()}
+        assert saved == {"8", "8.sha256.json"}
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == metrics[0]
+    _run(config, tmp_path, data_dir)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 

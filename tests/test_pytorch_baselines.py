@@ -12,14 +12,16 @@ import torch
 from ckl_jax import addition
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import FinetuneConfig, pretrain_preset
+from ckl_jax.config import pretrain_preset
 from ckl_jax.datasets.stream import Windows
 from ckl_jax.episodes import collect, weighed
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2, forward, values
+from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import next_token_loss
 from ckl_jax.rollout import answer_mask, rollout, score
-from ckl_jax.updates import init_run, loss_terms
+from ckl_jax.updates import init_run
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 
@@ -99,7 +101,7 @@ def round_of(small_model):
     params = init_run(task, policy, hyper).params
     key = jax.random.key(5)
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
-    run = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None)[0])
+    run = jax.jit(lambda p, r, problems: collect(task, p, r, hyper, problems, (key, key), None)[0])
     episodes = run(params, reference, draw_problems(task, 0, 0))
     episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
     return task, hyper, params, reference, episodes

@@ -2,11 +2,13 @@
 
 import json
 import re
+import signal
 
 import pytest
 
 from ckl_jax import cli
 from ckl_jax.config import ConfigError
+from ckl_jax.preemption import PreemptedError
 from experiments import reproduce
 from experiments.reproduce import Item, ReproduceCommand
 
@@ -95,6 +97,29 @@ def test_a_failing_item_loses_no_other_and_is_tried_again(stand_ins):
     call(stand_ins)
     assert calls(stand_ins) == {"table1": 2, "figure4": 1, "figure7": 1}
     assert "it broke" not in (stand_ins / "out" / "report.html").read_text()
+
+
+PREEMPTED = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if sys.argv[3] == "both":
+    os.kill(os.getppid(), signal.SIGTERM)
+else:
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("told", ["both", "the item alone"])
+def test_sigterm_goes_on_to_the_item_and_stops_the_driver(stand_ins, monkeypatch, told):
+    (stand_ins / "preempted.py").write_text(PREEMPTED)
+    items = (Item("table1", "Table 1", "preempted", lambda command: [told]), *reproduce.ITEMS[1:])
+    monkeypatch.setattr(reproduce, "ITEMS", items)
+    with pytest.raises(PreemptedError):
+        call(stand_ins)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert calls(stand_ins) == {}
+    assert not (stand_ins / "out" / "reproduce.json").exists()
 
 
 def test_an_item_whose_input_is_not_there_is_not_run(stand_ins):

@@ -1,6 +1,7 @@
 """A run's directory belongs to one configuration, and its metrics never hold a step twice."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -76,6 +77,66 @@ def test_rewinding_drops_later_lines_and_a_half_written_last_one(tmp_path):
     assert run.metrics() == [*records[:6], {"step": 3}]
     run.rewind_metrics(-1)
     assert run.metrics() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 2, "lo', r"\(line 2: .*\)"),
+        ("[2]", r"\(line 2: no record with a step\)"),
+        ('{"loss": 2}', r"\(line 2: no record with a step\)"),
+        ('{"step": 0}', r"\(line 2: step 0 after step 1\)"),
+        ("\x00\x00", r"\(line 2: .*\)"),
+        ("\udcff", r"\(.*utf-8.*\)"),
+    ],
+)
+def test_metrics_that_are_damaged_before_their_end_are_refused_and_not_touched(tmp_path, line, said):
+    run = RunDirectory(tmp_path, CONFIG)
+    run.log([{"step": 1}, {"step": 2}, {"step": 3}])
+    text = run.metrics_path.read_text().replace('{"step": 2}', line).encode(errors="surrogateescape")
+    run.metrics_path.write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"^out: .*metrics.jsonl is damaged {said}; allowed is"):
+        run.rewind_metrics(3)
+    assert run.metrics_path.read_bytes() == text
+
+
+def test_metrics_that_end_before_the_checkpoint_are_refused_and_not_touched(tmp_path):
+    run = RunDirectory(tmp_path, CONFIG)
+    run.log([{"step": 1}, {"step": 2}, {"step": 4}])
+    run.rewind_metrics(3, recorded=2)
+    for recorded in (3, 1):
+        with pytest.raises(ConfigError, match=rf"it ends at step 2\); allowed is one with step {recorded}, "):
+            run.rewind_metrics(3, recorded=recorded)
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    run.metrics_path.unlink()
+    with pytest.raises(ConfigError, match="it ends at step None"):
+        run.rewind_metrics(3, recorded=2)
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^out: got '.*/file/run', allowed is a directory, or a place for a new one"):
+        RunDirectory(tmp_path / "file" / "run", CONFIG)
+    with pytest.raises(ConfigError, match=r"^out: got /proc/run, allowed is a directory that can be written \("):
+        RunDirectory(pathlib.Path("/proc/run"), CONFIG)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    run = RunDirectory(tmp_path, CONFIG)
+    run.metrics_path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run.log([{"step": 1}])
+    assert caught.value.filename == str(run.metrics_path)
+
+
+def test_half_a_line_of_seconds_is_dropped(tmp_path):
+    run = RunDirectory(tmp_path, CONFIG)
+    run.log_seconds(1, 1.5)
+    with (tmp_path / "seconds.jsonl").open("a") as file:
+        file.write('{"step": 2, "sec')
+    run.rewind_metrics(1)
+    run.log_seconds(2, 2.0)
+    assert run.seconds() == 3.5
 
 
 def test_rewinding_a_run_without_metrics_does_nothing(tmp_path):

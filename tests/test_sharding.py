@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError, FinetuneConfig, PretrainConfig
+from ckl_jax.config import ConfigError, PretrainConfig
 from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.runs import RunDirectory

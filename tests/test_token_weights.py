@@ -15,7 +15,8 @@ import pytest
 from absl.testing import parameterized
 
 from ckl_jax import token_weights
-from ckl_jax.config import ConfigError, FinetuneConfig, KLWeights
+from ckl_jax.config import ConfigError
+from ckl_jax.finetune_config import FinetuneConfig, KLWeights
 
 WORDS = get_args(KLWeights)
 INF, NAN = float("inf"), float("nan")

@@ -25,8 +25,9 @@ cloud, worker = pathlib.Path(os.environ["CLOUD"]), os.environ["WORKER"]
 life = pathlib.Path.home().parent.name
 jobs = cloud / "jobs.jsonl"
 before = [json.loads(line) for line in jobs.read_text().splitlines()] if jobs.exists() else []
+job = {"life": life, "worker": worker, "argv": sys.argv[1:], "hosts": os.environ["CKL_HOSTS"]}
 with jobs.open("a") as file:
-    file.write(json.dumps({"life": life, "worker": worker, "argv": sys.argv[1:]}) + "\\n")
+    file.write(json.dumps(job) + "\\n")
 started = sum(job["worker"] == worker for job in before)
 ends = json.loads((cloud / "plan.json").read_text()).get("ends", {}).get(worker, [[0, 0]])
 seconds, code = ends[min(started, len(ends) - 1)]
@@ -321,6 +322,7 @@ def test_arguments_arrive_as_they_are_given(cloud):
     assert done.returncode == 0, done.err
     wanted = ["-u", "-m", "a.module", *HARD, "--out", "gs://bucket/run"]
     assert [job["argv"] for job in cloud.jobs()] == [wanted, wanted]
+    assert [job["hosts"] for job in cloud.jobs()] == ["auto", "auto"]
 
 
 def test_out_is_given_once_and_only_where_it_is_set(cloud):

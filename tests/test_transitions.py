@@ -14,13 +14,15 @@ import pytest
 from ckl_jax import transitions
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import Model, load_model
-from ckl_jax.config import ConfigError, FinetuneConfig
-from ckl_jax.episodes import Episodes
+from ckl_jax.config import ConfigError
+from ckl_jax.episodes import Episodes, Hyper
 from ckl_jax.finetune import draw_problems, finetune, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
+from ckl_jax.objective import loss_terms
 from ckl_jax.rollout import Trajectory
 from ckl_jax.runs import RunDirectory
-from ckl_jax.updates import Hyper, init_run, loss_terms, train_rounds, update
+from ckl_jax.updates import init_run, train_rounds, update
 
 CONFIG = FinetuneConfig(
     minibatch="transitions",
@@ -88,7 +90,8 @@ def episodes():
     advantages_BxT, returns_BxT = jnp.asarray(rng.normal(size=(2, 4, 13)), jnp.float32)
     sure_BxT = certainty(ref_logits_BxTxV)
     weights_BxT = jnp.where(trajectory.mask_BxT, sure_BxT, 0.0)
-    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT)
+    held_BxT = trajectory.mask_BxT & (advantages_BxT > 0)
+    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ job() {
   local code=0
   trap : TERM # Outlives the python that it waits for.
   echo "$$" >group
-  (cd "$checkout" && exec .venv/bin/python "$@" 9>&-) || code=$?
+  (cd "$checkout" && CKL_HOSTS=auto exec .venv/bin/python "$@" 9>&-) || code=$?
   echo "$code" >exit_code.new
   mv exit_code.new exit_code
 }

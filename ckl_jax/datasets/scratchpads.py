@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from ckl_jax import addition
 from ckl_jax.config import require
+from ckl_jax.errors import is_integer
 
 TEST_SHARE = 0.05
 
@@ -41,6 +42,8 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
     def __init__(self, *, max_digits: int, num_examples: int, seed: int = 0, data_dir: str | None = None):
+        for name, value in (("max_digits", max_digits), ("num_examples", num_examples), ("seed", seed)):
+            require(is_integer(value) and value >= 0, name, value, "an integer, 0 or more")
         require(1 <= max_digits < addition.MAX_DIGITS, "max_digits", max_digits, f"1..{addition.MAX_DIGITS - 1}")
         require(num_examples >= max_digits**2, "num_examples", num_examples, f"at least max_digits^2 = {max_digits**2}")
         config = ScratchpadsConfig(

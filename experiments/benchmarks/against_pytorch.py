@@ -108,9 +108,9 @@ def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
 def _collect(first: Round) -> Episodes:
     """The episodes that ``train_round`` collects, with its own key."""
     round_key = jax.random.fold_in(jax.random.key(first.hyper.seed), first.state.round + 1)
-    key = jax.random.split(round_key)[0]
-    run = jax.jit(lambda p, r, problems, k: collect(first.task, p, r, problems, k, None)[0])
-    return run(first.state.params, first.reference, first.problems, key)
+    rollout_key, _, weights_key = jax.random.split(round_key, 3)
+    run = jax.jit(lambda p, r, problems, keys: collect(first.task, p, r, first.hyper, problems, keys, None)[0])
+    return run(first.state.params, first.reference, first.problems, (rollout_key, weights_key))
 
 
 def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[
     trajectory = episodes.trajectory._replace(mask_BxT=jnp.asarray(few_BxT.reshape(mask_BxT.shape)))
     few = episodes._replace(trajectory=trajectory)
     run = jax.jit(functools.partial(update, task))
-    collecting = jax.jit(lambda p, r, problems, key: collect(task, p, r, problems, key, None))
+    collecting = jax.jit(lambda p, r, problems, key: collect(task, p, r, first.hyper, problems, (key, key), None))
 
     mesh = make_mesh(config, 1)
     arguments = (first.reference, first.state, first.hyper, first.problems, few, jax.random.key(0))

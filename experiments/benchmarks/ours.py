@@ -18,14 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax.checkpoint import Model
-from ckl_jax.config import FinetuneConfig
 from ckl_jax.episodes import collect
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import forward, init_cache
+from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import CACHE_BLOCK, rollout, score
 from ckl_jax.sharding import make_mesh
-from ckl_jax.updates import init_run, loss_terms, train_round, train_rounds, update
+from ckl_jax.updates import init_run, train_round, train_rounds, update
 from experiments.benchmarks.timing import alternate, seconds_of, spread, timed
 from experiments.benchmarks.workload import (
     Plan,
@@ -196,7 +197,7 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     decoding = sum(steps * extend_cost(1, slots) for slots, steps in parts)
     prefill = config.episodes // group * extend_cost(num_prompt, parts[0][0])
 
-    episodes = jax.jit(lambda p, r, problems: collect(task, p, r, problems, key, None)[0])(
+    episodes = jax.jit(lambda p, r, problems: collect(task, p, r, first.hyper, problems, (key, key), None)[0])(
         params, first.reference, first.problems
     )
     batch = jax.tree.map(lambda x: x[: config.minibatch_episodes], episodes)

@@ -14,13 +14,14 @@ import numpy as np
 
 from ckl_jax import addition
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, finetune_preset, pretrain_preset
+from ckl_jax.config import ModelConfig, PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.episodes import Task
+from ckl_jax.episodes import Hyper, Task
 from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.problems import Problems
-from ckl_jax.updates import Hyper, RunState, init_run
+from ckl_jax.updates import RunState, init_run
 
 PLAIN_BATCH = 32
 """Episodes that the tiny model decodes together step by step, the fastest number on 2 CPU cores."""

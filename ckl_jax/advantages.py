@@ -1,0 +1,103 @@
+"""Advantages: what a token's log-probability is multiplied by. Each is a small pure function without gradient.
+
+B episodes of T tokens; the answers to one problem are ``group_size`` neighbours of B. Rewards are one number an
+episode; ``gae`` takes them token by token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ckl_jax.config import require
+from ckl_jax.losses import masked_mean
+
+EPSILON = 1e-8
+
+
+def gae(
+    rewards_BxT: jax.Array, values_BxT: jax.Array, mask_BxT: jax.Array, discount: float, gae_lambda: float
+) -> jax.Array:
+    """Generalized advantage estimates of episodes that end with their mask (Schulman et al. 2016).
+
+    delta_t = r_t + discount * V_{t+1} - V_t and A_t = delta_t + discount * lambda * A_{t+1}, with V = A = 0 after the
+    end: the length limit counts as a true end.
+
+    Args:
+      rewards_BxT: reward of each token. values_BxT: value of the state before each token.
+      mask_BxT: True on an episode's tokens, a prefix of each row.
+
+    Returns:
+      float32 [B, T], 0 after the end. Returns (value targets) are these plus ``values_BxT``.
+    """
+    mask_BxT = mask_BxT.astype(bool)
+    values_BxT = jnp.where(mask_BxT, values_BxT.astype(jnp.float32), 0.0)
+    rewards_BxT = jnp.where(mask_BxT, rewards_BxT.astype(jnp.float32), 0.0)
+    next_values_BxT = jnp.pad(values_BxT[:, 1:], ((0, 0), (0, 1)))
+    deltas_BxT = rewards_BxT + discount * next_values_BxT - values_BxT
+
+    def backward(advantage_B, delta_B):
+        advantage_B = delta_B + discount * gae_lambda * advantage_B
+        return advantage_B, advantage_B
+
+    _, advantages_TxB = jax.lax.scan(backward, jnp.zeros_like(deltas_BxT[:, 0]), deltas_BxT.T, reverse=True)
+    return jnp.where(mask_BxT, advantages_TxB.T, 0.0)
+
+
+def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
+    """Reward minus the mean reward of the group's other episodes: RLOO (Ahmadian et al. 2024).
+
+    With one group of all episodes it is REINFORCE with the mean as baseline. The baseline does not depend on the
+    episode, so the gradient has no bias.
+
+    Returns:
+      float32 [B].
+
+    Raises:
+      ConfigError: ``group_size`` is below 2 or does not divide B.
+    """
+    rewards_GxK = _groups(rewards_B, group_size)
+    others_GxK = (rewards_GxK.sum(axis=1, keepdims=True) - rewards_GxK) / (group_size - 1)
+    return (rewards_GxK - others_GxK).reshape(-1)
+
+
+def standardized_in_group(rewards_B: jax.Array, group_size: int) -> jax.Array:
+    """(R - mean) / (standard deviation + epsilon) over a group's answers: GRPO (Shao et al. 2024).
+
+    0 where all answers of a group have the same reward. Returns and raises as ``leave_one_out``.
+    """
+    rewards_GxK = _groups(rewards_B, group_size)
+    centered_GxK = rewards_GxK - rewards_GxK.mean(axis=1, keepdims=True)
+    return (centered_GxK / (rewards_GxK.std(axis=1, keepdims=True) + EPSILON)).reshape(-1)
+
+
+def standardized(advantages_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """(A - mean) / standard deviation over the mask, 0 outside it."""
+    mask_BxT = mask_BxT.astype(bool)
+    advantages_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, advantages_BxT.astype(jnp.float32), 0.0))
+    mean = masked_mean(advantages_BxT, mask_BxT)
+    variance = masked_mean(jnp.square(advantages_BxT - mean), mask_BxT)
+    return jnp.where(mask_BxT, (advantages_BxT - mean) * jax.lax.rsqrt(variance + EPSILON), 0.0)
+
+
+def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """The sum of ``kl_BxT`` over a token and all after it, minus its mean over the other episodes that reach there.
+
+    With kl = log pi(a|s) - log ref(a|s) of the sampled tokens, -alpha times this is what a KL in the reward adds to the
+    advantage: the gradient then has each token's effect on later states, which a KL in the loss leaves out. The mean is
+    a baseline and adds no bias.
+
+    Returns:
+      float32 [B, T], 0 outside the mask.
+    """
+    mask_BxT = mask_BxT.astype(bool)
+    kl_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, kl_BxT.astype(jnp.float32), 0.0))
+    to_go_BxT = jnp.where(mask_BxT, jnp.flip(jnp.cumsum(jnp.flip(kl_BxT, 1), axis=1), 1), 0.0)
+    others_BxT = (to_go_BxT.sum(axis=0, keepdims=True) - to_go_BxT) / jnp.maximum(mask_BxT.sum(axis=0) - 1, 1)[None]
+    return jnp.where(mask_BxT, to_go_BxT - others_BxT, 0.0)
+
+
+def _groups(rewards_B: jax.Array, group_size: int) -> jax.Array:
+    whole = group_size >= 2 and rewards_B.shape[0] % group_size == 0
+    require(whole, "group_size", group_size, f"2 or more, a divisor of the {rewards_B.shape[0]} episodes")
+    return jax.lax.stop_gradient(rewards_B.astype(jnp.float32)).reshape(-1, group_size)

@@ -1,0 +1,60 @@
+"""What public functions require of their arrays and numbers, before JAX looks at them.
+
+Traced values are taken as they are: their numbers are not known yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckl_jax.errors import require
+
+FLOAT32 = jnp.finfo(jnp.float32)
+MOST_SEED = 2**31 - 1
+
+
+def require_floats(array: Any, name: str) -> None:
+    """Raises a ConfigError unless it is an array of NumPy or JAX of floats."""
+    _require_kind(array, name, jnp.floating, "an array of floats")
+
+
+def require_integers(array: Any, name: str) -> None:
+    """Raises a ConfigError unless it is an array of NumPy or JAX of integers."""
+    _require_kind(array, name, jnp.integer, "an array of integers")
+
+
+def require_array(array: Any, name: str) -> None:
+    """Raises a ConfigError unless it is an array of NumPy or JAX."""
+    require(isinstance(array, (np.ndarray, np.generic, jax.Array)), name, type(array).__name__, "an array")
+
+
+def _require_kind(array: Any, name: str, kind: Any, allowed: str) -> None:
+    require_array(array, name)
+    require(jnp.issubdtype(array.dtype, kind), name, str(array.dtype), allowed)
+
+
+def require_logits(logits: Any, name: str = "logits") -> None:
+    """Raises a ConfigError unless it is an array of floats [..., V] with V of 2 or more."""
+    require_floats(logits, name)
+    require(logits.ndim >= 1 and logits.shape[-1] >= 2, name, logits.shape, "[..., V] with V >= 2")
+
+
+def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
+    """Raises a ConfigError unless it is a finite number from ``low`` on."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = isinstance(value, (int, float, np.number)) or (
+        isinstance(value, (np.ndarray, jax.Array)) and not value.ndim
+    )
+    fits = number and not isinstance(value, bool) and math.isfinite(value) and float(value) >= low
+    require(fits, name, value, allowed)
+
+
+def require_temperature(value: Any, name: str = "temperature", note: str = "") -> None:
+    """Raises a ConfigError unless it is a finite number above 0, in float32 too."""
+    require_at_least(value, name, float(FLOAT32.tiny), f"above 0 and finite{note}")

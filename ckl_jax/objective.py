@@ -1,0 +1,94 @@
+"""The loss of a recipe: the sum of its terms, each a function of ``losses`` times its coefficient, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ckl_jax import losses
+from ckl_jax.episodes import Episodes, Hyper, Task
+from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.model import values
+from ckl_jax.rollout import score
+
+Gradient = tuple[dict[str, Any], dict[str, jax.Array]]
+"""The loss's gradient in the parameters, and the loss's terms."""
+
+
+def term_names(config: FinetuneConfig) -> tuple[str, ...]:
+    """The terms of the config's loss."""
+    there = {
+        "policy": True,
+        "value": config.has_critic,
+        "entropy": True,
+        "kl": config.kl_in == "loss",
+        "kl_cov": config.kl_cov > 0,
+    }
+    return tuple(name for name, present in there.items() if present)
+
+
+def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+    """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
+    config, trajectory, advantages_BxT = task.config, episodes.trajectory, episodes.advantages_BxT
+    actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
+    logits_BxTxV, hidden_BxTxD = score(task.model, params["policy"], trajectory)
+    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature)
+
+    def policy():
+        if config.has_ratio:
+            return losses.clipped_policy_loss(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+        return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
+
+    def value():
+        hidden = jax.lax.stop_gradient(hidden_BxTxD) if config.detach_critic else hidden_BxTxD
+        values_BxT = values(params["value"], hidden)
+        return config.value_coefficient * losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
+
+    def entropy():
+        entropy_BxT = losses.entropy(logits_BxTxV, config.temperature)
+        return -config.entropy_coefficient * losses.masked_mean(entropy_BxT, mask_BxT)
+
+    def kl():
+        if config.kl == "exact":
+            kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
+        else:
+            ref_log_probs_BxT = losses.token_log_probs(episodes.ref_logits_BxTxV, actions_BxT, config.temperature)
+            kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl)
+            if config.has_ratio:
+                kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
+        return hyper.kl_coefficient * losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
+
+    def kl_cov():
+        return config.kl_cov * losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
+
+    terms = {"policy": policy, "value": value, "entropy": entropy, "kl": kl, "kl_cov": kl_cov}
+    return {name: terms[name]() for name in term_names(config)}
+
+
+def loss_gradient(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
+    """Of the sum of ``loss_terms`` in all parameters, the critic's included."""
+
+    def total_loss(params):
+        terms = loss_terms(task, hyper, params, episodes)
+        return sum(terms.values()), terms
+
+    return jax.grad(total_loss, has_aux=True)(params)
+
+
+def gradient_norms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+    """Norm of each term's gradient in the policy's parameters, on the first ``diagnostic_episodes`` episodes."""
+    few = jax.tree.map(lambda x: x[: task.config.diagnostic_episodes], episodes)
+
+    def terms_of(policy):
+        return loss_terms(task, hyper, {**params, "policy": policy}, few)
+
+    terms, pullback = jax.vjp(terms_of, params["policy"])
+
+    def norm(name):
+        cotangent = {other: jnp.asarray(float(other == name)) for other in terms}
+        return optax.global_norm(pullback(cotangent)[0])
+
+    return {f"grad_norm/{name}": norm(name) for name in terms}

@@ -1,0 +1,229 @@
+"""Advantages and their shaping by entropy, against hand-computed numbers, plain loops and enumeration."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import parameterized
+
+from ckl_jax import advantage_shaping as shaping
+from ckl_jax import advantages, losses
+from ckl_jax.advantages import gae
+from ckl_jax.config import ConfigError
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def debug_nans():
+    with jax.debug_nans(True):
+        yield
+
+
+def gae_by_loop(rewards, values, lengths, discount, gae_lambda):
+    advantages = np.zeros_like(rewards)
+    for row, length in enumerate(lengths):
+        for start in range(length):
+            for t in range(start, length):
+                next_value = values[row, t + 1] if t + 1 < length else 0.0
+                delta = rewards[row, t] + discount * next_value - values[row, t]
+                advantages[row, start] += (discount * gae_lambda) ** (t - start) * delta
+    return advantages
+
+
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 1.0), (0.9, 0.95), (1.0, 0.0), (0.5, 1.0), (0.0, 0.7)])
+def test_gae_equals_a_plain_loop_on_ragged_episodes(discount, gae_lambda, debug_nans):
+    rng = np.random.default_rng(0)
+    rewards, values = rng.normal(size=(2, 5, 6)).astype(np.float32)
+    lengths = np.array([6, 4, 1, 0, 3])
+    mask = np.arange(6) < lengths[:, None]
+    found = gae(*map(jnp.asarray, (rewards, values, mask)), discount, gae_lambda)
+    expected = gae_by_loop(rewards, values, lengths, discount, gae_lambda)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class UndiscountedAdvantageTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0.0, 9.0, INF, NAN)
+    def test_it_is_the_final_reward_minus_the_value_and_zero_after_the_end(self, garbage):
+        rewards = jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, garbage]])
+        values = jnp.array([[0.25, 0.5, 0.875], [0.5, 0.75, garbage]])
+        mask = jnp.array([[True, True, True], [True, True, False]])
+        found = self.variant(lambda r, v, m: gae(r, v, m, 1.0, 1.0))(rewards, values, mask)
+        np.testing.assert_allclose(found, [[0.75, 0.5, 0.125], [0.5, 0.25, 0.0]], atol=1e-6)
+
+
+def test_leaving_one_out_subtracts_the_mean_of_the_groups_others():
+    found = advantages.leave_one_out(jnp.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), 3)
+    np.testing.assert_allclose(found, [1.0, -0.5, -0.5, 0.0, 0.0, 0.0], atol=1e-6)
+
+
+def test_standardized_groups_have_mean_0_and_deviation_1_unless_all_are_equal():
+    found = advantages.standardized_in_group(jnp.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]), 4)
+    np.testing.assert_allclose(found, [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5), 0, 0, 0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [advantages.leave_one_out, advantages.standardized_in_group])
+@pytest.mark.parametrize("group_size", [0, 1, 4])
+def test_groups_that_cannot_be_are_refused(call, group_size):
+    with pytest.raises(ConfigError, match=r"^group_size: got \d, allowed is 2 or more, a divisor of the 6 episodes"):
+        call(jnp.ones(6), group_size)
+
+
+def test_standardized_advantages_count_the_masks_tokens_alone():
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    found = advantages.standardized(jnp.array([[1.0, 2.0, 99.0], [3.0, 99.0, 99.0]]), mask)
+    np.testing.assert_allclose(found, [[-(1.5**0.5), 0.0, 0.0], [1.5**0.5, 0.0, 0.0]], atol=1e-6)
+
+
+def test_kl_to_go_sums_what_follows_and_subtracts_the_others_mean():
+    kl = jnp.array([[1.0, 2.0, 4.0], [3.0, 1.0, NAN], [5.0, NAN, NAN]])
+    mask = jnp.array([[True, True, True], [True, True, False], [True, False, False]])
+    found = advantages.kl_to_go(kl, mask)
+    np.testing.assert_allclose(found, [[7 - 4.5, 6 - 1, 4], [4 - 6, 1 - 6, 0], [5 - 5.5, 0, 0]], atol=1e-6)
+
+
+FIRST_3 = jnp.log(jnp.array([0.5, 0.3, 0.2]))
+SECOND_3x3 = jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [0.7, 0.1, 0.2]]))
+REF_FIRST_3 = jnp.log(jnp.array([0.2, 0.5, 0.3]))
+REF_SECOND_3x3 = jnp.log(jnp.array([[0.3, 0.3, 0.4], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1]]))
+ANSWERS_9x2 = np.array(list(itertools.product(range(3), repeat=2)))
+
+
+def sequence_log_probs(logits):
+    """Of both tokens of the nine answers of a two-token policy: [9, 2]."""
+    first_3, second_3x3 = (jax.nn.log_softmax(x) for x in logits)
+    return jnp.stack([first_3[ANSWERS_9x2[:, 0]], second_3x3[ANSWERS_9x2[:, 0], ANSWERS_9x2[:, 1]]], axis=1)
+
+
+def expected_policy_gradient(logits, advantages_of):
+    """The gradient of the policy loss summed over tokens and halved, over all 81 pairs of answers by probability."""
+    pairs_81x2 = jnp.array(list(itertools.product(range(9), repeat=2)))
+    probability_9 = jnp.exp(sequence_log_probs(logits).sum(axis=1))
+    weight_81 = jax.lax.stop_gradient(probability_9[pairs_81x2].prod(axis=1))
+
+    def loss(logits):
+        log_probs_9x2 = sequence_log_probs(logits)
+
+        def of_pair(pair):
+            chosen = log_probs_9x2[pair]
+            return 2 * losses.policy_gradient_loss(chosen, advantages_of(pair, chosen), jnp.ones((2, 2), bool))
+
+        return (weight_81 * jax.vmap(of_pair)(pairs_81x2)).sum()
+
+    return jax.grad(loss)(logits)
+
+
+def test_kl_to_go_has_the_gradient_of_the_kl_between_whole_answers(debug_nans):
+    ref_9x2 = sequence_log_probs((REF_FIRST_3, REF_SECOND_3x3))
+
+    def total_kl(logits):
+        log_probs_9 = sequence_log_probs(logits).sum(axis=1)
+        return (jnp.exp(log_probs_9) * (log_probs_9 - ref_9x2.sum(axis=1))).sum()
+
+    def less_kl(pair, log_probs_2x2):
+        k1_2x2 = losses.kl_estimate(log_probs_2x2, ref_9x2[pair], "k1")
+        return -advantages.kl_to_go(k1_2x2, jnp.ones((2, 2), bool))
+
+    logits = (FIRST_3, SECOND_3x3)
+    chex.assert_trees_all_close(expected_policy_gradient(logits, less_kl), jax.grad(total_kl)(logits), atol=1e-6)
+
+
+def test_leaving_one_out_has_the_gradient_of_the_expected_reward(debug_nans):
+    rewards_9 = jnp.array([1.0, 0.0, 0.0, 0.0, 3.0, 1.0, 0.0, 0.0, 1.0])
+
+    def of_reward(pair, log_probs_2x2):
+        return jnp.broadcast_to(advantages.leave_one_out(rewards_9[pair], 2)[:, None], (2, 2))
+
+    def less_reward(logits):
+        return -(jnp.exp(sequence_log_probs(logits).sum(axis=1)) * rewards_9).sum()
+
+    logits = (FIRST_3, SECOND_3x3)
+    chex.assert_trees_all_close(expected_policy_gradient(logits, of_reward), jax.grad(less_reward)(logits), atol=1e-6)
+
+
+MASK = jnp.array([[True, True, True], [True, True, False]])
+ENTROPY = jnp.array([[0.1, 0.9, 0.3], [0.5, 0.3, NAN]])
+ADVANTAGES = jnp.array([[1.0, 1.0, 1.0], [-2.0, -2.0, NAN]])
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"),
+    [
+        (0.01, [[0, 1, 0], [0, 0, 0]]),
+        (0.4, [[0, 1, 0], [1, 0, 0]]),
+        (0.6, [[0, 1, 1], [1, 1, 0]]),
+        (1.0, [[1, 1, 1], [1, 1, 0]]),
+    ],
+    ids=["at least one", "two of five", "and what ties", "all"],
+)
+def test_top_entropy_keeps_the_advantage_of_the_most_uncertain(share, kept):
+    found = shaping.top_entropy(ADVANTAGES, ENTROPY, MASK, share)
+    np.testing.assert_array_equal(found, np.nan_to_num(ADVANTAGES) * np.array(kept))
+
+
+def test_the_entropy_bonus_is_bounded_by_the_advantage_and_never_turns_it():
+    found = shaping.entropy_bonus(ADVANTAGES.at[0, 2].set(0.0), ENTROPY, MASK, 1.0, 2.0)
+    np.testing.assert_allclose(found, [[1.1, 1.5, 0.0], [-1.5, -1.7, 0.0]], atol=1e-6)
+
+
+def test_gtpo_deals_the_reward_out_by_entropy_among_the_right_and_by_its_inverse_among_the_wrong():
+    """Three right answers and one wrong of one token each, and of two answers that are longer by one token."""
+    mask = jnp.array([[True, True], [True, False], [True, False], [True, True]])
+    entropy = jnp.array([[0.1, 0.2], [0.3, NAN], [0.2, NAN], [0.5, 0.4]])
+    found = shaping.gtpo(jnp.array([1.0, 1.0, 1.0, 0.0]), entropy, mask, 4, 0.5)
+    reward = np.array([0.5 + 0.5 * 3 * 1 / 6, 1.0, 0.5 + 0.5 * 3 * 3 / 6, 0.5 + 0.5 * 3 * 2 / 6, -1.0, -1.0])
+    expected = (reward - reward.mean()) / reward.std()
+    np.testing.assert_allclose(np.asarray(found)[np.asarray(mask)], expected, rtol=1e-4)
+    assert (np.asarray(found)[~np.asarray(mask)] == 0).all()
+
+
+def test_gtpo_blames_the_wrong_answer_that_was_surest_and_leaves_equal_groups_alone():
+    entropy = jnp.array([[0.1], [0.4], [0.3], [0.1], [0.2]] * 2)
+    success = jnp.array([0.0, 0.0, 1.0, 1.0, 1.0] + [1.0] * 5)
+    found = shaping.gtpo(success, entropy, jnp.ones((10, 1), bool), 5, 1.0)[:, 0]
+    reward = np.array([-2 * 10 / 12.5, -2 * 2.5 / 12.5, 3 * 3 / 6, 3 * 1 / 6, 3 * 2 / 6])
+    np.testing.assert_allclose(found[:5], (reward - reward.mean()) / reward.std(), rtol=1e-4)
+    np.testing.assert_array_equal(found[5:], 0.0)
+
+
+def test_covariance_is_the_product_of_the_centered_values():
+    log_probs = jnp.array([[-1.0, -2.0, -3.0], [-4.0, -5.0, NAN]])
+    found = shaping.covariance(ADVANTAGES, log_probs, MASK)
+    centered = np.array([[1.2, 1.2, 1.2], [-1.8, -1.8, 0.0]]) * np.array([[2.0, 1.0, 0.0], [-1.0, -2.0, 0.0]])
+    np.testing.assert_allclose(found, centered, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "call"),
+    [
+        ("share", lambda x, m: shaping.top_entropy(x, x, m, 0.0)),
+        ("share", lambda x, m: shaping.gtpo(x[:, 0], x, m, 2, 1.5)),
+        ("group_size", lambda x, m: shaping.gtpo(x[:, 0], x, m, 4, 0.5)),
+        ("mask", lambda x, m: shaping.top_entropy(x, x, m[:, :1], 0.5)),
+        ("mask", lambda x, m: shaping.entropy_bonus(x, x[:1], m, 1.0, 2.0)),
+        ("mask", lambda x, m: shaping.covariance(x[:1], x, m)),
+    ],
+)
+def test_shapes_and_shares_that_cannot_be_are_refused_by_name(field, call):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
+        call(jnp.ones((2, 3)), jnp.ones((2, 3), bool))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: shaping.top_entropy(x, ENTROPY, MASK, 0.5),
+        lambda x: shaping.entropy_bonus(ADVANTAGES, x, MASK, 1.0, 2.0),
+        lambda x: shaping.gtpo(jnp.array([1.0, 0.0]), x, MASK, 2, 0.5),
+        lambda x: shaping.covariance(ADVANTAGES, x, MASK),
+        lambda x: advantages.kl_to_go(x, MASK),
+        lambda x: advantages.leave_one_out(x[:, 0], 2),
+    ],
+)
+def test_advantages_take_no_gradient(call, debug_nans):
+    gradient = jax.grad(lambda x: call(x).sum())(jnp.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
+    np.testing.assert_array_equal(gradient, 0.0)

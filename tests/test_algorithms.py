@@ -1,0 +1,237 @@
+"""Every algorithm, KL and shaping of the advantage: one real update of each, and which combinations are refused."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ckl_jax import losses
+from ckl_jax.checkpoint import Model
+from ckl_jax.config import ConfigError
+from ckl_jax.episodes import Hyper, assessed
+from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.model import GPT2
+from ckl_jax.objective import loss_gradient, term_names
+from ckl_jax.rollout import Trajectory, score
+from ckl_jax.sharding import make_mesh
+from ckl_jax.updates import init_run, train_rounds, update
+
+CONFIG = FinetuneConfig(
+    episodes=8,
+    minibatch_episodes=4,
+    minibatch_transitions=16,
+    extra_length=0,
+    rounds=2,
+    test_every=1,
+    learning_rate=1e-3,
+    kl_coefficient=2.0,
+    beta=1.0,
+    diagnostic_episodes=2,
+    entropy_quantile=0.3,
+    kl_cov_share=0.3,
+    normalize_advantages=False,
+)
+HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
+PAIRS = {"group_size": 2}
+OPTIONS = {
+    "reinforce": {"algorithm": "reinforce", "normalize_advantages": True},
+    "rloo": {"algorithm": "rloo", **PAIRS},
+    "grpo": {"algorithm": "grpo", **PAIRS, "epochs": 2},
+    "ppo": {"algorithm": "ppo", "epochs": 2, "clip": 0.05},
+    "ppo, k1": {"algorithm": "ppo", "kl": "k1"},
+    "ppo, k2": {"algorithm": "ppo", "kl": "k2"},
+    "ppo, k3": {"algorithm": "ppo", "kl": "k3"},
+    "grpo, gtpo": {"algorithm": "grpo", **PAIRS, "advantage_shaping": "gtpo"},
+    "rloo, gtpo": {"algorithm": "rloo", **PAIRS, "advantage_shaping": "gtpo"},
+    "top_entropy": {"advantage_shaping": "top_entropy"},
+    "entropy_bonus": {"advantage_shaping": "entropy_bonus"},
+    "KL-Cov": {"kl_cov": 1.0},
+    "grpo, KL-Cov": {"algorithm": "grpo", **PAIRS, "kl_cov": 1.0},
+    "KL in the reward": {"kl_in": "reward", "kl": "k1"},
+    "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
+    "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
+    "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def model(small_model):
+    config = dataclasses.replace(small_model, num_layers=1)
+    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params["params"]["wte"]["embedding"] *= 10
+    return Model(config, 1, params)
+
+
+@pytest.fixture(scope="module")
+def moved(model):
+    """A state whose policy has left the reference and whose critic has opinions."""
+    state = init_run(make_task(CONFIG, model), model.params, HYPER)
+    policy = jax.tree.map(jnp.copy, state.params["policy"])
+    policy["params"]["wpe"]["embedding"] += 0.1 * jax.random.normal(jax.random.key(1), (400, 16))
+    value = jax.tree.map(lambda x: x + 0.1, state.params["value"])
+    return state._replace(params={"policy": policy, "value": value})
+
+
+@pytest.fixture(scope="module")
+def answers(model, moved):
+    """Eight hand-made episodes, every other right: the trajectory, the policy's and the reference's logits, values."""
+    rng = np.random.default_rng(0)
+    tokens_BxL = jnp.asarray(rng.integers(0, 41, (8, 20)), jnp.int32)
+    lengths_B = np.array([12, 5, 9, 13, 3, 8, 13, 6])
+    mask_BxT = jnp.asarray(np.arange(13) < lengths_B[:, None])
+    positions_BxL = jnp.broadcast_to(jnp.arange(20), (8, 20))
+    right_B = jnp.asarray([1.0, 0.0] * 4)
+    blank = Trajectory(tokens_BxL, positions_BxL, jnp.ones((8, 20), jnp.int32), jnp.zeros((8, 13)), mask_BxT, right_B)
+    logits, ref_logits = (score(model.config, p, blank)[0] for p in (moved.params["policy"], model.params))
+    log_probs_BxT = losses.token_log_probs(logits, blank.answers_BxT, mask=mask_BxT)
+    values_BxT = jnp.asarray(rng.normal(size=(8, 13)), jnp.float32)
+    return blank._replace(log_probs_BxT=log_probs_BxT), logits, ref_logits, values_BxT
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _assessed(config, answers):
+    return assessed(config, *answers, HYPER, jax.random.key(4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updated(task, state, episodes):
+    return update(task, HYPER, state, episodes, jax.random.key(3))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, moved, answers, name):
+    config = dataclasses.replace(CONFIG, **OPTIONS[name])
+    task = make_task(config, model)
+    episodes = _assessed(config, answers)
+    plain = _assessed(CONFIG, answers)
+    mask = np.asarray(episodes.trajectory.mask_BxT)
+    assert (np.asarray(episodes.advantages_BxT)[~mask] == 0).all()
+    credited = {"algorithm", "advantage_shaping", "kl_in"} & OPTIONS[name].keys() and "ppo" not in name
+    same = np.allclose(episodes.advantages_BxT, plain.advantages_BxT)
+    assert same != bool(credited)
+    state, metrics = _updated(task, moved, episodes)
+    chex.assert_tree_all_finite((state, metrics))
+    assert {key for key in metrics if key.startswith("loss/")} == {f"loss/{term}" for term in term_names(config)}
+    change = jax.tree.map(lambda new, old: new - old, state.params, moved.params)
+    assert optax.global_norm(change["policy"]) > 1e-3
+    assert (optax.global_norm(change["value"]) > 1e-3) == config.has_critic
+    if config.kl_cov > 0:  # The second minibatch starts where the first has left the rollout's policy.
+        assert metrics["loss/kl_cov"] > 0
+
+
+def test_right_answers_gain_and_wrong_ones_lose_without_a_critic(answers):
+    for name in ("reinforce", "rloo", "grpo", "grpo, gtpo"):
+        config = dataclasses.replace(CONFIG, **OPTIONS[name])
+        episodes = _assessed(config, answers)
+        total_B = episodes.advantages_BxT.sum(axis=1)
+        assert (np.sign(total_B) == [1, -1] * 4).all(), name
+        returns = np.where(episodes.trajectory.mask_BxT, np.array([1.0, 0.0] * 4)[:, None], 0.0)
+        np.testing.assert_array_equal(episodes.returns_BxT, returns)
+
+
+def test_the_kl_in_the_reward_is_not_rescaled_by_normalized_advantages(answers):
+    """Its share of the advantage is alpha times the weighted KL to go, whatever the rewards' spread is."""
+    change = {"kl_in": "reward", "kl": "k1"}
+    for normalize in (True, False):
+        config = dataclasses.replace(CONFIG, normalize_advantages=normalize)
+        without = _assessed(config, answers)
+        found = _assessed(dataclasses.replace(config, **change), answers)
+        difference = found.advantages_BxT - without.advantages_BxT
+        trajectory, _, ref_logits, _ = answers
+        ref_log_probs = losses.token_log_probs(ref_logits, trajectory.answers_BxT)
+        k1 = np.where(trajectory.mask_BxT, trajectory.log_probs_BxT - ref_log_probs, 0.0)
+        to_go = np.cumsum((found.kl_weights_BxT * k1)[:, ::-1], axis=1)[:, ::-1]
+        mask = np.asarray(trajectory.mask_BxT)
+        centered = np.zeros_like(to_go)
+        for b, t in np.argwhere(mask):
+            others = [to_go[c, t] for c in range(8) if c != b and mask[c, t]]
+            centered[b, t] = to_go[b, t] - (np.mean(others) if others else 0.0)
+        np.testing.assert_allclose(difference, -2.0 * centered, atol=1e-4)
+
+
+def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
+    """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
+    trajectory, *rest = answers
+    far = trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - 1.0)
+    gradients = {}
+    for algorithm in ("a2c", "ppo"):
+        config = dataclasses.replace(CONFIG, algorithm=algorithm, value_coefficient=0.0)
+        episodes = _assessed(config, (far, *rest))
+        hyper = HYPER._replace(kl_coefficient=jnp.float32(0.0))
+        gradient = jax.jit(loss_gradient, static_argnums=0)(make_task(config, model), hyper, moved.params, episodes)
+        gradients[algorithm] = gradient[0]["policy"]
+    ratio = optax.global_norm(gradients["ppo"]) / optax.global_norm(gradients["a2c"])
+    assert abs(ratio - 1) > 0.05
+
+
+def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
+    config = dataclasses.replace(
+        CONFIG, algorithm="rloo", group_size=4, kl_in="reward", kl="k1", kl_target=0.5, kl_gain=1.0
+    )
+    task = make_task(config, model)
+    runs, hypers = make_runs(config, {"run": {}}, 1)
+    states = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))(model.params, hypers)
+    drawn = [draw_problems(task, runs[0].seed, r) for r in range(2)]
+    prompts = drawn[0].prompts_BxP.reshape(2, 4, -1)
+    assert (prompts == prompts[:, :1]).all()
+    assert (prompts[0, 0] != prompts[1, 0]).any()
+    problems = jax.tree.map(lambda *of_rounds: jnp.stack(of_rounds)[None], *drawn)
+    mesh = make_mesh(1, 8, data_devices=1)
+    states, metrics = train_rounds(task, mesh, model.params, states, hypers, problems)
+    # The policy starts as the reference: a KL of 0, then little, both below the target.
+    np.testing.assert_allclose(metrics["kl_coefficient"][0], [2.0, 2.0 * 0.8], rtol=1e-5)
+    np.testing.assert_allclose(states.kl_coefficient, [2.0 * 0.8**2], rtol=1e-3)
+    assert "loss/kl" not in metrics
+    assert "explained_variance" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"algorithm": "trpo"}, "algorithm"),
+        ({"algorithm": "grpo"}, "group_size"),
+        ({"algorithm": "rloo", "group_size": 3}, "group_size"),
+        ({"group_size": 0}, "group_size"),
+        ({"advantage_shaping": "gtpo"}, "advantage_shaping"),
+        ({"advantage_shaping": "top"}, "advantage_shaping"),
+        ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
+        ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
+        ({"kl_in": "reward"}, "kl"),
+        ({"kl_in": "advantage"}, "kl_in"),
+        ({"kl_target": 0.0}, "kl_target"),
+        ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
+        ({"clip": 0.0}, "clip"),
+        ({"kl_cov": -1.0}, "kl_cov"),
+        ({"kl_cov_share": 0.0}, "kl_cov_share"),
+        ({"entropy_quantile": 1.5}, "entropy_quantile"),
+        ({"gtpo_share": 2.0}, "gtpo_share"),
+        ({"test_temperature": 0.0}, "test_temperature"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(change, field):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_the_recipes_are_what_the_paper_and_the_authors_code_say():
+    paper, authors = (finetune_preset("gpt2", recipe) for recipe in ("paper", "authors"))
+    assert (paper.learning_rate, paper.kl_coefficient, paper.beta, paper.kl) == (1e-6, 5.0, 150.0, "k2")
+    assert (paper.episodes, paper.rounds, paper.minibatch, paper.gae_lambda) == (50, 8, "transitions", 0.95)
+    assert (paper.reward_wrong, paper.certainty, paper.entropy_coefficient) == (0.0, "negentropy", 0.0005)
+    assert (authors.reward_wrong, authors.certainty) == (-1.0, "negentropy_max_prob")
+    assert (authors.certainty_temperature, authors.entropy_coefficient) == (4.0, 0.001)
+    differing = {f.name for f in dataclasses.fields(paper) if getattr(paper, f.name) != getattr(authors, f.name)}
+    assert differing == {"recipe", "reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient"}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "gpt2"])
+@pytest.mark.parametrize("recipe", ["ours", "paper", "authors"])
+def test_every_recipe_is_at_home_at_every_scale(scale, recipe):
+    config = finetune_preset(scale, recipe)
+    assert (config.scale, config.recipe) == (scale, recipe)

@@ -1,0 +1,95 @@
+"""tpu_scripts/run_gpu.sh with a python that notes its arguments and ends as planned."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ckl_jax import cli
+from ckl_jax.pretrain import PretrainCommand
+from ckl_jax.pretrain import preset as pretrain_preset
+from experiments.figure2_pretraining import Figure2Command
+from experiments.figure2_pretraining import preset as figure2_preset
+from experiments.reproduce import ReproduceCommand
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "tpu_scripts" / "run_gpu.sh"
+PYTHON = (
+    f"#!{sys.executable} -IS"
+    + """
+import json, os, signal, sys, time
+if os.environ.get("SLOW"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+codes = os.environ["CODES"].split()
+time.sleep(float(os.environ.get("SLOW", 0)))
+sys.exit(int(codes[min(len(open(os.environ["CALLS"]).readlines()), len(codes)) - 1]))
+"""
+)
+
+
+@pytest.fixture
+def call(tmp_path):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def run(*words, codes="0", **more):
+        environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "CODES": codes} | more
+        done = subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=60)
+        return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    return run
+
+
+def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
+    shrunken = {"PRETRAIN": "--num-steps 20 --warmup-steps 2", "OPTIONS": "table1: --answers 2\nfigure4: --rounds 2"}
+    done, (first, second) = call("small", "runs/a b", DIGITS="3", SEEDS="4", **shrunken)
+    assert done.returncode == 0, done.stderr
+    assert (first[:2], second[:2]) == (["-m", "ckl_jax.pretrain"], ["-m", "experiments.reproduce"])
+    pretraining = cli.parse(PretrainCommand, pretrain_preset, first[2:])
+    reproduction = cli.parse(ReproduceCommand, None, second[2:])
+    config = pretraining.config
+    assert (config.scale, config.max_digits, config.num_steps, config.target_accuracy) == ("small", 3, 20, 0.99)
+    assert pretraining.out == reproduction.checkpoint == pathlib.Path("runs/a b/pretrained/small_N3")
+    assert (reproduction.scale, reproduction.seeds) == ("small", 4)
+    assert reproduction.items == ("table1", "figure2", "figure4", "figure6")
+    assert reproduction.more["table1"] == ["--answers", "2"]
+    assert reproduction.more["figure4"] == ["--rounds", "2"]
+    figure2 = cli.parse(Figure2Command, figure2_preset, ["--scale", "small", *reproduction.more["figure2"]])
+    assert figure2.models.configs == [config], "the model that is there, not another one"
+
+
+@pytest.mark.parametrize(("codes", "expected", "count"), [("75", 75, 1), ("0 75", 75, 2), ("137", 75, 1), ("2", 2, 1)])
+def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, count):
+    done, calls = call("gpt2", "runs/x", codes=codes)
+    assert (done.returncode, len(calls)) == (expected, count)
+    assert ("the same command goes on" in done.stdout) == (expected == 75)
+
+
+def test_a_stage_ends_in_time_by_sigterm(call):
+    done, calls = call("small", "runs/x", SLOW="30", STAGE_SECONDS="1")
+    assert (done.returncode, len(calls)) == (75, 1)
+
+
+def test_a_dry_run_calls_nothing(call):
+    done, calls = call("--dry-run", "small", "runs/a b")
+    assert done.returncode == 0
+    assert calls == []
+    assert len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("words", [(), ("small",), ("tiny", "runs/x"), ("small", "runs/x", "more")])
+def test_bad_arguments_are_refused_before_anything_runs(call, words):
+    done, calls = call(*words)
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.startswith("run_gpu.sh: got ")
+
+
+@pytest.mark.parametrize("setting", [{"STAGE_SECONDS": "0"}, {"STAGE_SECONDS": "soon"}, {"DIGITS": "x"}])
+def test_bad_settings_are_refused_before_anything_runs(call, setting):
+    done, calls = call("small", "runs/x", **setting)
+    assert (done.returncode, calls) == (2, [])

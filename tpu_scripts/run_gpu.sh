@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# run_gpu.sh [--dry-run] SCALE DIRECTORY: one stage of the paper's experiments on this GPU host. SCALE is small or gpt2.
+#
+# A stage ends after STAGE_SECONDS (540) with what it has made in DIRECTORY; the same command is the next stage. Exit code
+# 75: there is more to do. 0: DIRECTORY/report.html is complete. Anything else: what failed.
+#
+#   until tpu_scripts/run_gpu.sh small runs/small; do [ $? -eq 75 ] || break; done
+#
+# Pre-trains N = DIGITS (7) until ACCURACY (0.99) of greedy answers of up to N digits are right, then ITEMS (table1 figure2
+# figure4 figure6) with SEEDS (10) seeds. PRETRAIN is more options of pre-training ("--num-steps 200 --warmup-steps 10"),
+# OPTIONS more of reproduce's items, a line each ("figure4: --rounds 2 --test-every 1"), PYTHON the interpreter.
+set -euo pipefail
+
+dry_run=
+if [[ ${1-} == --dry-run ]]; then
+  dry_run=yes
+  shift
+fi
+if (($# != 2)) || [[ $1 != small && $1 != gpt2 ]]; then
+  echo "run_gpu.sh: got '$*', allowed is [--dry-run] small|gpt2 DIRECTORY" >&2
+  exit 2
+fi
+scale=$1 directory=$2 digits=${DIGITS:-7} seconds=${STAGE_SECONDS:-540}
+if ! [[ $seconds =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9][0-9]?$ ]]; then
+  echo "run_gpu.sh: got STAGE_SECONDS=$seconds and DIGITS=$digits, allowed are whole numbers above 0" >&2
+  exit 2
+fi
+read -ra items <<<"${ITEMS:-table1 figure2 figure4 figure6}"
+read -ra pretrain <<<"--target-accuracy ${ACCURACY:-0.99} ${PRETRAIN-}"
+mapfile -t options <<<"figure2: --digits $digits ${pretrain[*]/#--/--pretrain.}${OPTIONS:+$'\n'$OPTIONS}"
+model=$directory/pretrained/${scale}_N$digits
+
+# SIGTERM saves the work (exit code 75); what does not end in a minute is killed, and goes on from its last checkpoint.
+stage() {
+  local code=0
+  if [[ $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+    return
+  fi
+  timeout --preserve-status --signal=TERM --kill-after=60 "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" || code=$?
+  if ((code == 75 || code == 137)); then
+    echo "run_gpu.sh: this stage is over; the same command goes on"
+    exit 75
+  fi
+  return "$code"
+}
+
+python=${PYTHON:-python}
+stage "$python" -m ckl_jax.pretrain --scale "$scale" --max-digits "$digits" "${pretrain[@]}" --out "$model"
+stage "$python" -m experiments.reproduce --scale "$scale" --checkpoint "$model" --out "$directory" --items "${items[@]}" \
+  --seeds "${SEEDS:-10}" --options "${options[@]}"
