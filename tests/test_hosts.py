@@ -118,6 +118,7 @@ class Machine:
 
     def __init__(self, path):
         self.path = path
+        self.processes = []
         self.environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "CKL_HOSTS")}
         self.environment |= {
             "JAX_PLATFORMS": "cpu",
@@ -138,31 +139,36 @@ class Machine:
         started = []
         for index in range(count):
             joining = dict(zip(SETTINGS, (address, str(count), str(index)), strict=True)) if count > 1 else {}
-            with (self.path / f"errors_{index}.txt").open("w") as errors:
-                arguments = {"stdout": subprocess.PIPE, "stderr": errors, "text": True, "cwd": ROOT}
-                environment = self.environment | joining
-                started.append(subprocess.Popen([sys.executable, *map(str, words)], env=environment, **arguments))
+            log = self.path / f"errors_{len(self.processes)}.txt"
+            with log.open("w") as file:
+                style = {"stdout": subprocess.PIPE, "stderr": file, "text": True, "cwd": ROOT}
+                process = subprocess.Popen([sys.executable, *map(str, words)], env=self.environment | joining, **style)
+            self.processes.append(process)
+            started.append((process, log))
         return started
 
-    def run(self, count, *words):
-        """The lines that process 0 prints; the others print none."""
-        started = self.start(count, *words)
-        printed = [process.communicate(timeout=300)[0] for process in started]
-        errors = [(self.path / f"errors_{index}.txt").read_text() for index in range(count)]
-        assert [process.returncode for process in started] == [0] * count, errors
-        assert not any(printed[1:])
-        return [line for line in printed[0].splitlines() if not line.startswith("[Gloo]")]
 
-    def kill_after(self, start, count, *words):
-        """Kills all processes as soon as process 0 has printed a line that starts so."""
-        started = self.start(count, *words)
-        try:
-            seen = any(line.startswith(start) for line in iter(started[0].stdout.readline, ""))
-            assert seen, [(self.path / f"errors_{index}.txt").read_text() for index in range(count)]
-        finally:
-            for process in started:
-                process.kill()
-                process.communicate()
+def printed(started):
+    """The lines that process 0 has printed when all have ended well; the others print none."""
+    lines = [process.communicate(timeout=300)[0].splitlines() for process, _ in started]
+    assert [process.returncode for process, _ in started] == [0] * len(started), errors(started)
+    assert not any(lines[1:])
+    return [line for line in lines[0] if not line.startswith("[Gloo]")]
+
+
+def kill_after(start, started):
+    """Kills all processes as soon as process 0 has printed a line that starts so."""
+    try:
+        reached = any(line.startswith(start) for line in iter(started[0][0].stdout.readline, ""))
+        assert reached, errors(started)
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.communicate()
+
+
+def errors(started):
+    return [log.read_text() for _, log in started]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +177,11 @@ def machine(tmp_path_factory, small_model):
     config = dataclasses.replace(small_model, num_layers=1)
     params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     save_model(path / "model", Model(config, 1, params), {})
-    return Machine(path)
+    machine = Machine(path)
+    yield machine
+    for process in machine.processes:
+        process.kill()
+        process.wait()
 
 
 def records(directory, arm=None):
@@ -193,7 +203,7 @@ def assert_same_model(found, expected):
 
 @pytest.mark.slow
 def test_two_processes_agree_and_share_files_and_devices(machine):
-    assert machine.run(2, "tests/host_worker.py", machine.path) == ["process 0"]
+    assert printed(machine.start(2, "tests/host_worker.py", machine.path)) == ["process 0"]
     first, second = (json.loads((machine.path / str(index)).read_text()) for index in range(2))
     other = "hosts: another process cannot go on, and says why"
     differing = {
@@ -222,11 +232,12 @@ def test_two_processes_agree_and_share_files_and_devices(machine):
 def test_pretraining_by_two_processes_stopped_and_resumed_is_that_by_one(machine):
     words = ["-m", "ckl_jax.pretrain", *PRETRAIN.split(), "--data-dir", machine.path / "tfds", "--out"]
     alone, together = machine.path / "pretrained_alone", machine.path / "pretrained"
-    machine.run(1, *words, alone)
-    machine.kill_after("step 2/6", 2, *words, together)
+    one = machine.start(1, *words, alone)
+    kill_after("step 2/6", machine.start(2, *words, together))
     assert (together / "checkpoints" / "2" / "default" / "ocdbt.process_1").is_dir()
-    lines = machine.run(2, *words, together)
+    lines = printed(machine.start(2, *words, together))
     assert not any(line.startswith("step 2/6") for line in lines)
+    printed(one)
     assert_same_records(records(together), records(alone))
     assert_same_model(together, alone)
 
@@ -236,18 +247,18 @@ def test_figure4_by_two_processes_stopped_and_resumed_and_its_episodes_shared_ar
     words = [*FINETUNE.split(), "--checkpoint", machine.path / "model", "--out"]
     alone, by_run, by_row = (machine.path / name for name in ("alone", "by_run", "by_row"))
     figure4 = ["-m", "experiments.figure4_prioritized_kl", *words]
-    machine.run(1, *figure4, alone)
-
-    machine.kill_after("round 1/2", 2, *figure4, by_run)
-    lines = machine.run(2, *figure4, by_run)
+    one = machine.start(1, *figure4, alone)
+    kill_after("round 1/2", machine.start(2, *figure4, by_run))
+    lines = printed(machine.start(2, *figure4, by_run))
     assert [line.split(":")[0] for line in lines if line.startswith(("before", "round"))] == ["round 2/2"]
+    printed(one)
     assert_same_records(records(by_run), records(alone))
     for arm in ("standard", "prioritized"):
         assert_same_model(by_run / arm / "seed_0", alone / arm / "seed_0")
     assert {path.name for path in by_run.iterdir()} == {path.name for path in alone.iterdir()}
 
     finetune = ["-m", "ckl_jax.finetune", "--shard-state", "True", *words]
-    machine.run(2, *finetune, by_row)
+    printed(machine.start(2, *finetune, by_row))
     assert (by_row / "checkpoints" / "2" / "default" / "ocdbt.process_1").is_dir()
     expected = [record | {"arm": "run"} for record in records(alone, "prioritized")]
     assert_same_records(records(by_row), expected)
