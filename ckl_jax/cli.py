@@ -102,9 +102,9 @@ def _keep_freed_memory() -> None:
 def _use_all_cores() -> None:
     """One device per core where JAX has no accelerator, so that runs are computed side by side.
 
-    XLA gets twice as many threads (it reads NPROC): with one a device, a device that waits in an all-reduce holds the
-    thread that another's matrix product waits for, and pre-training stands still. Where JAX has computed something
-    already (in a notebook, say), its devices stay what they are.
+    XLA gets twice as many threads (it reads NPROC): with one a device, pre-training on two devices stood still in its
+    first all-reduce until XLA aborted, as if the thread that waited there was one that the other device needed. Where
+    JAX has computed something already (in a notebook, say), its devices stay what they are.
     """
     devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or os.cpu_count() or 1)
     os.environ.setdefault("NPROC", str(2 * devices))
