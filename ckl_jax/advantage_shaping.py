@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from ckl_jax.advantages import standardized
 from ckl_jax.config import require
+from ckl_jax.losses import masked_mean
+from ckl_jax.token_weights import lowest_share
 
 
 def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
@@ -78,18 +80,14 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
 def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """(A - mean A) * (log pi - mean log pi), token by token: where it is great, entropy falls (arXiv 2505.22617)."""
     mask_BxT, log_probs_BxT, advantages_BxT = _finite(mask_BxT, log_probs_BxT, advantages_BxT)
-    count = jnp.maximum(mask_BxT.sum(), 1)
-    centered = [x - x.sum() / count for x in (advantages_BxT, log_probs_BxT)]
+    centered = [x - masked_mean(x, mask_BxT) for x in (advantages_BxT, log_probs_BxT)]
     return jnp.where(mask_BxT, centered[0] * centered[1], 0.0)
 
 
 def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
     """True on the round(share * n) greatest of the mask's n values, at least one, and on what ties with the last."""
-    require(0 < share <= 1, "share", share, "above 0, at most 1")
-    mask_BxT, values_BxT, _ = _finite(mask_BxT, values_BxT, values_BxT)
-    descending_N = -jnp.sort(-jnp.where(mask_BxT, values_BxT, -jnp.inf).reshape(-1))
-    rank = jnp.round(share * mask_BxT.sum()).astype(jnp.int32)
-    return mask_BxT & (values_BxT >= descending_N[jnp.maximum(rank - 1, 0)])
+    mask_BxT, values_BxT = _finite(mask_BxT, values_BxT)
+    return lowest_share(-values_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share).reshape(mask_BxT.shape)
 
 
 def _finite(mask_BxT: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:

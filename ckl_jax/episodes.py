@@ -176,9 +176,12 @@ def _credited(
         k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
         to_go_BxT = advantages.kl_to_go(episodes.kl_weights_BxT * k1_BxT, mask_BxT)
         advantages_BxT = advantages_BxT - kl_coefficient * to_go_BxT
-    covariance_BxT = advantage_shaping.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
-    held_BxT = advantage_shaping.top_share(covariance_BxT, mask_BxT, config.kl_cov_share)
-    return episodes._replace(advantages_BxT=advantages_BxT, kl_cov_BxT=held_BxT)
+    episodes = episodes._replace(advantages_BxT=advantages_BxT)
+    if config.kl_cov > 0:
+        covariance_BxT = advantage_shaping.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
+        held_BxT = advantage_shaping.top_share(covariance_BxT, mask_BxT, config.kl_cov_share)
+        episodes = episodes._replace(kl_cov_BxT=held_BxT)
+    return episodes
 
 
 def weighed(

@@ -79,7 +79,7 @@ def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.
     Raises:
       ConfigError: different shapes, or ``share`` outside (0, 1].
     """
-    low_1xN = _low(entropy_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share)
+    low_1xN = lowest_share(entropy_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share)
     return low_1xN.reshape(mask_BxT.shape).astype(jnp.float32)
 
 
@@ -93,7 +93,7 @@ def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: floa
       ConfigError: different shapes, ``share`` outside (0, 1], or ``weak`` outside [0, 1].
     """
     require(0 <= weak <= 1, "weak", weak, "0 to 1")
-    low_BxT = _low(entropy_BxT, mask_BxT, share)
+    low_BxT = lowest_share(entropy_BxT, mask_BxT, share)
     return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, weak), 0.0).astype(jnp.float32)
 
 
@@ -145,8 +145,11 @@ def _mean(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     return weights_BxT.sum() / jnp.maximum(mask_BxT.astype(bool).sum(), 1)
 
 
-def _low(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
-    """True on the tokens of every row's mask up to its quantile."""
+def lowest_share(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+    """True on the round(share * n) smallest of the n values in every row's mask, at least one, and on what ties.
+
+    Raises ConfigError like ``threshold``.
+    """
     require(0 < share <= 1, "share", share, "above 0, at most 1")
     mask_BxT = _checked(entropy_BxT, mask_BxT)
     require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
