@@ -11,7 +11,8 @@ from ckl_jax import cli
 from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.config import ConfigError
 from ckl_jax.model import GPT2
-from experiments import controls
+from experiments import arms as arms_lib
+from experiments import comparison, controls
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -114,9 +115,15 @@ def records(after):
     return lines
 
 
+def summarized(after):
+    config = {"config": {"seed": 0, "episodes": 4, "kl_coefficient": 0.5}, "seeds": len(after["standard"])}
+    by_name = {arm: {} for arm in after}
+    return controls.summarize(arms_lib.Run(config, records(after), {}, 2), by_name)
+
+
 @pytest.fixture(scope="module")
-def summary(tmp_path_factory):
-    return controls.summarize(command(tmp_path_factory.mktemp("unused"), "--seeds", "3"), records(AFTER))
+def summary():
+    return summarized(AFTER)
 
 
 def test_last_values_with_students_interval_over_seeds(summary):
@@ -125,7 +132,7 @@ def test_last_values_with_students_interval_over_seeds(summary):
     standard = summary["arms"]["standard"]
     assert standard["target_after"] == pytest.approx((0.35, 0.35 - half, 0.35 + half), abs=1e-6)
     assert standard["old_after"][0] == pytest.approx(0.65)
-    assert standard["before"] == pytest.approx(0.2)
+    assert standard["target_before"][0] == pytest.approx(0.2)
     assert standard["kl_after"][0] == pytest.approx(0.02)
     assert standard["weight"][0] == pytest.approx(0.93)
     assert standard["comma_after"][0] == pytest.approx(0.71)
@@ -162,15 +169,14 @@ def test_the_answer_names_the_control_that_is_open(summary):
         ),
     ],
 )
-def test_a_yes_needs_every_control_and_a_no_needs_one(tmp_path, matched, expected):
-    results = controls.summarize(command(tmp_path, "--seeds", "3"), records(AFTER | {"matched": matched}))
+def test_a_yes_needs_every_control_and_a_no_needs_one(matched, expected):
+    results = summarized(AFTER | {"matched": matched})
     assert f"controls? {expected}" in results["answer"]
 
 
 @pytest.mark.parametrize("renormalized", [(0.5, 0.6, 0.55), (0.9, 0.9, 0.95)])
-def test_renormalized_prioritizes_too_and_does_not_count(tmp_path, renormalized):
-    after = AFTER | {"matched": (0.40, 0.50, 0.45), "renormalized": renormalized}
-    results = controls.summarize(command(tmp_path, "--seeds", "3"), records(after))
+def test_renormalized_prioritizes_too_and_does_not_count(renormalized):
+    results = summarized(AFTER | {"matched": (0.40, 0.50, 0.45), "renormalized": renormalized})
     assert "controls? yes:" in results["answer"]
 
 
@@ -184,7 +190,7 @@ def test_renormalized_prioritizes_too_and_does_not_count(tmp_path, renormalized)
     ],
 )
 def test_the_verdict_looks_at_the_interval_alone(difference, expected):
-    assert controls.verdict(difference) == expected
+    assert comparison.verdict(difference) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,6 +211,6 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
 
 def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
-    results = controls.summarize(command(tmp_path, "--seeds", "4"), records(after))
+    results = summarized(after)
     controls.draw(results, 2, tmp_path)
     assert (tmp_path / "controls.png").exists()

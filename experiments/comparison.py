@@ -1,0 +1,85 @@
+"""Arms against a common control, paired by seed: the differences, their verdicts, and both in words and in a panel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ckl_jax import plots
+from ckl_jax.runs import critical_probability
+from ckl_jax.statistics import mean_interval, percent
+from experiments.arms import after
+from experiments.claims import Interval
+
+COMMA, SECOND_OPERAND = 0, 2
+SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
+
+
+def critical_comma(record: Mapping[str, Any]) -> float:
+    """Probability of the right character at the critical comma of step 1 / operand 2, from a round's record."""
+    return critical_probability(record, 1, SECOND_OPERAND, COMMA)
+
+
+def verdict(difference: Interval) -> Literal["better", "worse", "undecided"]:
+    """Of a pair's difference (mean, low, high): better if the interval is above 0, worse if below, else undecided."""
+    _, low, high = difference
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+
+
+def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
+    """Differences of an arm and a control after the last round, paired by seed, with Student's 95% intervals.
+
+    Args:
+      results: as ``arms.summarize`` gives them.
+    """
+
+    def differences(curve: str) -> np.ndarray:
+        return after(results, arm, curve) - after(results, control, curve)
+
+    target = differences("learning_curve")
+    return {
+        "arm": arm,
+        "control": control,
+        "target": mean_interval(target),
+        "old": mean_interval(differences("old_curve")),
+        "differences": target.tolist(),
+        "verdict": verdict(mean_interval(target)),
+    }
+
+
+def beats_all(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Whether one arm is better than all its controls, with their names.
+
+    Returns:
+      "yes" if it is better than every one, "no" if it is worse than one, else "undecided"; then what of which.
+    """
+    of_verdict = {word: [found["control"] for found in pairs if found["verdict"] == word] for word in SAID}
+    word = "no" if of_verdict["worse"] else "undecided" if of_verdict["undecided"] else "yes"
+    return f"{word}: " + "; ".join(f"{SAID[key]} {', '.join(names)}" for key, names in of_verdict.items() if names)
+
+
+def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
+    """A line per pair, in percentage points, as Markdown."""
+    lines = [f"| difference, paired | {digits} digits | | old lengths |", "|---|---|---|---|"]
+    for found in pairs:
+        target, old = (percent(found[name], "+") for name in ("target", "old"))
+        lines.append(f"| {found['arm']} - {found['control']} | {target} | {found['verdict']} | {old} |")
+    return "\n".join(lines)
+
+
+def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:
+    """A row per array over seeds: their mean, and its 95% interval or, with few seeds, a point for each."""
+    for row, (of_seeds, color) in enumerate(zip(values, colors, strict=True)):
+        mean, low, high = mean_interval(of_seeds)
+        few = len(of_seeds) < plots.FEW_SEEDS
+        error = None if few else [[mean - low], [high - mean]]
+        axes.errorbar(mean, row, xerr=error, fmt="o", markersize=8, capsize=4, color=color, markeredgecolor="white")
+        if few:
+            axes.plot(of_seeds, np.full(len(of_seeds), row), ".", color=color, markersize=5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
