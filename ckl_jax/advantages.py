@@ -1,4 +1,4 @@
-"""Advantages: what a token's log-probability is multiplied by. Each is a small pure function; the losses take no gradient of it.
+"""Advantages: what a token's log-probability is multiplied by. Small pure functions; losses take no gradient of them.
 
 B episodes of T tokens; the answers to one problem are ``group_size`` neighbours of B. Rewards are one number an
 episode; ``gae`` takes them token by token.

@@ -22,9 +22,9 @@ WITH_CHECKPOINT = [
     name
     for name in TYPES
     if name.rpartition(".")[2].split("_")[0] in ("finetune", "evaluate", "figure1", "figure4", "figure5", "figure6")
-] + ["experiments.critical_token_discovery", "experiments.controls", "experiments.reproduce"]
+] + [f"experiments.{name}" for name in ("critical_token_discovery", "controls", "regularizers", "reproduce")]
 PLOT_ONLY = [f"experiments.figure{name}" for name in ("1_scratchpad", "2_pretraining", "3_pretraining_levels")]
-PLOT_ONLY += ["experiments.figure7_critical_tokens", "experiments.critical_token_discovery"]
+PLOT_ONLY += [f"experiments.{name}" for name in ("figure7_critical_tokens", "critical_token_discovery", "regularizers")]
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,9 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.critical_token_discovery", "--answers 0", r"answers: got 0, allowed is at least 1"),
         ("experiments.controls", "--seeds -1", r"seeds: got -1, allowed is at least 1, at most 1000"),
         ("experiments.controls", "--grid nan", r"grid: got \(nan,\), allowed is .*"),
+        ("experiments.regularizers", "--methods k4", r"methods: got \['k4'\], allowed is standard \| prioritized .*"),
+        ("experiments.regularizers", "--grid -1", r"grid: got \(-1\.0,\), allowed is .*"),
+        ("experiments.regularizers", "--leaders 16", r"leaders: got 16, allowed is 0 to 15, .*"),
         ("experiments.reproduce", "--items figure9", r"items: got \['figure9'\], allowed is figure1 \| .*"),
         (
             "experiments.reproduce",
@@ -281,7 +284,9 @@ def test_notes_that_reproduce_did_not_write_are_refused(here, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", PICKLE, b"[" * 100_000], ids=["list", "empty", "pickle", "deep"])
-@pytest.mark.parametrize("name", ["ckl_jax.pretrain", "ckl_jax.finetune", "experiments.controls"])
+@pytest.mark.parametrize(
+    "name", ["ckl_jax.pretrain", "ckl_jax.finetune", "experiments.controls", "experiments.regularizers"]
+)
 def test_a_config_of_another_make_is_refused_and_kept(here, capsys, monkeypatch, name, content):
     (here / "run").mkdir()
     (here / "run" / "config.json").write_bytes(content)

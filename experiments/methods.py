@@ -1,0 +1,83 @@
+"""The methods that ``experiments.regularizers`` compares: what each changes of the standard KL's fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+GROUP = {"group_size": 8}
+"""Answers to a problem for what needs several: an eighth of the problems, as many episodes."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One word of config, or a few.
+
+    Attributes:
+      overrides: fields of FinetuneConfig that differ from the standard KL's.
+      idea: a line, with its source.
+      strength: the field that the grid scales, from the value in ``overrides`` or the command's config; "": none.
+    """
+
+    name: str
+    idea: str
+    overrides: Mapping[str, Any]
+    strength: str = "kl_coefficient"
+
+
+class Cell(NamedTuple):
+    """A method with its strength multiplied by ``share``."""
+
+    method: Method
+    share: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.name}_{self.share:g}x" if self.method.strength else self.method.name
+
+
+STANDARD = {"kl_weights": "uniform"}
+METHODS = (
+    Method("standard", "the same KL on every token", STANDARD),
+    Method("prioritized", "J^beta on every token's KL (2502.06533)", {"kl_weights": "prioritized"}),
+    Method("matched", "control: the round's mean of J^beta", {"kl_weights": "matched"}),
+    Method("shuffled", "control: J^beta, permuted over the round's tokens", {"kl_weights": "shuffled"}),
+    Method("renormalized", "control: J^beta over its mean", {"kl_weights": "renormalized"}),
+    Method("no_kl", "control: none", STANDARD | {"kl_coefficient": 0.0}, ""),
+    Method("threshold", "KL on tokens of low entropy alone (2512.04359)", {"kl_weights": "threshold"}),
+    Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
+    Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
+    Method("k3", "ratio - 1 - log-ratio (Schulman 2020)", STANDARD | {"kl": "k3"}),
+    Method("k1_reward", "log-ratio to go, in the reward", STANDARD | {"kl": "k1", "kl_in": "reward"}),
+    Method("prioritized_k2", "J^beta on k2, the paper's loss", {"kl_weights": "prioritized", "kl": "k2"}),
+    Method(
+        "adaptive", "alpha adapted to a target KL (Ziegler et al. 2019)", STANDARD | {"kl_target": 0.02}, "kl_target"
+    ),
+    Method(
+        "kl_cov",
+        "no KL to the reference; to the old policy where covariance is great (2505.22617)",
+        STANDARD | {"kl_coefficient": 0.0, "kl_cov": 1.0},
+        "kl_cov",
+    ),
+    Method(
+        "top_entropy",
+        "gradient on the top 20% of entropy (2506.01939)",
+        STANDARD | {"advantage_shaping": "top_entropy"},
+    ),
+    Method("entropy_bonus", "entropy in the advantage (2506.14758)", STANDARD | {"advantage_shaping": "entropy_bonus"}),
+    Method("reinforce", "reward minus the round's mean, no critic", STANDARD | {"algorithm": "reinforce"}),
+    Method("ppo", "clipped ratio (Schulman et al. 2017)", STANDARD | {"algorithm": "ppo"}),
+    Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
+    Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
+    Method(
+        "gtpo",
+        "grpo with the reward shared out by entropy (2508.04349)",
+        STANDARD | GROUP | {"algorithm": "grpo", "advantage_shaping": "gtpo"},
+    ),
+)
+"""Standard first. The confirmation always has ``ALWAYS``; the others must earn it in the screen."""
+ALWAYS = ("standard", "prioritized", "matched", "shuffled", "renormalized", "no_kl")
+CONTROLS = ("standard", "matched", "shuffled", "no_kl")
+"""What prioritization must beat; renormalized prioritizes too."""
+BY_NAME = {method.name: method for method in METHODS}

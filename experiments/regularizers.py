@@ -1,0 +1,198 @@
+"""The loss laboratory: every regularizer on one harness, screened, and the leaders confirmed on other seeds.
+
+    python -m experiments.regularizers
+    python -m experiments.regularizers --screen-only True    # then the same command without it goes on
+
+``experiments.methods`` lists the methods: the standard and the prioritized KL with their controls, peers' weights of
+the KL, estimators, an adapted coefficient, KL-Cov, peers' weights of the policy gradient, and other algorithms. All
+have the same budget: rounds, episodes a round, passes over them, learning rate, first policy, problems (those with
+groups answer an eighth of them 8 times). Two stages:
+
+1. The screen: every method at each share of ``--grid`` of its strength (its coefficient; ``adaptive``: its target), 2
+   seeds, 7 rounds with their own learning-rate decay. Kept is the share with the highest mean accuracy over the last
+   three rounds, on new problems (the larger one at a tie); leaders are the methods that are highest so.
+2. The confirmation: standard, prioritized, its controls (matched, shuffled, renormalized, no_kl) and the three leaders
+   of the rest, each at its share, 14 rounds, 10 seeds that the screen did not use.
+
+Written down before any run. Hypotheses: (1) prioritized ends above standard. (2) It ends above matched and no_kl: it is
+not only less pressure. (3) It ends above shuffled: which tokens are spared matters. (4) Of the rest, threshold, which
+is a hard J^beta, ends like prioritized. What is compared: accuracy on N + 1 digits after the last round, on common test
+problems, paired by seed; the mean difference with Student's 95% interval over seeds. A pair is better if the interval
+is above 0, worse if below, else undecided. Does prioritization beat its own controls? Yes if it is better than
+standard, matched, shuffled and no_kl, no if it is worse than one of them, else undecided. A yes needs every interval,
+so it needs no correction for their number; all else has none. All other numbers decide nothing: the old lengths
+(forgetting), the exact KL to the pre-trained model and the probability of the critical comma of step 1 / operand 2,
+both on the last round's episodes. Two seeds of half a run choose coefficients roughly: a method that did badly may have
+had the wrong one.
+
+Every cell of a stage is a run of its own under ``out/<stage>/<method>_<share>x``; an interrupted call goes on with the
+same command, ``--plot-only`` makes table and figure again from results.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from ckl_jax import cli, foreign
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model, write_json
+from ckl_jax.config import ConfigError, require
+from ckl_jax.episodes import Hyper
+from ckl_jax.finetune import describe, finetune, make_runs, make_task
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.runs import RunDirectory, earlier_results, machine
+from experiments import arms as arms_lib
+from experiments import regularizers_results
+from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
+
+COMMAND = "experiments.regularizers"
+SCREEN_SEEDS_FROM = 1_000
+
+
+@dataclass(frozen=True)
+class RegularizersCommand:
+    """Screens all regularizers over a grid of coefficients and confirms the leaders against the standard KL."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    out: pathlib.Path = pathlib.Path("runs/regularizers")
+    """Directory of all runs: new, empty, or of the same command interrupted."""
+    methods: tuple[str, ...] = tuple(BY_NAME)
+    """Which to screen; the first six, standard to no_kl, must be among them."""
+    grid: tuple[float, ...] = (0.2, 1.0, 5.0)
+    """Shares of every method's strength."""
+    screen_seeds: int = 2
+    """Seeds of every method and share in the screen."""
+    screen_rounds: int = 7
+    """Rounds of the screen."""
+    leaders: int = 3
+    """How many of the other methods are confirmed."""
+    seeds: int = 10
+    """Seeds of every method in the confirmation."""
+    screen_only: bool = False
+    """End after the screen."""
+    plot_only: bool = False
+    """Table and figure again from results.json."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.methods) - set(BY_NAME))
+        require(not unknown, "methods", unknown, " | ".join(BY_NAME))
+        fixed = set(ALWAYS) <= set(self.methods) and len(set(self.methods)) == len(self.methods)
+        require(fixed, "methods", self.methods, f"different ones, {', '.join(ALWAYS)} among them")
+        shares = len({f"{share:g}" for share in self.grid if 0 < share < float("inf")}) == len(self.grid) > 0
+        require(shares, "grid", self.grid, "1 or more different numbers above 0")
+        require(self.screen_rounds >= 1, "screen_rounds", self.screen_rounds, "at least 1")
+        require(self.screen_seeds >= 1, "screen_seeds", self.screen_seeds, "at least 1")
+        others = len(self.methods) - len(ALWAYS)
+        require(
+            0 <= self.leaders <= others, "leaders", self.leaders, f"0 to {others}, the methods beside the first six"
+        )
+        last = self.config.seed + self.seeds
+        require(last <= SCREEN_SEEDS_FROM, "seeds", self.seeds, f"seed + seeds at most {SCREEN_SEEDS_FROM}")
+        default = FinetuneConfig()
+        for name in {name for method in METHODS for name in method.overrides} - {"kl_coefficient"}:
+            value, wanted = getattr(self.config, name), getattr(default, name)
+            require(value == wanted, name, value, f"{wanted}: the methods set it")
+        for name in ("beta", "kl_coefficient"):
+            require(getattr(self.config, name) > 0, name, getattr(self.config, name), "above 0")
+        for cell in self.cells:
+            _ = configured(self.config, cell)  # Refuses here what a method cannot do.
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The screen's."""
+        chosen = [BY_NAME[name] for name in self.methods]
+        return [Cell(method, share) for method in chosen for share in (self.grid if method.strength else (1.0,))]
+
+    @property
+    def screen_config(self) -> FinetuneConfig:
+        """One test after the screen's rounds; its accuracy is that of the rounds themselves."""
+        return dataclasses.replace(
+            self.config,
+            seed=SCREEN_SEEDS_FROM,
+            rounds=self.screen_rounds,
+            test_every=self.screen_rounds,
+            final_problems=self.config.test_problems,
+        )
+
+
+def preset(scale: str = "tiny", recipe: str = "ours") -> RegularizersCommand:
+    return RegularizersCommand(finetune_preset(scale, recipe))
+
+
+def configured(config: FinetuneConfig, cell: Cell) -> tuple[FinetuneConfig, dict[str, Any]]:
+    """A cell's config, and what of it may differ between runs of one compiled program, as overrides of it."""
+    overrides = dict(cell.method.overrides)
+    if cell.method.strength:
+        whole = overrides.get(cell.method.strength, getattr(config, cell.method.strength))
+        overrides[cell.method.strength] = cell.share * whole
+    traced = {name: overrides.pop(name) for name in Hyper._fields if name in overrides}
+    made = dataclasses.replace(config, **overrides)
+    _ = dataclasses.replace(made, **traced)
+    return made, traced
+
+
+def run_stage(
+    command: RegularizersCommand, model: Model, stage: str, config: FinetuneConfig, cells: Iterable[Cell], seeds: int
+) -> arms_lib.Run:
+    """Trains what is missing of the cells, each in its own directory; all their records as one run's."""
+    cells, records, seconds = list(cells), [], 0.0
+    for number, cell in enumerate(cells, 1):
+        made, traced = configured(config, cell)
+        arms = {cell.name: traced}
+        settings = {"config": dataclasses.asdict(made), "arms": arms, "seeds": seeds}
+        directory = RunDirectory(command.out / stage / cell.name, {"command": COMMAND, **settings})
+        print(f"{stage} {number}/{len(cells)}: {cell.name}", flush=True)
+        finetune(made, model, directory, arms, seeds)
+        directory.close()
+        records += directory.metrics()
+        seconds += directory.seconds()
+    digits = model.max_pretrain_digits + config.extra_digits
+    described = {"config": dataclasses.asdict(config), "seeds": seeds}
+    return arms_lib.Run(described, records, {"wall_seconds": seconds}, digits)
+
+
+def measure(command: RegularizersCommand) -> dict[str, Any]:
+    """Both stages, what was chosen between them, config, device and wall seconds."""
+    model = load_model(command.checkpoint)
+    for config, seeds in ((command.screen_config, command.screen_seeds), (command.config, command.seeds)):
+        make_task(config, model)
+        make_runs(config, {"standard": {}}, seeds)
+    own = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
+    described = {"command": COMMAND, **{name: getattr(command, name) for name in own}, **describe(command, model)}
+    whole = RunDirectory(command.out, described)
+    run = run_stage(command, model, "screen", command.screen_config, command.cells, command.screen_seeds)
+    screen = regularizers_results.screened(run, command.cells)
+    best = regularizers_results.best_shares(screen)
+    chosen = regularizers_results.choose(best, command.leaders)
+    results = {"digits": run.digits, "screen": screen, "best": best, "chosen": chosen, **run.made}
+    if not command.screen_only:
+        cells = [Cell(BY_NAME[name], best[name]["share"]) for name in chosen]
+        run = run_stage(command, model, "confirmation", command.config, cells, command.seeds)
+        results["confirmation"] = regularizers_results.confirmed(run, cells)
+        results["wall_seconds"] += run.made["wall_seconds"]
+    whole.close()
+    return {**results, "config": described, **machine()}
+
+
+def main(command: RegularizersCommand) -> None:
+    results = earlier_results(command.out, COMMAND)
+    if not command.plot_only:
+        results = measure(command)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        shown = f"{regularizers_results.text(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+        regularizers_results.draw(results, command.out)
+    write_json(command.out / "results.json", results)
+    print(f"{shown}; results.json, regularizers.png and .svg in {command.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, RegularizersCommand, preset)

@@ -1,0 +1,226 @@
+"""The regularizers' two stages on a random model of width 16, and choices and answers from records made by hand."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ckl_jax import cli
+from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.config import ConfigError
+from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.model import GPT2
+from experiments import arms as arms_lib
+from experiments import regularizers
+from experiments import regularizers_results as found
+from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
+
+OPTIONS = (
+    "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
+    "--final-problems 4 --extra-length 5 --rollout plain --beta 2 --learning-rate 0.01 --grid 0.5 --screen-seeds 1 "
+    "--screen-rounds 1 --seeds 2 --leaders 0"
+)
+
+
+def command(tmp_path, *extra: str) -> regularizers.RegularizersCommand:
+    paths = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    return cli.parse(
+        regularizers.RegularizersCommand, regularizers.preset, [*OPTIONS.split(), "--methods", *ALWAYS, *paths, *extra]
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, small_model):
+    path = tmp_path_factory.mktemp("regularizers")
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params["params"]["wte"]["embedding"] *= 10
+    save_model(path / "model", Model(small_model, 1, params), {})
+    return path
+
+
+def seconds(directory):
+    return {str(path): path.read_text() for path in directory.rglob("seconds.jsonl") if path.parent != directory}
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """Both stages, the first of them by itself before."""
+    regularizers.main(command(place, "--screen-only", "True"))
+    of_screen = json.loads((place / "out" / "results.json").read_text())
+    assert "confirmation" not in of_screen
+    took = seconds(place / "out")
+    assert len(took) == len(ALWAYS)
+    regularizers.main(command(place))
+    results = json.loads((place / "out" / "results.json").read_text())
+    assert results["screen"] == of_screen["screen"]
+    assert took.items() <= seconds(place / "out").items()  # Nothing was trained again.
+    return place / "out", results
+
+
+def test_every_method_is_screened_and_the_chosen_are_confirmed_on_other_seeds(finished):
+    directory, results = finished
+    cells = {"no_kl"} | {f"{name}_0.5x" for name in ALWAYS if name != "no_kl"}
+    assert set(results["screen"]) == cells
+    assert results["chosen"] == list(results["confirmation"]["arms"]) == list(ALWAYS)
+    for stage, expected in (("screen", {1000}), ("confirmation", {0, 1})):
+        assert {path.name for path in (directory / stage).iterdir()} == cells
+        records = (directory / stage / "standard_0.5x" / "metrics.jsonl").read_text().splitlines()
+        assert {json.loads(line)["seed"] for line in records} == expected
+
+
+def test_a_cell_is_trained_with_its_strength_and_weights(finished):
+    directory, _ = finished
+
+    def last(cell):
+        lines = (directory / "confirmation" / cell / "metrics.jsonl").read_text().splitlines()
+        (record,) = (r for r in map(json.loads, lines) if (r["seed"], r["step"]) == (0, 2) and "success" in r)
+        return record
+
+    assert last("standard_0.5x")["kl_weight"] == pytest.approx(1)
+    assert last("standard_0.5x")["loss/kl"] > 0
+    assert last("no_kl")["loss/kl"] == 0
+    assert last("prioritized_0.5x")["kl_weight"] < 0.9
+
+
+def test_table_figure_and_answers_come_again_from_results_alone(finished, capsys):
+    directory, _ = finished
+    (directory / "regularizers.png").unlink()
+    regularizers.main(command(directory.parent, "--plot-only", "True"))
+    printed = capsys.readouterr().out
+    assert (directory / "regularizers.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (directory / "regularizers.svg").read_text()
+    for name in ALWAYS:
+        assert f"| {name} |" in printed
+    assert "Does prioritization beat its own controls? undecided: not told apart from standard" in printed
+
+
+def test_other_options_in_the_same_directory_are_refused(finished):
+    directory, _ = finished
+    with pytest.raises(ConfigError, match="grid"):
+        regularizers.main(command(directory.parent, "--grid", "1"))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_method_differs_from_all_others_and_scales_its_strength(method):
+    config = FinetuneConfig()
+
+    def settings(cell):
+        made, traced = regularizers.configured(config, cell)
+        return dataclasses.asdict(dataclasses.replace(made, **traced))
+
+    mine = settings(Cell(method, 1.0))
+    assert all(mine != settings(Cell(other, 1.0)) for other in METHODS if other is not method)
+    doubled = {name for name, value in settings(Cell(method, 2.0)).items() if value != mine[name]}
+    assert doubled == ({method.strength} if method.strength else set())
+    if method.strength:
+        assert settings(Cell(method, 2.0))[method.strength] == pytest.approx(2 * mine[method.strength])
+    assert method.name not in ALWAYS or ALWAYS.index(method.name) == METHODS.index(method)
+
+
+def test_the_best_share_is_kept_and_the_best_others_lead():
+    def cell(method, share, *success):
+        return {"method": method, "share": share, "success": list(success)}
+
+    screen = [
+        cell("standard", 0.2, 0.1, 0.3),
+        cell("standard", 1.0, 0.3, 0.3),
+        cell("rloo", 0.2, 0.5, 0.5),
+        cell("rloo", 1.0, 0.5, 0.5),
+        cell("grpo", 1.0, 0.1, 0.1),
+        cell("k2", 0.2, 0.6, 0.5),
+        cell("no_kl", 1.0, 0.9, 0.9),
+    ]
+    best = found.best_shares({str(index): cell for index, cell in enumerate(screen)})
+    assert list(best) == ["no_kl", "k2", "rloo", "standard", "grpo"]
+    assert {name: values["share"] for name, values in best.items()} == {
+        "no_kl": 1.0,
+        "k2": 0.2,
+        "rloo": 1.0,
+        "standard": 1.0,
+        "grpo": 1.0,
+    }
+    assert found.choose(best, 2) == [*ALWAYS, "k2", "rloo"]
+
+
+def test_the_screens_accuracy_is_that_of_the_last_three_rounds():
+    records = [
+        {"arm": "k2_1x", "seed": seed, "step": step, "success": step / 10 + seed, "kl": step / 100}
+        for step in range(1, 6)
+        for seed in (0, 1)
+    ] + [{"arm": "k2_1x", "seed": seed, "step": 5, "test_old": 0.9} for seed in (0, 1)]
+    run = arms_lib.Run({"config": {"rounds": 5, "seed": 0}, "seeds": 2}, records, {}, 2)
+    screen = found.screened(run, [Cell(BY_NAME["k2"], 1.0)])
+    assert screen["k2_1x"]["success"] == pytest.approx([0.4, 1.4])
+    assert screen["k2_1x"]["old"] == [0.9, 0.9]
+    assert screen["k2_1x"]["kl"] == [0.05, 0.05]
+
+
+AFTER = {
+    "standard": (0.30, 0.35, 0.40, 0.35),
+    "prioritized": (0.50, 0.60, 0.55, 0.55),
+    "matched": (0.40, 0.50, 0.50, 0.45),
+    "shuffled": (0.30, 0.40, 0.35, 0.35),
+    "renormalized": (0.70, 0.74, 0.71, 0.72),
+    "no_kl": (0.10, 0.10, 0.15, 0.12),
+    "rloo": (0.30, 0.30, 0.45, 0.35),
+}
+
+
+def confirmation(after):
+    cells = [Cell(BY_NAME[name], 0.2) for name in after]
+    records = []
+    for cell in cells:
+        for seed, value in enumerate(after[cell.method.name]):
+            run = {"arm": cell.name, "seed": seed}
+            records += [run | {"step": step, "test_target": t, "test_old": 0.9} for step, t in ((0, 0.2), (2, value))]
+            comma = np.full((3, 2, 2), 0.7).tolist()
+            measured = {"success": value, "kl": 0.01, "kl_weight": 1.0, "critical_count_3x2xC": np.ones((3, 2, 2))}
+            records += [run | measured | {"step": step, "critical_probability_3x2xC": comma} for step in (1, 2)]
+    config = {"config": {"seed": 0, "episodes": 4}, "seeds": 4}
+    return found.confirmed(arms_lib.Run(config, records, {}, 2), cells)
+
+
+def test_the_answers_are_computed_from_the_pairs():
+    results = confirmation(AFTER)
+    beats, against, needed = found.answers(results)
+    assert beats == ("Does prioritization beat its own controls? yes: better than standard, matched, shuffled, no_kl.")
+    assert against == (
+        "Against the standard KL, each at its own coefficient: better than it: prioritized, matched, renormalized; "
+        "worse than it: no_kl; not told apart from it: shuffled, rloo."
+    )
+    assert needed.startswith("Is a KL needed at all? Without one training is worse than the standard KL (-23.2 [")
+    assert results["arms"]["rloo"]["comma_after"][0] == pytest.approx(0.7)
+
+
+def test_one_control_that_is_better_makes_it_a_no():
+    results = confirmation(AFTER | {"shuffled": (0.60, 0.70, 0.65, 0.66)})
+    assert (
+        "beat its own controls? no: better than standard, matched, no_kl; worse than shuffled."
+        in found.answers(results)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("methods", ["--methods", "k4", *ALWAYS]),
+        ("methods", ["--methods", "standard", "k2"]),
+        ("methods", ["--methods", *ALWAYS, "k2", "k2"]),
+        ("grid", ["--grid", "0"]),
+        ("grid", ["--grid", "1", "1"]),
+        ("grid", ["--grid", "nan"]),
+        ("leaders", ["--leaders", "1"]),
+        ("screen_rounds", ["--screen-rounds", "0"]),
+        ("screen_seeds", ["--screen-seeds", "0"]),
+        ("seeds", ["--seeds", "1001"]),
+        ("algorithm", ["--algorithm", "ppo"]),
+        ("kl_coefficient", ["--kl-coefficient", "0"]),
+        ("group_size", ["--methods", *ALWAYS, "rloo", "--episodes", "4"]),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tmp_path, name, options):
+    with pytest.raises(ConfigError, match=name):
+        command(tmp_path, *options)
