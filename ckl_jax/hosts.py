@@ -55,6 +55,13 @@ def start() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def require_one(command: str) -> None:
+    """Raises ConfigError where ``JAX_NUM_PROCESSES`` names several; ``CKL_HOSTS=auto`` tells only those who join."""
+    settings = _settings() or {}
+    count = settings.get("num_processes", 1)
+    require(count == 1, COUNT, count, f"1: {command} is for one host; on several, run its items one by one")
+
+
 def _settings() -> dict[str, Any] | None:
     """The arguments of ``jax.distributed.initialize``, or None for a process on its own."""
     found = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, INDEX)}

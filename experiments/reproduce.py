@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, cli, foreign
+from ckl_jax import addition, cli, foreign, hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
 from ckl_jax.paths import require_directory
@@ -206,6 +206,7 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
 
 
 def main(command: ReproduceCommand) -> None:
+    hosts.require_one("reproduce")
     path = command.out / "reproduce.json"
     notes = read_json(path, "out") if path.exists() else {}
     earlier = isinstance(notes, dict) and all(isinstance(note, dict) for note in notes.values())

@@ -131,6 +131,14 @@ def test_an_item_whose_input_is_not_there_is_not_run(stand_ins):
     assert calls(stand_ins) == {"figure4": 1, "figure7": 1}
 
 
+def test_several_hosts_are_refused_before_anything_is_written(stand_ins, monkeypatch):
+    for name, value in {"COORDINATOR_ADDRESS": "host:1", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES: got 2, allowed is 1: reproduce is for one host"):
+        call(stand_ins)
+    assert not (stand_ins / "out").exists()
+
+
 def test_a_chosen_item_is_run_alone_and_the_others_are_named(stand_ins):
     call(stand_ins, "--items", "figure4")
     assert calls(stand_ins) == {"figure4": 1}

@@ -454,7 +454,7 @@ def test_supervise_bounds_its_retries(cloud):
 
 
 def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
-    cloud.plan(ends={"0": [[0, 3]]})
+    cloud.plan(ends={"0": [[0, 9]]})
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2")
     assert done.returncode == 4
     assert len(cloud.jobs()) == 2
@@ -464,6 +464,15 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
 def test_supervise_does_not_repeat_bad_arguments(cloud):
     cloud.plan(ends={"0": [[0, 2]]})
     assert cloud.run("supervise.sh", "a.module", "--beta", "x").returncode == 2
+    assert len(cloud.jobs()) == 1
+    assert not cloud.is_there()
+
+
+def test_supervise_does_not_repeat_what_was_not_finite(cloud):
+    cloud.plan(ends={"0": [[0, 3]]})
+    done = cloud.run("supervise.sh", "a.module")
+    assert done.returncode == 6
+    assert "a loss or parameter was not finite" in done.err
     assert len(cloud.jobs()) == 1
     assert not cloud.is_there()
 

@@ -7,7 +7,8 @@
 #
 # Exit codes: 0 the command finished; 2 bad settings or arguments (also where the command says so by its code 2);
 # 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted, lost or
-# refused more than MAX_RETRIES times; 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 143 interrupted.
+# refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not finite (its code 3); 7 THE MACHINE
+# COULD NOT BE DELETED; 129, 130, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -89,6 +90,7 @@ while true; do
   fi
   if ((!code)); then exit 0; fi
   if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
+  if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
   state=$(state_of ABSENT)
   if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
