@@ -23,8 +23,9 @@ from ckl_jax import addition
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import fingerprint, load_model, save_model
 from ckl_jax.config import ConfigError
-from ckl_jax.convert import ConvertConfig, load_foreign, main
+from ckl_jax.convert import ConvertConfig, main
 from ckl_jax.evaluate import judge
+from ckl_jax.gpt2_files import load_foreign
 from ckl_jax.model import forward
 
 WIDTH, HEADS, BLOCK, EXTRA = 16, 2, 300, 7
