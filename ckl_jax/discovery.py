@@ -66,7 +66,8 @@ def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:
         controls = rng.choice(others, min(rule.controls, len(others)), replace=False)
         for index in [*least, *controls.tolist()]:
             own = answers.answers_BxT[row, index]
-            others_V = np.where(np.arange(addition.VOCAB_SIZE) == own, -1, answers.probabilities_BxTxV[row, index])
+            probabilities_V = answers.probabilities_BxTxV[row, index]
+            others_V = np.where(np.arange(len(probabilities_V)) == own, -1, probabilities_V)
             runner_up = int(others_V.argmax())
             probe = {
                 "answer": row,

@@ -23,6 +23,7 @@ from ckl_jax.paths import in_bucket
 MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
 MOST_SAID = 200
+MOST_TOKENS = 256  # Tokens are kept as uint8.
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
 
 
@@ -108,7 +109,8 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
         require(not unknown, "model", unknown, f"fields of {', '.join(sorted(names))}")
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
         config = ModelConfig(**model)
-        require(config.vocab_size == addition.VOCAB_SIZE, "vocab_size", config.vocab_size, f"{addition.VOCAB_SIZE}")
+        fits = addition.VOCAB_SIZE <= config.vocab_size <= MOST_TOKENS
+        require(fits, "vocab_size", config.vocab_size, f"{addition.VOCAB_SIZE}..{MOST_TOKENS}")
         require_digits(digits)
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error

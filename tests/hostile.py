@@ -24,6 +24,7 @@ TYPES = {
     "ckl_jax.pretrain": "PretrainCommand",
     "ckl_jax.finetune": "FinetuneCommand",
     "ckl_jax.evaluate": "EvaluateConfig",
+    "ckl_jax.convert": "ConvertConfig",
     "experiments.figure1_scratchpad": "Figure1Command",
     "experiments.figure2_pretraining": "Figure2Command",
     "experiments.figure3_pretraining_levels": "Figure3Command",

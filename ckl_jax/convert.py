@@ -1,0 +1,86 @@
+"""Checkpoints of transformers' GPT-2 and of nanoGPT (the authors' released models) to ours, and ours to transformers.
+
+python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
+python -m ckl_jax.convert --source models/N7 --out exported --to transformers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckl_jax import cli, foreign
+from ckl_jax.checkpoint import load_model, save_model
+from ckl_jax.config import ConfigError, require
+from ckl_jax.errors import require_choice, require_types
+from ckl_jax.gpt2_files import WEIGHTS, extra, load_foreign, save_transformers
+from ckl_jax.paths import in_bucket, require_directory
+
+HUB_FILES = ["config.json", "vocab.json", "tokenizer.json", "added_tokens.json", *WEIGHTS[:2]]
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Between checkpoints of ours and of transformers or nanoGPT."""
+
+    source: str = "lecraquito/gpt2_reduced_vocab_FT_7digits"
+    """A directory; or, where there is a network, a model's name on the hub (owner/name)."""
+    out: pathlib.Path = pathlib.Path("runs/converted")
+    """Directory to write to."""
+    to: Literal["ours", "transformers"] = "ours"
+    """`transformers`: the source is a checkpoint of ours."""
+    digits: int | None = None
+    """N, digits that the model was pre-trained on; default: what config.json says, or the name (`_7digits`)."""
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require_choice(self, "to", ("ours", "transformers"))
+        require(not in_bucket(self.out), "out", str(self.out), "a local directory")
+        require(self.source != "" and self.source.isprintable(), "source", self.source, "a directory or owner/name")
+        require_directory(self.out, "out")
+        require(
+            os.path.realpath(self.out) != os.path.realpath(self.source), "out", str(self.out), "another than source"
+        )
+
+
+def _local(source: str) -> pathlib.Path:
+    path = pathlib.Path(source)
+    if path.is_dir():
+        return path
+    require(
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None, "source", source, "a directory or owner/name"
+    )
+    hub = extra("huggingface_hub")
+    try:
+        return pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
+    except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.
+        said = " ".join(f"{type(error).__name__}: {error}".split())[: foreign.MOST_SAID]
+        raise ConfigError(
+            f"source: {source} is no directory here and could not be had from the hub ({said})"
+        ) from error
+
+
+def main(config: ConvertConfig) -> None:
+    if config.to == "transformers":
+        save_transformers(config.out, load_model(pathlib.Path(config.source)))
+    else:
+        directory = _local(config.source)
+        digits: Any = config.digits
+        if digits is None:
+            digits = foreign.read_object(directory / "config.json", "source").get("max_pretrain_digits")
+        if digits is None:
+            named = re.search(r"_(\d{1,2})digits", config.source)
+            require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
+            digits = int(named[1]) if named else None
+        model = load_foreign(directory, digits)
+        save_model(config.out, model, {"command": "python -m ckl_jax.convert", "source": config.source})
+        print(json.dumps({"N": digits, "weights": model.config.num_weights, "vocabulary": model.config.vocab_size}))
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, ConvertConfig)
