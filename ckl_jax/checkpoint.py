@@ -158,7 +158,8 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     }
 
     def describe() -> None:
-        (path / "commit_success.txt").unlink(missing_ok=True)  # It holds the directory's path, and models are shared.
+        # Orbax asks for this file in a bucket, where models may be copied; its own would hold the directory's path.
+        (path / "commit_success.txt").write_text("complete\n")
         write_json(_manifest_path(path), _manifest(path))
         write_json(directory / "model.json", description)
 
