@@ -22,6 +22,8 @@ RESULT_MARK = "</scratch>\n"
 EXTRA_LENGTH = 100
 MAX_DIGITS = 18
 MOST_SHOWN = 5
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+"""Shown for a token of a converted model that is none of ours."""
 
 _ID_OF = {character: index for index, character in enumerate(VOCABULARY)}
 
@@ -70,8 +72,15 @@ def encode(text: str) -> np.ndarray:
     return np.array([_ID_OF[character] for character in text], np.uint8)
 
 
-def decode(tokens: Sequence[int] | np.ndarray) -> str:
-    """Tokens [T] to characters. Raises ConfigError for a token outside ``0..VOCAB_SIZE-1``."""
+def decode(tokens: Sequence[int] | np.ndarray, *, beyond: str = "") -> str:
+    """Tokens [T] to characters.
+
+    Args:
+      beyond: what stands for each token of ``VOCAB_SIZE`` and more, which a converted model may know; "": none may be.
+
+    Raises:
+      ConfigError: a token outside ``0..VOCAB_SIZE-1``; or, with ``beyond``, below 0.
+    """
     try:
         tokens_T = np.asarray(tokens)
     except ValueError as error:
@@ -80,9 +89,9 @@ def decode(tokens: Sequence[int] | np.ndarray) -> str:
     require(whole, "tokens", f"shape {tokens_T.shape} of {tokens_T.dtype}", "one axis of integers")
     if tokens_T.size:
         low, high = tokens_T.min(), tokens_T.max()
-        inside = low >= 0 and high < VOCAB_SIZE
+        inside = low >= 0 and (high < VOCAB_SIZE or beyond != "")
         require(bool(inside), "tokens", f"{low}..{high}", f"0..{VOCAB_SIZE - 1} (the vocabulary)")
-    return "".join(VOCABULARY[token] for token in tokens_T)
+    return "".join(VOCABULARY[token] if token < VOCAB_SIZE else beyond for token in tokens_T)
 
 
 def prompt_text(a: int, b: int) -> str:

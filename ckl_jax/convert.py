@@ -33,12 +33,15 @@ class ConvertConfig:
     """Directory to write to."""
     to: Literal["ours", "transformers"] = "ours"
     """`transformers`: the source is a checkpoint of ours."""
+    vocabulary: Literal["whole", "ours"] = "whole"
+    """`ours`: of the source's tokens only our 41 characters are kept, as from the stock GPT-2 with its 50,257."""
     digits: int | None = None
     """N, digits that the model was pre-trained on; default: what config.json says, or the name (`_7digits`)."""
 
     def __post_init__(self) -> None:
         require_types(self)
         require_choice(self, "to", ("ours", "transformers"))
+        require_choice(self, "vocabulary", ("whole", "ours"))
         require(not in_bucket(self.out), "out", str(self.out), "a local directory")
         require(self.source != "" and self.source.isprintable(), "source", self.source, "a directory or owner/name")
         require_directory(self.out, "out")
@@ -76,7 +79,7 @@ def main(config: ConvertConfig) -> None:
             named = re.search(r"_(\d{1,2})digits", config.source)
             require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
             digits = int(named[1]) if named else None
-        model = load_foreign(directory, digits)
+        model = load_foreign(directory, digits, config.vocabulary == "ours")
         save_model(config.out, model, {"command": "python -m ckl_jax.convert", "source": config.source})
         print(json.dumps({"N": digits, "weights": model.config.num_weights, "vocabulary": model.config.vocab_size}))
     print(f"wrote {config.out}")

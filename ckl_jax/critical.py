@@ -78,7 +78,7 @@ class Generations(NamedTuple):
 
     def text(self, row: int) -> str:
         """The answer of a row up to its end."""
-        return addition.decode(self.answers_BxT[row][self.mask_BxT[row]])
+        return addition.decode(self.answers_BxT[row][self.mask_BxT[row]], beyond=addition.UNKNOWN)
 
     def first(self, count: int) -> Generations:
         """The first answers alone."""

@@ -77,9 +77,11 @@ def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:
                 "candidate": index in least,
                 "known": bool(critical_BxT[row, index]),
                 "gap": float(gaps_T[index]),
-                "own": addition.VOCABULARY[own],
+                "own": addition.decode([own], beyond=addition.UNKNOWN),
+                "own_token": int(own),
                 "own_probability": float(answers.probabilities_BxTxV[row, index, own]),
-                "runner_up": addition.VOCABULARY[runner_up],
+                "runner_up": addition.decode([runner_up], beyond=addition.UNKNOWN),
+                "runner_up_token": runner_up,
                 "runner_up_probability": float(others_V[runner_up]),
             }
             probes.append(probe)

@@ -6,6 +6,7 @@ Both name their tensors alike (``transformer.h.0.attn.c_attn.weight``); transfor
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -51,7 +52,7 @@ def extra(module: str) -> Any:
         raise ConfigError(f"source: needs {module}, allowed with the extra convert installed only ({error})") from error
 
 
-def load_foreign(source: pathlib.Path, digits: int) -> Model:
+def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Model:
     """The model in a directory with config.json, a tokenizer's vocabulary, and the weights.
 
     The vocabulary keeps its size, which J's normalization by log V needs: our characters come first in our order, then
@@ -59,6 +60,7 @@ def load_foreign(source: pathlib.Path, digits: int) -> Model:
 
     Args:
       digits: N, the digits that it was pre-trained on.
+      reduced: only the rows of our characters are kept; of what the model knows beside, nothing.
 
     Raises:
       ConfigError: a file is missing or damaged; a setting that our model lacks; tensors that are missing, unknown or of
@@ -70,12 +72,18 @@ def load_foreign(source: pathlib.Path, digits: int) -> Model:
     tensors = {_name(name): tensor for name, tensor in _stored(path).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     config = _model_config(found, tensors)
+    most_tokens = config.vocab_size if reduced else foreign.MOST_TOKENS
+    fits = addition.VOCAB_SIZE <= config.vocab_size <= most_tokens
+    allowed = f"{addition.VOCAB_SIZE}..{foreign.MOST_TOKENS}; --vocabulary ours keeps only our characters"
+    require(fits, "config.json vocab_size", config.vocab_size, allowed)
     most = path.stat().st_size // 2
     require(
         config.num_weights <= most, "config.json", f"{config.num_weights} weights", f"at most {most}, by {path}'s size"
     )
     rows_V = _rows(_characters(source), config.vocab_size)
-    return Model(config, digits, {"params": _params(config, tensors, rows_V, found.get("bias"))})
+    params = _params(config, tensors, rows_V[: addition.VOCAB_SIZE] if reduced else rows_V, found.get("bias"))
+    kept = addition.VOCAB_SIZE if reduced else config.vocab_size
+    return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params})
 
 
 def _name(name: str) -> str:
@@ -136,15 +144,12 @@ def _model_config(found: dict[str, Any], tensors: Mapping[str, Stored]) -> Model
     }
     for name, values in allowed.items():
         require(name not in found or found[name] in values, f"config.json {name}", found.get(name), f"one of {values}")
-    size = found["vocab_size"]
-    fits = addition.VOCAB_SIZE <= size <= foreign.MOST_TOKENS
-    require(fits, "config.json vocab_size", size, f"{addition.VOCAB_SIZE}..{foreign.MOST_TOKENS}")
     return ModelConfig(
         num_layers=found["n_layer"],
         num_heads=found["n_head"],
         width=found["n_embd"],
         block_size=found[block],
-        vocab_size=size,
+        vocab_size=found["vocab_size"],
         use_bias=found.get("bias", "h.0.attn.c_attn.bias" in tensors),
     )
 

@@ -139,7 +139,7 @@ def starts(answers: Generations, probes: Sequence[dict[str, Any]], branch: str) 
     given_PxT = answers.answers_BxT[[probe["answer"] for probe in probes]]
     for given_T, probe in zip(given_PxT, probes, strict=True):
         given_T[probe["index"] :] = -1
-        given_T[probe["index"]] = addition.VOCABULARY.index(probe[branch])
+        given_T[probe["index"]] = probe[f"{branch}_token"]
     return given_PxT
 
 

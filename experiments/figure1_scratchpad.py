@@ -121,7 +121,7 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     )
     length = int(trajectory.mask_BxT.sum())
     tokens_T, logits_TxV = trajectory.answers_BxT[0, :length], logits_1xTxV[0, :length]
-    text, right_text = addition.decode(np.asarray(tokens_T)), addition.answer_text(a, b)
+    text, right_text = addition.decode(np.asarray(tokens_T), beyond=addition.UNKNOWN), addition.answer_text(a, b)
     sure_T = np.asarray(certainty(logits_TxV))
     p_TxV = np.asarray(jax.nn.softmax(logits_TxV / (temperature or 1.0)))
     critical: list[dict[str, Any]] = []

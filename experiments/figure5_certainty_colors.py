@@ -76,6 +76,8 @@ def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scrat
     deviation = critical.first_deviation(text, right)
     probabilities_TxV, ref_probabilities_TxV = found.probabilities_BxTxV[row], found.ref_probabilities_BxTxV[row]
     best_TxK = np.argsort(-probabilities_TxV, axis=1)[:, :LIKELIEST]
+    likeliest = [addition.decode(best_K, beyond=addition.UNKNOWN) for best_K in best_TxK]
+    shares_TxK = np.take_along_axis(probabilities_TxV, best_TxK, axis=1)
     critical_T = found.critical_BxT[row]
     characters = tuple(
         Character(
@@ -84,7 +86,7 @@ def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scrat
             entropy=float(found.entropy_BxT[row, t]),
             probability=float(probabilities_TxV[t, token]),
             reference_probability=float(ref_probabilities_TxV[t, token]),
-            likeliest=tuple((addition.VOCABULARY[v], float(probabilities_TxV[t, v])) for v in best_TxK[t]),
+            likeliest=tuple(zip(likeliest[t], shares_TxK[t].tolist(), strict=True)),
             critical=bool(critical_T[t]),
             deviates=t == deviation,
         )

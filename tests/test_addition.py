@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ckl_jax import addition
+from ckl_jax.config import ConfigError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "scratchpads.json").read_text())
 
@@ -58,6 +59,12 @@ def test_decode_undoes_encode(text):
     assert tokens.dtype == np.uint8
     assert tokens.shape == (len(text),)
     assert addition.decode(tokens) == addition.decode(tokens.tolist()) == text
+
+
+def test_tokens_beyond_the_vocabulary_are_shown_where_asked_for():
+    assert addition.decode([6, 41, 7, 255], beyond="?") == addition.decode([6]) + "?" + addition.decode([7]) + "?"
+    with pytest.raises(ConfigError, match=r"tokens: got '-1\.\.6'"):
+        addition.decode([6, -1], beyond="?")
 
 
 def test_every_token_decodes_to_its_own_character():

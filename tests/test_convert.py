@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from ckl_jax import addition
+from ckl_jax import addition, critical, discovery
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import fingerprint, load_model, save_model
 from ckl_jax.config import ConfigError
@@ -27,6 +27,8 @@ from ckl_jax.convert import ConvertConfig, main
 from ckl_jax.evaluate import judge
 from ckl_jax.gpt2_files import load_foreign
 from ckl_jax.model import forward
+from experiments import figure1_scratchpad as figure1
+from experiments import figure5_certainty_colors as figure5
 
 WIDTH, HEADS, BLOCK, EXTRA = 16, 2, 300, 7
 THEIRS = "".join(reversed(addition.VOCABULARY))
@@ -216,6 +218,33 @@ def test_settings_that_our_model_lacks_are_named(change, expected, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ConfigError, match=expected):
         load_foreign(tmp_path / "source", 7)
+
+
+def test_a_reduced_vocabulary_has_the_logits_of_our_characters(tmp_path):
+    reference = write_transformers(tmp_path / "source")
+    main(ConvertConfig(str(tmp_path / "source"), tmp_path / "ours", vocabulary="ours", digits=1))
+    model = load_model(tmp_path / "ours")
+    assert model.config.vocab_size == addition.VOCAB_SIZE
+    tokens = np.random.default_rng(0).integers(0, addition.VOCAB_SIZE, (2, 20))
+    columns = [THEIRS.index(character) for character in addition.VOCABULARY]
+    with torch.no_grad():
+        expected = reference(to_theirs(tokens)).numpy()[..., columns]
+    found = jax.jit(lambda x: forward(model.config, model.params, x).logits_BxTxV)(tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_tokens_that_are_none_of_ours_are_shown_as_unknown(tmp_path):
+    write_nano(tmp_path / "source")
+    model = load_foreign(tmp_path / "source", 1)
+    problem = addition.Problem(12, 7)
+    assert addition.UNKNOWN in figure1.measure(model, problem.a, problem.b, temperature=2.0)["text"]
+    found = critical.sample(model, [problem] * 4, 2, critical.Sampling(temperature=2.0))
+    shown = figure5.scratchpad(found, problem, 0)
+    assert len(shown.text) == found.mask_BxT[0].sum()
+    assert addition.UNKNOWN in "".join(found.text(row) for row in range(4))
+    probes = discovery.choose(found, discovery.Rule(), seed=0)
+    beyond = [probe for probe in probes if probe["own_token"] >= addition.VOCAB_SIZE]
+    assert {probe["own"] for probe in beyond} == {addition.UNKNOWN}
 
 
 def test_our_characters_that_a_vocabulary_lacks_are_named(tmp_path):
