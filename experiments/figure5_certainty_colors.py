@@ -2,6 +2,7 @@
 
     python -m experiments.figure5_certainty_colors
     python -m experiments.figure5_certainty_colors --finetuned runs/figure4/prioritized/seed_0     # before and after RL
+    python -m experiments.figure5_certainty_colors --plot-only True                                # from results.json
 
 Writes figure5.html (one file, no network: point at a character for certainty, entropy, probabilities and the five
 likeliest characters), figure5.png, figure5.svg and results.json. The policy before and after RL answers the same
@@ -28,18 +29,21 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, hosts, plots, report
+from ckl_jax import addition, cli, critical, foreign, hosts, plots, report
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
-from ckl_jax.config import require
+from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
-from ckl_jax.paths import require_directory
+from ckl_jax.paths import replace, require_directory
 from ckl_jax.report import Character, Scratchpad, Section
-from ckl_jax.runs import machine
+from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import mean_interval, share_interval
 from experiments import claims as claims_lib
 from experiments.claims import Claim, decided
 
+COMMAND = "experiments.figure5_certainty_colors"
 LIKELIEST = 5
+NUMBERS = ("certainty", "entropy", "probability", "reference_probability")
+MARKS = ("critical", "deviates")
 INTRODUCTION = (
     "The model writes its additions as scratchpads, one character at a time. The stronger the colour, the less certain "
     "the pre-trained model is of the next character. Most characters follow from the ones before and have no colour.",
@@ -63,6 +67,8 @@ class Figure5Command:
     examples: int = 2
     """Right and wrong answers shown per policy, at most; the picture has one of each."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    plot_only: bool = False
+    """Page, pictures and table again from results.json, without the models."""
 
     def __post_init__(self) -> None:
         for name in ("generations", "examples"):
@@ -175,13 +181,36 @@ def claims(policies: dict[str, Any]) -> list[Claim]:
 
 
 def as_json(pad: Scratchpad) -> dict[str, Any]:
-    """What the picture shows of an answer; figure5.html has the likeliest characters too."""
-    values = {
-        name: [float(f"{getattr(character, name):.4g}") for character in pad.characters]
-        for name in ("certainty", "entropy", "probability", "reference_probability")
+    """What page and picture show of an answer: marks as indices, numbers of four digits a character."""
+    values = {name: [_rounded(getattr(character, name)) for character in pad.characters] for name in NUMBERS}
+    marks = {name: [i for i, c in enumerate(pad.characters) if getattr(c, name)] for name in MARKS}
+    pairs = [pair for character in pad.characters for pair in character.likeliest]
+    likeliest = {
+        "likeliest": "".join(other for other, _ in pairs),
+        "likeliest_probability": [_rounded(probability) for _, probability in pairs],
     }
-    marks = {name: [i for i, c in enumerate(pad.characters) if getattr(c, name)] for name in ("critical", "deviates")}
-    return {"problem": pad.title, "right": pad.right, "note": pad.note, "text": pad.text, **marks, **values}
+    told = {"problem": pad.title, "right": pad.right, "note": pad.note, "text": pad.text}
+    return {**told, **marks, **values, **likeliest}
+
+
+def from_json(shown: dict[str, Any]) -> Scratchpad:
+    """The answer that ``as_json`` was given."""
+    pairs = list(zip(shown["likeliest"], shown["likeliest_probability"], strict=True))
+    each = len(pairs) // max(len(shown["text"]), 1)
+    characters = tuple(
+        Character(
+            character,
+            **{name: shown[name][index] for name in NUMBERS},
+            likeliest=tuple(pairs[each * index : each * (index + 1)]),
+            **{name: index in shown[name] for name in MARKS},
+        )
+        for index, character in enumerate(shown["text"])
+    )
+    return Scratchpad(shown["problem"], shown["right"], shown["note"], characters)
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def table(policies: dict[str, Any]) -> str:
@@ -207,7 +236,8 @@ def _cell(interval: tuple[float, float, float], scale: float, digits: int) -> st
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "none"
 
 
-def main(command: Figure5Command) -> None:
+def measure(command: Figure5Command) -> dict[str, Any]:
+    """Both policies' answers: what is counted on all of them, and the first right and wrong ones as they are shown."""
     started = time.perf_counter()
     reference = load_model(command.checkpoint)
     digits = reference.max_pretrain_digits + 1
@@ -219,35 +249,53 @@ def main(command: Figure5Command) -> None:
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape and N")
     rng = np.random.default_rng([command.sampling.seed, digits - 1])
     problems = addition.rl_problems(rng, command.generations, digits, digits - 1)
-    sections: list[Section] = []
     summaries: dict[str, Any] = {}
     for name, policy in policies.items():
         other = None if policy is reference else reference
         found = critical.sample(policy, problems, digits, command.sampling, other)
-        sections.append(section(name, found, problems, command.examples))
-        shown = [as_json(pad) for pad in sections[-1].scratchpads]
-        summaries[name] = {"checkpoint": fingerprint(policy.params), **summarize(found), "shown": shown}
-    command.out.mkdir(parents=True, exist_ok=True)
-    title = f"Where a model pre-trained on {digits - 1} digits is unsure when it adds {digits} digits"
-    if hosts.is_first():
-        (command.out / "figure5.html").write_text(report.page(title, INTRODUCTION, sections))
-    plots.save(plots.scratchpads([(part.title, one_of_each(part)) for part in sections]), command.out, "figure5")
-    config = {"command": "experiments.figure5_certainty_colors", **dataclasses.asdict(command)}
-    for name in ("checkpoint", "finetuned", "out"):
+        part = section(name, found, problems, command.examples)
+        shown = [as_json(pad) for pad in part.scratchpads]
+        told = {"checkpoint": fingerprint(policy.params), "note": part.note}
+        summaries[name] = {**told, **summarize(found), "shown": shown}
+    config = {"command": COMMAND, **dataclasses.asdict(command)}
+    for name in ("checkpoint", "finetuned", "out", "plot_only"):
         del config[name]
-    said = verdict(summaries["Before RL"])
-    results = {
+    return {
+        "max_pretrain_digits": digits - 1,
         "policies": summaries,
-        "verdict": said,
         "seeds": [command.sampling.seed],
-        "claims": claims_lib.as_json(claims(summaries)),
         "config": config,
         **machine(),
         "wall_seconds": time.perf_counter() - started,
     }
+
+
+def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+    base = results["max_pretrain_digits"]
+    sections = [
+        Section(name, found["note"], tuple(map(from_json, found["shown"])))
+        for name, found in results["policies"].items()
+    ]
+    title = f"Where a model pre-trained on {base} digits is unsure when it adds {base + 1} digits"
+    if hosts.is_first():
+        replace(directory / "figure5.html", report.page(title, INTRODUCTION, sections))
+    plots.save(plots.scratchpads([(part.title, one_of_each(part)) for part in sections]), directory, "figure5")
+
+
+def main(command: Figure5Command) -> None:
+    results = earlier_results(command.out, COMMAND)
+    if not command.plot_only:
+        results = measure(command)
+        command.out.mkdir(parents=True, exist_ok=True)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        policies = results["policies"]
+        results |= {"verdict": verdict(policies["Before RL"]), "claims": claims_lib.as_json(claims(policies))}
+        shown = f"{table(policies)}\ncolour finds the critical tokens, before RL: {results['verdict']}"
+        draw(results, command.out)
     write_json(command.out / "results.json", results)
-    print(table(summaries))
-    print(f"colour finds the critical tokens, before RL: {said}")
+    print(shown)
     files = "results.json, figure5.html, figure5.png and figure5.svg"
     print(f"{results['wall_seconds']:.0f} s; {files} in {command.out}")
 

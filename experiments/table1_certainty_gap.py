@@ -42,15 +42,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical
+from ckl_jax import addition, cli, critical, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.config import require
+from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
 from ckl_jax.paths import require_directory
-from ckl_jax.runs import machine
+from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import mean_interval, share_interval
 from experiments.claims import Claim, as_json, decided
 
+COMMAND = "experiments.table1_certainty_gap"
 Interval = tuple[float, float, float]
 PAPER = {
     3: ((-0.33, 0.01), (0.0012, 0.0001)),
@@ -81,6 +82,8 @@ class Table1Command:
     criterion_generations: int = 1000
     """Answers per model that criterion 1 is counted on; the first of them are those of Delta J."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    plot_only: bool = False
+    """Tables and verdicts again from results.json, without the models."""
 
     def __post_init__(self) -> None:
         require(len(self.checkpoints) > 0, "checkpoints", self.checkpoints, "1 or more directories")
@@ -315,32 +318,44 @@ def _row(command: Table1Command, model: Model) -> dict[str, Any]:
         "problems": [f"{problem.a}+{problem.b}" for problem in problems[: command.generations]],
         "delta_j": gap,
         "criterion_1": criterion,
-        "verdicts": verdicts(gap, criterion, base),
     }
 
 
-def main(command: Table1Command) -> None:
+def measure(command: Table1Command) -> dict[str, Any]:
+    """A row per model, with config, device and wall seconds."""
     started = time.perf_counter()
     models = [load_model(path) for path in command.checkpoints]
     for model in models:
         critical.require_room(model, model.max_pretrain_digits + 1, command.sampling.extra_length)
     rows = [_row(command, model) for model in models]
-    config = {"command": "experiments.table1_certainty_gap", **dataclasses.asdict(command)}
-    del config["checkpoints"], config["out"]
-    results = {
+    config = {"command": COMMAND, **dataclasses.asdict(command)}
+    for name in ("checkpoints", "out", "plot_only"):
+        del config[name]
+    return {
         "models": rows,
         "definition": "non-critical minimum: lowest mean over answers of all places that a fifth of the answers reach",
         "paper": {str(base): values for base, values in PAPER.items()},
         "seeds": [command.sampling.seed],
-        "claims": as_json(claims(rows)),
         "config": config,
         **machine(),
         "wall_seconds": time.perf_counter() - started,
     }
-    command.out.mkdir(parents=True, exist_ok=True)
+
+
+def main(command: Table1Command) -> None:
+    results = earlier_results(command.out, COMMAND)
+    if not command.plot_only:
+        results = measure(command)
+        command.out.mkdir(parents=True, exist_ok=True)
+    elif results is None:
+        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
+    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+        for row in results["models"]:
+            row["verdicts"] = verdicts(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"])
+        results["claims"] = as_json(claims(results["models"]))
+        shown = f"{table(results['models'])}\n\n{results['wall_seconds']:.0f} s; results.json in {command.out}"
     write_json(command.out / "results.json", results)
-    print(table(rows))
-    print(f"\n{results['wall_seconds']:.0f} s; results.json in {command.out}")
+    print(shown)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def test_a_scratchpad_has_each_characters_numbers_and_marks():
     assert (shown.character, shown.certainty, shown.entropy, shown.probability) == ("]", 0.5, 0.5, 0.5)
     assert shown.likeliest[0] == ("]", 0.5)
     assert len(shown.likeliest) == 5
+    stored = json.loads(json.dumps(figure5.as_json(wrong)))
+    assert figure5.as_json(figure5.from_json(stored)) == stored
     assert right.note == "Every character is as in the right answer."
     assert wrong.note == f"Leaves the right answer at character {COMMA}, a critical token: “]” instead of “,”."
 
@@ -115,7 +117,16 @@ def test_the_command_writes_page_pictures_and_data(models, capsys):
     page = (models / "out" / "figure5.html").read_text()
     assert "Before RL" in page
     assert "After RL" in page
-    assert "| After RL |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| After RL |" in printed
+
+    for name in ("figure5.html", "figure5.png"):
+        (models / "out" / name).unlink()
+    figure5.main(cli.parse(figure5.Figure5Command, None, ["--plot-only", "True", "--out", str(models / "out")]))
+    assert capsys.readouterr().out == printed
+    assert (models / "out" / "figure5.html").read_text() == page
+    assert (models / "out" / "figure5.png").exists()
+    assert json.loads((models / "out" / "results.json").read_text()) == results
 
 
 @pytest.mark.parametrize(

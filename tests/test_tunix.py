@@ -11,6 +11,7 @@ from flax import nnx
 from tunix.rl import algo_core, common
 
 from ckl_jax.certainty import certainty
+from ckl_jax.config import ConfigError
 from experiments import tunix_grpo
 from experiments.tunix_grpo import PrioritizedConfig, TunixCommand
 
@@ -80,6 +81,12 @@ def test_the_certainty_is_the_references_at_every_completion_token(sampled):
     mask = np.asarray(example.completion_mask)
     np.testing.assert_allclose(np.asarray(example.certainty)[mask], np.asarray(expected)[mask], atol=1e-5)
     assert np.asarray(expected)[mask].std() > 0.01
+
+
+@pytest.mark.parametrize("field", ["steps", "prompts", "seeds", "exponent", "coefficient", "learning_rate"])
+def test_a_value_that_cannot_work_is_refused(field):
+    with pytest.raises(ConfigError, match=f"{field}: got 0"):
+        TunixCommand(**{field: 0})
 
 
 def test_the_command_runs_both_arms(tmp_path, capsys):
