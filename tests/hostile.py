@@ -35,6 +35,7 @@ TYPES = {
     "experiments.table1_certainty_gap": "Table1Command",
     "experiments.critical_token_discovery": "DiscoveryCommand",
     "experiments.controls": "ControlsCommand",
+    "experiments.minibatches": "MinibatchesCommand",
     "experiments.regularizers": "RegularizersCommand",
     "experiments.reproduce": "ReproduceCommand",
     "experiments.benchmark": "BenchmarkCommand",

@@ -22,10 +22,13 @@ WITH_CHECKPOINT = [
     name
     for name in TYPES
     if name.rpartition(".")[2].split("_")[0] in ("finetune", "evaluate", "figure1", "figure4", "figure5", "figure6")
-] + [f"experiments.{name}" for name in ("critical_token_discovery", "controls", "regularizers", "reproduce")]
+] + [
+    f"experiments.{name}"
+    for name in ("critical_token_discovery", "controls", "minibatches", "regularizers", "reproduce")
+]
 PLOT_ONLY = [f"experiments.figure{name}" for name in ("1_scratchpad", "2_pretraining", "3_pretraining_levels")]
 PLOT_ONLY += [f"experiments.{name}" for name in ("figure7_critical_tokens", "critical_token_discovery", "regularizers")]
-PLOT_ONLY += [f"experiments.{name}" for name in ("table1_certainty_gap", "figure5_certainty_colors")]
+PLOT_ONLY += [f"experiments.{name}" for name in ("table1_certainty_gap", "figure5_certainty_colors", "minibatches")]
 
 
 @pytest.fixture(scope="module")
