@@ -63,7 +63,7 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--model.dtype float64", ["--model.dtype", "float32", "bfloat16"]),
         (PRETRAIN, "--log-to mlflow", ["--log-to", "'mlflow'", "tensorboard", "wandb"]),
         (FINETUNE, "--log-to tensorboard csv", ["--log-to", "'csv'", "tensorboard", "wandb"]),
-        (FINETUNE, "--quiet", ["--quiet", "expected"]),
+        (FINETUNE, "--quiet", ["--quiet", "Expected 1 values"]),
         (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
         (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
