@@ -16,8 +16,8 @@ from typing import Any, Literal
 from ckl_jax import cli, foreign
 from ckl_jax.checkpoint import load_model, save_model
 from ckl_jax.config import ConfigError, require
-from ckl_jax.errors import require_choice, require_types
-from ckl_jax.gpt2_files import WEIGHTS, extra, load_foreign, save_transformers
+from ckl_jax.errors import extra, require_choice, require_types
+from ckl_jax.gpt2_files import WEIGHTS, load_foreign, save_transformers
 from ckl_jax.paths import in_bucket, require_directory
 
 HUB_FILES = ["config.json", "vocab.json", "tokenizer.json", "added_tokens.json", *WEIGHTS[:2]]
@@ -57,7 +57,7 @@ def _local(source: str) -> pathlib.Path:
     require(
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None, "source", source, "a directory or owner/name"
     )
-    hub = extra("huggingface_hub")
+    hub = extra("huggingface_hub", "source", "convert")
     try:
         return pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
     except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.

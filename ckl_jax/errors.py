@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import numbers
 from typing import Any
@@ -35,6 +36,18 @@ def _shown(value: Any) -> str:
     except ValueError:
         return f"{type(value).__name__} without a text"
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
+
+
+def extra(module: str, field: str, name: str) -> Any:
+    """An optional package. Raises a ConfigError, under the name of the option ``field``, where it is not installed.
+
+    Args:
+      name: the extra of this project that has it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{field}: needs {module}, allowed with the extra {name} installed only ({error})") from error
 
 
 def is_integer(value: Any) -> bool:

@@ -7,6 +7,7 @@ An interrupted call goes on from its last checkpoint with the same command and e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -28,13 +29,14 @@ from ckl_jax.config import require
 from ckl_jax.episodes import Hyper, Task
 from ckl_jax.errors import is_integer
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.logs import LogOptions
 from ckl_jax.problems import Problems
+from ckl_jax.progress import Status, display
 from ckl_jax.runs import RunDirectory
-from ckl_jax.speculative import generate
-from ckl_jax.updates import RunState, init_run, map_runs, train_rounds
+from ckl_jax.testing import test
+from ckl_jax.updates import RunState, init_run, train_rounds
 
 Arms = Mapping[str, Mapping[str, Any]]
-TEST_SEED = 10**6
 MOST_SEEDS = 1_000
 
 
@@ -102,68 +104,6 @@ def _stack(items: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def _test_rewards(task: Task, mesh: Mesh, policies: Any, problems: Problems, max_length: int) -> jax.Array:
-    """Rewards [R, B] of all runs on the same problems with the same noise, sampled at the test temperature."""
-    config = task.config
-
-    def run_test(problems, axis_name, params):
-        def roll_out(whole, problems):
-            params, key = whole
-            return generate(
-                task.model,
-                params,
-                problems,
-                key,
-                how=config.rollout,
-                batch=config.rollout_batch,
-                max_length=max_length,
-                temperature=config.test_temperature,
-                axis_name=axis_name,
-            ).trajectory.reward_B
-
-        return sharding.over_rows(roll_out, (params, jax.random.key(TEST_SEED)), problems)
-
-    def on_device(problems, policies):
-        return map_runs(config.runs_at_once, functools.partial(run_test, problems), policies)
-
-    return sharding.over_runs(mesh, on_device, problems, policies)
-
-
-def test(task: Task, policies: Any, count: int) -> dict[str, np.ndarray]:
-    """Accuracy of every run on ``count`` common problems of the target length, and on some of the old lengths.
-
-    Args:
-      policies: parameters with a leading axis of runs R.
-
-    Returns:
-      ``target`` and ``old``: float [R].
-    """
-    base, extra = task.max_pretrain_digits, task.config.extra_length
-    rng = np.random.default_rng(TEST_SEED)
-    sets = {
-        "target": (addition.rl_problems(rng, count, task.digits, base), task.digits),
-        "old": (addition.short_problems(rng, min(count, task.config.old_problems), base), base),
-    }
-    num_runs = jax.tree.leaves(policies)[0].shape[0]
-    accuracy = {}
-    for name, (drawn, digits) in sets.items():
-        packed = problems_lib.pack(drawn, digits, base)
-        length = addition.max_answer_length(digits, extra)
-        # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
-        starts = range(0, len(drawn), task.config.test_problems)
-        groups = [problems_lib.rows(packed, start, task.config.test_problems) for start in starts]
-        rewards = []
-        for group in groups:
-            rows, filled = len(group.episodes_B), sharding.filled_up(group)
-            mesh = sharding.make_mesh(num_runs, len(filled.episodes_B))
-            shardings = sharding.state_shardings(mesh, policies, task.config.shard_state, sharding.RUN_AXIS)
-            policies = sharding.put(policies, shardings)
-            rewards.append(sharding.to_host(_test_rewards(task, mesh, policies, filled, length))[:, :rows])
-        accuracy[name] = np.concatenate(rewards, axis=1).mean(axis=1)
-    return accuracy
-
-
 @preemption.deferred()
 def finetune(
     config: FinetuneConfig,
@@ -176,7 +116,8 @@ def finetune(
     """Trains all arms x seeds, logging every round and test, and saves every run's policy.
 
     The records of metrics.jsonl have ``step`` (rounds done), ``arm``, ``seed`` and either a round's diagnostics or
-    ``test_target`` / ``test_old``. Policies go to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
+    ``test_target`` / ``test_old``; samples.jsonl gets two answers of each arm's first seed at every test. Policies go
+    to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
 
     Raises:
       PreemptedError: SIGTERM came, and the rounds up to the next test are done and saved.
@@ -202,8 +143,8 @@ def finetune(
         policies = states.params["policy"]
         if step == 0:
             policies = jax.tree.map(lambda x: x[:1], policies)
-        accuracy = test(task, policies, count)
-        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in accuracy.items()}
+        tested = test(task, policies, count)
+        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
         directory.log(
             [
                 {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
@@ -211,11 +152,20 @@ def finetune(
                 for index, run in enumerate(runs)
             ]
         )
+        directory.log_samples(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed} | sample
+                for index, run in enumerate(runs)
+                if run.seed == config.seed
+                for sample in tested.samples(index if step else 0)
+            ]
+        )
         return per_run["target"]
 
     if not restored:
         target = run_test(0, states)
-        progress(f"before: {100 * target.mean():.1f}% on {task.digits} digits ({time.monotonic() - start:.0f} s)")
+        line = f"before: {100 * target.mean():.1f}% on {task.digits} digits ({time.monotonic() - start:.0f} s)"
+        progress(Status(line, 0, config.rounds, f"{100 * target.mean():.1f}%", None))
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
     while done < config.rounds:
@@ -237,14 +187,21 @@ def finetune(
         directory.log_seconds(done, time.monotonic() - chunk_start)
         elapsed = time.monotonic() - start
         left = elapsed / (done - first) * (config.rounds - done)
-        by_arm = {arm: np.mean([t for t, run in zip(target, runs, strict=True) if run.arm == arm]) for arm in arms}
-        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in by_arm.items())
-        progress(f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)")
+        accuracy, kl = (_by_arm(runs, values) for values in (target, metrics["kl"][:, -1]))
+        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
+        line = f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
+        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
+        progress(Status(line, done, config.rounds, values, left))
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         save_model(directory.path / run.name, Model(model.config, model.max_pretrain_digits, policy), made_by)
     return runs
+
+
+def _by_arm(runs: list[Run], values_R: np.ndarray) -> dict[str, float]:
+    arms = dict.fromkeys(run.arm for run in runs)
+    return {arm: float(np.mean(values_R[[run.arm == arm for run in runs]])) for arm in arms}
 
 
 def _round_records(runs: list[Run], done: int, metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -268,6 +225,7 @@ class FinetuneCommand:
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: int = 1
     """Runs with seeds seed, seed + 1, ..."""
+    logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
@@ -278,8 +236,12 @@ def main(command: FinetuneCommand) -> None:
     model = load_model(command.checkpoint)
     make_task(command.config, model)
     make_runs(command.config, {"run": {}}, command.seeds)
-    directory = RunDirectory(command.out, {"command": "finetune", **describe(command, model)})
-    runs = finetune(command.config, model, directory, {"run": {}}, command.seeds)
+    config = {"command": "finetune", **describe(command, model)}
+    with (
+        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
+        display(command.logs.quiet) as progress,
+    ):
+        runs = finetune(command.config, model, directory, {"run": {}}, command.seeds, progress)
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 

@@ -7,7 +7,6 @@ Both name their tensors alike (``transformer.h.0.attn.c_attn.weight``); transfor
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -18,8 +17,8 @@ import numpy as np
 
 from ckl_jax import addition, foreign
 from ckl_jax.checkpoint import Model, write_json
-from ckl_jax.config import ConfigError, ModelConfig, require
-from ckl_jax.errors import is_integer
+from ckl_jax.config import ModelConfig, require
+from ckl_jax.errors import extra, is_integer
 from ckl_jax.model import LAYER_NORM_EPSILON
 from ckl_jax.paths import require_directory, writing
 
@@ -42,14 +41,6 @@ class Stored:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-
-
-def extra(module: str) -> Any:
-    """An optional package. Raises a ConfigError that names the extra where it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"source: needs {module}, allowed with the extra convert installed only ({error})") from error
 
 
 def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Model:
@@ -104,7 +95,7 @@ def _stored(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
-    file = extra("safetensors").safe_open(path, framework="np")
+    file = extra("safetensors", "source", "convert").safe_open(path, framework="np")
 
     def stored(name: str) -> Stored:
         entry = file.get_slice(name)
@@ -116,7 +107,7 @@ def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _pytorch(path: pathlib.Path) -> dict[str, Stored]:
-    torch = extra("torch")
+    torch = extra("torch", "source", "convert")
     found = torch.load(path, map_location="cpu", weights_only=True)
     found = found.get("model", found) if isinstance(found, dict) else found
     named = isinstance(found, Mapping) and all(torch.is_tensor(x) for x in found.values())
@@ -260,7 +251,7 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
     for name, module in modules.items():
         weight = module["scale"] if "scale" in module else module["kernel"]
         arrays |= {f"{name}.weight": weight, f"{name}.bias": module.get("bias", np.zeros(weight.shape[-1], np.float32))}
-    save_file = extra("safetensors.numpy").save_file
+    save_file = extra("safetensors.numpy", "source", "convert").save_file
     require_directory(directory, "out")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"

@@ -7,6 +7,7 @@ An interrupted run goes on from its last checkpoint with the same command and en
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -27,8 +28,10 @@ from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
+from ckl_jax.logs import LogOptions
 from ckl_jax.model import GPT2, forward
 from ckl_jax.paths import require_directory
+from ckl_jax.progress import Status, display
 from ckl_jax.runs import RunDirectory
 
 
@@ -185,7 +188,8 @@ def pretrain(
         elapsed = time.monotonic() - start
         left = elapsed / (done - first) * (config.num_steps - done)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
-        progress(f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s, {left:.0f} s left)")
+        line = f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s, {left:.0f} s left)"
+        progress(Status(line, done, config.num_steps, shown, left))
     if stopping:
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
     model = Model(config.model, config.max_digits, state.params)
@@ -207,6 +211,7 @@ class PretrainCommand:
     """Directory of the run: new, empty, or of the same command interrupted."""
     data_dir: pathlib.Path | None = None
     """Where TFDS keeps the dataset; default: TFDS's own default directory."""
+    logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
         if self.data_dir is not None:
@@ -218,8 +223,12 @@ def preset(scale: str = "tiny") -> PretrainCommand:
 
 
 def main(command: PretrainCommand) -> None:
-    directory = RunDirectory(command.out, {"command": "pretrain", **dataclasses.asdict(command.config)})
-    model = pretrain(command.config, directory, command.data_dir)
+    config = {"command": "pretrain", **dataclasses.asdict(command.config)}
+    with (
+        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
+        display(command.logs.quiet) as progress,
+    ):
+        model = pretrain(command.config, directory, command.data_dir, progress)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     print(f"saved: {directory.path} ({parameters:,} parameters)")
 

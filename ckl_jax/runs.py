@@ -1,4 +1,4 @@
-"""A run's directory: config.json, metrics.jsonl, results.json and checkpoints/ of one configuration, never of two.
+"""A run's directory: config.json, metrics.jsonl, samples.jsonl, results.json and checkpoints/ of one configuration.
 
 Several processes (``hosts``) share it: process 0 reads and writes its files, for all.
 """
@@ -17,6 +17,7 @@ import jax
 from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
+from ckl_jax.logs import Copy, LogOptions
 from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
 
 
@@ -25,14 +26,20 @@ class RunDirectory:
 
     Nothing keeps other processes out of a bucket's directory: never start the same run twice in one.
 
+    Args:
+      logs: where else its records go, from ``rewind_metrics`` on.
+
     Raises:
-      ConfigError: the directory holds another run's config, or files but no config, or a running process has it; then
-        nothing is touched. Or it cannot be written.
+      ConfigError: the directory holds another run's config, or files but no config, or a running process has it, or the
+        records cannot go there; then nothing is touched. Or it cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path, config: Mapping[str, Any]):
-        self.path = resolved(path)
-        self.metrics_path, self._seconds_path = self.path / "metrics.jsonl", self.path / "seconds.jsonl"
+    def __init__(self, path: pathlib.Path, config: Mapping[str, Any], logs: LogOptions | None = None):
+        self.path, self._logs = resolved(path), logs or LogOptions()
+        self._logs.require_possible(self.path)
+        self.metrics_path, self.samples_path = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self._seconds_path = self.path / "seconds.jsonl"
+        self._config, self._copies = config, list[Copy]()
         self._lock: lock.DirectoryLock | None = None
         hosts.of_first(lambda: self._open(config))
         self.checkpoints = StateCheckpoints(self.path / "checkpoints")
@@ -55,6 +62,8 @@ class RunDirectory:
     def close(self) -> None:
         """Lets other processes have the directory. What was logged can still be read."""
         self.checkpoints.close()
+        while self._copies:
+            self._copies.pop().close()
         self._lock = None
 
     def _check(self, config: Any) -> None:
@@ -76,20 +85,20 @@ class RunDirectory:
             )
 
     def rewind_metrics(self, step: int, recorded: int | None = None) -> None:
-        """Drops metric lines after ``step`` (they will be computed again) and half-written last lines.
+        """Drops metrics and samples after ``step`` (they will be computed again) and half-written last lines.
 
         Args:
           recorded: the step that the last line kept must be of.
 
         Raises:
           ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
-            nothing is dropped.
+            nothing is dropped. Or ``logs`` cannot start.
         """
         hosts.of_first(lambda: self._rewind(step, recorded))
 
     def _rewind(self, step: int, recorded: int | None) -> None:
-        records = _parse(self.metrics_path, "out", _whole_records) if self.metrics_path.exists() else []
-        kept = [record for record in records if record["step"] <= step]
+        metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
+        kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))
         last = kept[-1]["step"] if kept else None
         if recorded is not None and last != recorded:
             raise ConfigError(
@@ -97,12 +106,23 @@ class RunDirectory:
                 f"allowed is one with step {recorded}, as the checkpoint has"
             )
         _rewrite(self.metrics_path, kept)
-        if self._seconds_path.exists():
-            _rewrite(self._seconds_path, _parse(self._seconds_path, "out", _whole_records))
+        _rewrite(self.samples_path, samples)
+        _rewrite(self._seconds_path, seconds)
+        self._copies = self._logs.start(self.path, self._config, kept + samples)
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
         self._append(self.metrics_path, records)
+        self._copy(records)
+
+    def log_samples(self, records: list[dict[str, Any]]) -> None:
+        """Appends sampled answers, each with a ``step``, to samples.jsonl."""
+        self._append(self.samples_path, records)
+        self._copy(records)
+
+    def _copy(self, records: list[dict[str, Any]]) -> None:
+        for copy, record in itertools.product(self._copies, records):
+            copy.add(record)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
@@ -128,6 +148,10 @@ def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
 def _is_left_over(file: pathlib.Path) -> bool:
     """Whether a process that was killed before it wrote config.json may have left it."""
     return file.suffix == ".tmp" or file.name == lock.LOCK_NAME
+
+
+def _logged(path: pathlib.Path) -> list[dict[str, Any]]:
+    return _parse(path, "out", _whole_records) if path.exists() else []
 
 
 def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import MOST_SEEDS, Arms, describe, finetune, make_runs, make_task
 from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.logs import LogOptions
+from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.statistics import mean_interval
 
@@ -33,6 +36,7 @@ class ArmsCommand:
     plot_only: bool = False
     """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
     other options say; the checkpoint must be the run's."""
+    logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
 
 class Run(NamedTuple):
@@ -72,8 +76,11 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
     make_task(command.config, model)
     make_runs(command.config, arms, command.seeds)
     config = {"command": name, **describe(command, model), **described}
-    directory = RunDirectory(command.out, config)
-    finetune(command.config, model, directory, arms, command.seeds)
+    with (
+        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
+        display(command.logs.quiet) as progress,
+    ):
+        finetune(command.config, model, directory, arms, command.seeds, progress)
     made = {**machine(), "wall_seconds": directory.seconds()}
     return Run(config, directory.metrics(), made, model.max_pretrain_digits + command.config.extra_digits)
 

@@ -79,6 +79,7 @@ def outcome(out: pathlib.Path) -> dict[str, object]:
     return {
         "parameters": {str(path.relative_to(out)): fingerprint(load_model(path).params) for path in models},
         "metrics": (out / "metrics.jsonl").read_bytes(),
+        "samples": (out / "samples.jsonl").read_bytes() if (out / "samples.jsonl").exists() else b"",
         "results": json.dumps({name: value for name, value in results.items() if name != "wall_seconds"}),
         "files": sorted(str(path.relative_to(out)) for pattern in ("*", "checkpoints/*") for path in out.glob(pattern)),
     }

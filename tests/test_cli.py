@@ -61,6 +61,9 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--model.block-size 572", ["model.block_size: got 572", "at least 573"]),
         (PRETRAIN, "--model.width 97", ["width: got 97", "multiple of num_heads = 2"]),
         (PRETRAIN, "--model.dtype float64", ["--model.dtype", "float32", "bfloat16"]),
+        (PRETRAIN, "--log-to mlflow", ["--log-to", "'mlflow'", "tensorboard", "wandb"]),
+        (FINETUNE, "--log-to tensorboard csv", ["--log-to", "'csv'", "tensorboard", "wandb"]),
+        (FINETUNE, "--quiet", ["--quiet", "Expected 1 values"]),
         (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
         (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
@@ -136,9 +139,9 @@ def _options(config_type):
             PRETRAIN,
             _options(PretrainConfig) - {"--model"}
             | {option.replace("--", "--model.") for option in _options(ModelConfig)}
-            | {"--out", "--data-dir"},
+            | {"--out", "--data-dir", "--log-to", "--quiet"},
         ),
-        (FINETUNE, _options(FinetuneConfig) | {"--checkpoint", "--out", "--seeds"}),
+        (FINETUNE, _options(FinetuneConfig) | {"--checkpoint", "--out", "--seeds", "--log-to", "--quiet"}),
         (EVALUATE, _options(evaluate.EvaluateConfig)),
     ],
     ids=["pretrain", "finetune", "evaluate"],

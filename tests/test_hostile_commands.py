@@ -171,6 +171,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
             r"extra_digits: got \(3,\), allowed is 1, 2, .*",
         ),
         ("experiments.figure3_pretraining_levels", "--seeds 0", r"seeds: got 0, allowed is at least 1, at most 1000"),
+        ("experiments.figure4_prioritized_kl", "--log-to csv", r"invalid choice 'csv' for argument '--log-to'\. .*"),
         ("experiments.figure4_prioritized_kl", "--beta 0", r"beta: got 0\.0, allowed is above 0, .*"),
         ("experiments.figure5_certainty_colors", "--generations 0", r"generations: got 0, allowed is at least 1"),
         ("experiments.figure5_certainty_colors", "--finetuned nowhere", NO_MODEL.format("nowhere")),

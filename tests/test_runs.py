@@ -139,6 +139,22 @@ def test_half_a_line_of_seconds_is_dropped(tmp_path):
     assert run.seconds() == 3.5
 
 
+def test_samples_are_rewound_with_the_metrics_and_when_damaged_nothing_is(tmp_path):
+    run = RunDirectory(tmp_path, CONFIG)
+    for step in (0, 2, 4):
+        run.log([{"step": step}])
+        run.log_samples([{"step": step, "answer": text} for text in ("a", "b")])
+    with run.samples_path.open("a") as file:
+        file.write('{"step": 6, "ans')
+    run.rewind_metrics(2, recorded=2)
+    samples = [json.loads(line) for line in run.samples_path.read_text().splitlines()]
+    assert samples == [{"step": step, "answer": text} for step in (0, 2) for text in ("a", "b")]
+    run.samples_path.write_text("junk\n")
+    with pytest.raises(ConfigError, match=r"^out: .*samples.jsonl is damaged"):
+        run.rewind_metrics(0)
+    assert run.metrics() == [{"step": 0}, {"step": 2}]
+
+
 def test_rewinding_a_run_without_metrics_does_nothing(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
     run.rewind_metrics(3)
