@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,7 @@ def display(quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet:
         yield lambda line: None
     elif not (sys.stdout.isatty() and Console().is_interactive):
-        yield print
+        yield functools.partial(print, flush=True)
     else:
         values = bars.TextColumn("{task.description}", markup=False)
         with bars.Progress(

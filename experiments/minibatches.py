@@ -23,6 +23,7 @@ is a run of its own under ``out``; an interrupted call goes on with the same com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from ckl_jax.checkpoint import Model, Params, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import describe, finetune, make_runs, make_task
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent
 from experiments import arms as arms_lib
@@ -113,9 +115,11 @@ def measure(command: MinibatchesCommand) -> dict[str, Any]:
 def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any]:
     config, arms = command.configured(kind), command.arms(kind)
     described = {"command": COMMAND, "config": dataclasses.asdict(config), "arms": arms, "seeds": command.seeds}
-    directory = RunDirectory(command.out / kind, described)
-    runs = finetune(config, model, directory, arms, command.seeds)
-    directory.close()
+    with (
+        contextlib.closing(RunDirectory(command.out / kind, described, command.logs)) as directory,
+        display(command.logs.quiet) as progress,
+    ):
+        runs = finetune(config, model, directory, arms, command.seeds, progress)
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():

@@ -31,6 +31,7 @@ same command, ``--plot-only`` makes table and figure again from results.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterable
@@ -45,6 +46,8 @@ from ckl_jax.config import ConfigError, require
 from ckl_jax.episodes import Hyper
 from ckl_jax.finetune import describe, finetune, make_runs, make_task
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.logs import LogOptions
+from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, earlier_results, machine
 from experiments import arms as arms_lib
 from experiments import regularizers_results
@@ -79,6 +82,7 @@ class RegularizersCommand:
     """End after the screen."""
     plot_only: bool = False
     """Table and figure again from results.json."""
+    logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.methods) - set(BY_NAME))
@@ -147,10 +151,11 @@ def run_stage(
         made, traced = configured(config, cell)
         arms = {cell.name: traced}
         settings = {"config": dataclasses.asdict(made), "arms": arms, "seeds": seeds}
-        directory = RunDirectory(command.out / stage / cell.name, {"command": COMMAND, **settings})
-        print(f"{stage} {number}/{len(cells)}: {cell.name}", flush=True)
-        finetune(made, model, directory, arms, seeds)
-        directory.close()
+        described = {"command": COMMAND, **settings}
+        directory = RunDirectory(command.out / stage / cell.name, described, command.logs)
+        with contextlib.closing(directory), display(command.logs.quiet) as progress:
+            progress(f"{stage} {number}/{len(cells)}: {cell.name}")
+            finetune(made, model, directory, arms, seeds, progress)
         records += directory.metrics()
         seconds += directory.seconds()
     digits = model.max_pretrain_digits + config.extra_digits
