@@ -182,6 +182,7 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
             kl.mean(), reached.mean(), "o", color=colors[arm], markersize=9, markeredgecolor="white", label=arm
         )
     frontier.set(xlabel="exact KL to the pre-trained model, last round (nats a token)", ylabel="accuracy after RL (%)")
+    frontier.set_xscale("log")
     for axes in (curves, frontier):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

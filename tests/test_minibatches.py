@@ -15,7 +15,7 @@ from experiments import minibatches
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 2 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
-    "--final-problems 4 --extra-length 5 --rollout plain --seeds 2 --minibatch-transitions 128 --transition-batch 64 "
+    "--final-problems 4 --extra-length 5 --rollout plain --seeds 2 --minibatch-transitions 16 --transition-batch 16 "
     "--episode-rates 0.003 0.3 --transition-rates 0.01"
 )
 
