@@ -19,13 +19,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ckl_jax import foreign, hosts
+from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
 from ckl_jax.paths import files_below, replace, require_directory, resolved, writing
+from ckl_jax.tasks import Task
 
 Params = Any
 HISTORY_NAME = "history.json"
-SHIPPED_TINY = pathlib.Path(__file__).parent / "pretrained" / "tiny"
+PRETRAINED = pathlib.Path(__file__).parent / "pretrained"
+SHIPPED_TINY = PRETRAINED / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -127,11 +130,17 @@ class StateCheckpoints:
 
 
 class Model(NamedTuple):
-    """A language model as a directory holds it: its shape, N (digits it was pre-trained on) and its parameters."""
+    """A language model as a directory holds it: its shape, N (digits it was pre-trained on), parameters and task."""
 
     config: ModelConfig
     max_pretrain_digits: int
     params: Params
+    task: Task = ADDITION
+
+
+def shipped(task: str = "addition") -> pathlib.Path:
+    """The tiny pre-trained model of a task that ships with the package. Raises ConfigError for an unknown task."""
+    return SHIPPED_TINY if task_named(task) is ADDITION else PRETRAINED / f"tiny_{task}"
 
 
 def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
@@ -152,6 +161,7 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
     description = {
+        "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
         "model": dataclasses.asdict(model.config),
         "made_by": made_by,
@@ -174,7 +184,7 @@ def load_model(directory: pathlib.Path) -> Model:
     """
     directory = resolved(directory)
     path = directory / "params"
-    config, max_pretrain_digits = hosts.together(lambda: _read_description(directory))
+    config, max_pretrain_digits, task = hosts.together(lambda: _read_description(directory))
     with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
         stored = _shapes(_metadata(checkpointer, path))
         few = config.num_layers <= len(stored)
@@ -191,7 +201,7 @@ def load_model(directory: pathlib.Path) -> Model:
         finite = bool(np.isfinite(np.asarray(leaf)).all())
         named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
         require(finite, "checkpoint", named, "finite parameters")
-    return Model(config, max_pretrain_digits, params)
+    return Model(config, max_pretrain_digits, params, task_named(task))
 
 
 def fingerprint(params: Params) -> str:
@@ -203,14 +213,14 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int]:
+def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, str]:
     path, params = directory / "model.json", directory / "params"
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
     require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
-    config, max_pretrain_digits = foreign.model_description(path)
+    config, max_pretrain_digits, task = foreign.model_description(path)
     _verify(params)
     foreign.require_filled(params, config)
-    return config, max_pretrain_digits
+    return config, max_pretrain_digits, task
 
 
 def _require_same(directory: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Any], of: str) -> None:

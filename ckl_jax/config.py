@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
+from ckl_jax.columns import TASKS, TaskName, task_named
 from ckl_jax.errors import ConfigError as ConfigError
 from ckl_jax.errors import require, require_choice, require_number, require_types
 
@@ -22,7 +23,7 @@ class ModelConfig:
     width: int = 768
     block_size: int = 1024
     """Positions the model has; prompt + answer must fit."""
-    vocab_size: int = addition.VOCAB_SIZE
+    vocab_size: int = alphabet.VOCAB_SIZE
     use_bias: bool = True
     """Biases in the dense layers and layer norms (Lee et al. pre-train without)."""
     dropout: float = 0.0
@@ -58,6 +59,8 @@ class PretrainConfig:
 
     scale: Scale = "tiny"
     """Preset that the other fields start from."""
+    task: TaskName = "addition"
+    """What the scratchpads calculate."""
     seed: int = 0
     max_digits: int = 7
     """N: operand lengths are balanced over 1..N."""
@@ -95,6 +98,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         require_types(self)
         require_choice(self, "scale", ("tiny", "small", "gpt2"))
+        require_choice(self, "task", tuple(TASKS))
         require(isinstance(self.model, ModelConfig), "model", self.model, "a ModelConfig")
         require_number(self, "seed warmup_steps weight_decay", 0)
         require_number(self, "batch_size num_steps checkpoint_every eval_problems", 1)
@@ -102,7 +106,7 @@ class PretrainConfig:
         longer = f"above warmup_steps = {self.warmup_steps}, the rate decays after the warm-up"
         require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
         require_number(self, "num_documents", self.max_digits**2)
-        require_number(self, "max_digits", 1, high=addition.MAX_DIGITS - 1)
+        require_number(self, "max_digits", 1, high=tasks.MAX_DIGITS - 1)
         require_choice(self, "packing", ("stream", "documents"))
         require_choice(self, "optimizer", ("adamw", "muon"))
         require_number(self, "learning_rate adam_beta2 clip_norm", 0, exclusive=True)
@@ -110,7 +114,8 @@ class PretrainConfig:
             require_number(self, "target_accuracy", 0, exclusive=True, high=1)
         require_number(self, "adam_beta2", 0, high=0.9999)
         tested = self.max_digits + 1
-        longest = addition.max_prompt_length(tested) + addition.max_answer_length(tested)
+        task = task_named(self.task)
+        longest = task.max_prompt_length(tested) + task.max_answer_length(tested)
         require(
             self.model.block_size >= longest,
             "model.block_size",

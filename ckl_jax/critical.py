@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty, entropy_of
@@ -36,7 +36,7 @@ class Sampling:
     certainty: CertaintyKind = "negentropy"
     certainty_temperature: float = 1.0
     """Temperature of the pre-trained model's distribution inside J."""
-    extra_length: int = addition.EXTRA_LENGTH
+    extra_length: int = tasks.EXTRA_LENGTH
     """Characters that an answer may be longer than the longest right one."""
     seed: int = 0
 
@@ -78,7 +78,7 @@ class Generations(NamedTuple):
 
     def text(self, row: int) -> str:
         """The answer of a row up to its end."""
-        return addition.decode(self.answers_BxT[row][self.mask_BxT[row]], beyond=addition.UNKNOWN)
+        return alphabet.decode(self.answers_BxT[row][self.mask_BxT[row]], beyond=alphabet.UNKNOWN)
 
     def first(self, count: int) -> Generations:
         """The first answers alone."""
@@ -134,14 +134,14 @@ def _answer(
 
 def require_room(model: Model, digits: int, extra_length: int) -> None:
     """Raises ConfigError where episodes of that many digits do not fit into the model's block."""
-    total = addition.max_prompt_length(digits) + addition.max_answer_length(digits, extra_length)
+    total = model.task.max_prompt_length(digits) + model.task.max_answer_length(digits, extra_length)
     room = model.config.block_size
     require(total <= room, "extra_length", extra_length, f"at most {extra_length - total + room} (block_size = {room})")
 
 
 def sample(
     policy: Model,
-    problems: Sequence[addition.Problem],
+    problems: Sequence[tasks.Problem],
     digits: int,
     how: Sampling,
     reference: Model | None = None,
@@ -149,16 +149,16 @@ def sample(
     """The policy's sampled answers to problems of up to ``digits`` digits.
 
     Args:
-      reference: whose certainty is measured, a model of the same shape and N; default: the policy itself.
+      reference: whose certainty is measured, a model of the same shape, N and task; default: the policy itself.
 
     Raises:
-      ConfigError: the reference has another shape or N, or an episode does not fit into the block.
+      ConfigError: the reference has another shape, N or task, or an episode does not fit into the block.
     """
     require_room(policy, digits, how.extra_length)
     if reference is not None:
-        same = reference.config == policy.config and reference.max_pretrain_digits == policy.max_pretrain_digits
-        require(same, "reference", reference.config, f"the policy's shape and N: {policy.config}")
-    packed = problems_lib.pack(problems, digits, policy.max_pretrain_digits)
+        same = reference._replace(params=None) == policy._replace(params=None)
+        require(same, "reference", reference.config, f"the policy's shape, N and task: {policy.config}")
+    packed = problems_lib.pack(policy.task, problems, digits, policy.max_pretrain_digits)
     parts = [
         jax.device_get(
             _answer(
@@ -168,7 +168,7 @@ def sample(
                 None if reference is None else reference.params,
                 problems_lib.rows(packed, start, BATCH),
                 jax.random.key(how.seed),
-                max_length=addition.max_answer_length(digits, how.extra_length),
+                max_length=policy.task.max_answer_length(digits, how.extra_length),
             )
         )
         for start in range(0, len(problems), BATCH)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax.config import require
 from ckl_jax.critical import Generations, Place, certainty_gaps, places
 from ckl_jax.errors import require_types
@@ -77,10 +77,10 @@ def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:
                 "candidate": index in least,
                 "known": bool(critical_BxT[row, index]),
                 "gap": float(gaps_T[index]),
-                "own": addition.decode([own], beyond=addition.UNKNOWN),
+                "own": alphabet.decode([own], beyond=alphabet.UNKNOWN),
                 "own_token": int(own),
                 "own_probability": float(answers.probabilities_BxTxV[row, index, own]),
-                "runner_up": addition.decode([runner_up], beyond=addition.UNKNOWN),
+                "runner_up": alphabet.decode([runner_up], beyond=alphabet.UNKNOWN),
                 "runner_up_token": runner_up,
                 "runner_up_probability": float(others_V[runner_up]),
             }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition, advantage_shaping, advantages, losses, sharding, token_weights
+from ckl_jax import advantage_shaping, advantages, losses, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.config import ModelConfig
@@ -17,14 +17,16 @@ from ckl_jax.model import values
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import Trajectory, score
 from ckl_jax.speculative import generate
+from ckl_jax.tasks import Task
 
 
-class Task(NamedTuple):
+class Program(NamedTuple):
     """The static part of a program: hashable, so that it is compiled once."""
 
     model: ModelConfig
     config: FinetuneConfig
     max_pretrain_digits: int
+    task: Task
 
     @property
     def digits(self) -> int:
@@ -32,7 +34,7 @@ class Task(NamedTuple):
 
     @property
     def max_length(self) -> int:
-        return addition.max_answer_length(self.digits, self.config.extra_length)
+        return self.task.max_answer_length(self.digits, self.config.extra_length)
 
 
 class Hyper(NamedTuple):
@@ -61,7 +63,7 @@ class Episodes(NamedTuple):
 
 
 def collect(
-    task: Task,
+    program: Program,
     params: dict[str, Any],
     ref_params: Any,
     hyper: Hyper,
@@ -74,18 +76,18 @@ def collect(
     Args:
       keys: for sampling, and for weights that are shuffled.
     """
-    config = task.config
+    config = program.config
 
     def roll_out(whole, problems):
         policy, key = whole
         return generate(
-            task.model,
+            program.model,
             policy,
             problems,
             key,
             how=config.rollout,
             batch=config.rollout_batch,
-            max_length=task.max_length,
+            max_length=program.max_length,
             temperature=config.temperature,
             with_scores=True,
             axis_name=axis_name,
@@ -94,10 +96,10 @@ def collect(
     trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
     assert logits_BxTxV is not None
     assert hidden_BxTxD is not None
-    ref_logits_BxTxV, _ = score(task.model, ref_params, trajectory)
+    ref_logits_BxTxV, _ = score(program.model, ref_params, trajectory)
     values_BxT = values(params["value"], hidden_BxTxD)
     episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
-    return episodes, _collect_metrics(task, episodes, logits_BxTxV, values_BxT, problems)
+    return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
 
 
 def assessed(
@@ -199,8 +201,8 @@ def weighed(
     return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
-def _collect_metrics(task, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:
-    config, mask_BxT = task.config, episodes.trajectory.mask_BxT
+def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:
+    config, mask_BxT = program.config, episodes.trajectory.mask_BxT
     mean = functools.partial(losses.masked_mean, mask=mask_BxT)
     kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
     indices, recorded = problems_lib.critical_indices(episodes.trajectory.answers_BxT, problems)

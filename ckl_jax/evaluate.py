@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckl_jax import addition, cli, sharding
+from ckl_jax import cli, sharding, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
@@ -24,9 +24,10 @@ from ckl_jax.problems import Problems
 from ckl_jax.rollout import require_possible
 from ckl_jax.speculative import generate
 from ckl_jax.statistics import bootstrap_interval
+from ckl_jax.tasks import Task
 
 BATCH = 200
-DRAWS = {"identical": addition.identical_problems, "varying": addition.varying_problems}
+DRAWS = {"identical": Task.identical_problems, "varying": Task.varying_problems}
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("max_length", "greedy"))
@@ -42,12 +43,12 @@ def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *
 
 def judge(
     model: Model,
-    problems: Sequence[addition.Problem],
+    problems: Sequence[tasks.Problem],
     digits: int,
     *,
     temperature: float | None = None,
     seed: int = 0,
-    extra_length: int = addition.EXTRA_LENGTH,
+    extra_length: int = tasks.EXTRA_LENGTH,
     given_BxT: np.ndarray | None = None,
 ) -> np.ndarray:
     """1 for each problem of up to ``digits`` digits that the model solves, else 0: float32 [B].
@@ -57,10 +58,10 @@ def judge(
       extra_length: characters that an answer may be longer than the longest right one.
       given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
-    packed = problems_lib.pack(problems, digits, model.max_pretrain_digits)
+    packed = problems_lib.pack(model.task, problems, digits, model.max_pretrain_digits)
     require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
     require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
-    length = addition.max_answer_length(digits, extra_length)
+    length = model.task.max_answer_length(digits, extra_length)
     require_possible(model.config, packed, length, 1.0 if temperature is None else temperature, given_BxT)
     rewards = []
     for start in range(0, len(problems), BATCH):
@@ -83,9 +84,9 @@ def judge(
     return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])
 
 
-def longest_episode(digits: int, extra_length: int = addition.EXTRA_LENGTH) -> int:
+def longest_episode(task: Task, digits: int, extra_length: int = tasks.EXTRA_LENGTH) -> int:
     """Characters that a block must hold for problems of up to ``digits`` digits: prompt and length limit."""
-    return addition.max_prompt_length(digits) + addition.max_answer_length(digits, extra_length)
+    return task.max_prompt_length(digits) + task.max_answer_length(digits, extra_length)
 
 
 def judge_cell(
@@ -96,7 +97,7 @@ def judge_cell(
     *,
     temperature: float | None = None,
     seed: int = 0,
-    extra_length: int = addition.EXTRA_LENGTH,
+    extra_length: int = tasks.EXTRA_LENGTH,
 ) -> np.ndarray:
     """``judge`` of one cell of Tables 4 and 5, on problems that depend on ``seed``, ``operands`` and ``digits`` alone.
 
@@ -105,7 +106,7 @@ def judge_cell(
       count: problems.
     """
     require(operands in tuple(DRAWS), "operands", operands, " | ".join(DRAWS))
-    problems = DRAWS[operands](np.random.default_rng([seed, digits]), count, digits)
+    problems = DRAWS[operands](model.task, np.random.default_rng([seed, digits]), count, digits)
     return judge(model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length)
 
 
@@ -132,10 +133,12 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
     base = model.max_pretrain_digits
-    print(f"N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval")
+    print(
+        f"{model.task.name}, N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval"
+    )
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
-        length = longest_episode(digits)
+        length = longest_episode(model.task, digits)
         if length > model.config.block_size:
             print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
             continue

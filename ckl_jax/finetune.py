@@ -22,11 +22,11 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, finite, preemption, sharding, token_weights
+from ckl_jax import cli, finite, preemption, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import require
-from ckl_jax.episodes import Hyper, Task
+from ckl_jax.episodes import Hyper, Program
 from ckl_jax.errors import is_integer
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.logs import LogOptions
@@ -51,13 +51,13 @@ class Run(NamedTuple):
         return f"{self.arm}/seed_{self.seed}"
 
 
-def make_task(config: FinetuneConfig, model: Model) -> Task:
+def make_program(config: FinetuneConfig, model: Model) -> Program:
     """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
-    task = Task(model.config, config, model.max_pretrain_digits)
-    total, block = addition.max_prompt_length(task.digits) + task.max_length, model.config.block_size
+    program = Program(model.config, config, model.max_pretrain_digits, model.task)
+    total, block = program.task.max_prompt_length(program.digits) + program.max_length, model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)
-    return task
+    return program
 
 
 def make_mesh(config: FinetuneConfig, num_runs: int) -> Mesh:
@@ -92,12 +92,12 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     return runs, Hyper(**arrays)
 
 
-def draw_problems(task: Task, seed: int, round_index: int) -> Problems:
+def draw_problems(program: Program, seed: int, round_index: int) -> Problems:
     """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
-    rng, group = np.random.default_rng([seed, round_index]), task.config.group_size
-    drawn = addition.rl_problems(rng, task.config.episodes // group, task.digits, task.max_pretrain_digits)
+    rng, group = np.random.default_rng([seed, round_index]), program.config.group_size
+    drawn = program.task.rl_problems(rng, program.config.episodes // group, program.digits, program.max_pretrain_digits)
     repeated = [problem for problem in drawn for _ in range(group)]
-    return problems_lib.pack(repeated, task.digits, task.max_pretrain_digits)
+    return problems_lib.pack(program.task, repeated, program.digits, program.max_pretrain_digits)
 
 
 def _stack(items: list[Any]) -> Any:
@@ -124,12 +124,12 @@ def finetune(
       NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
       OSError: a file cannot be written. All three leave what was saved before.
     """
-    task = make_task(config, model)
+    program = make_program(config, model)
     runs, hypers = make_runs(config, arms, seeds)
     mesh = make_mesh(config, len(runs))
     hypers = sharding.put(hypers, sharding.by_run(mesh))
     ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    create = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))
+    create = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))
     abstract = jax.eval_shape(create, ref_params, hypers)
     shardings = sharding.state_shardings(mesh, abstract, config.shard_state, sharding.RUN_AXIS)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -143,7 +143,7 @@ def finetune(
         policies = states.params["policy"]
         if step == 0:
             policies = jax.tree.map(lambda x: x[:1], policies)
-        tested = test(task, policies, count)
+        tested = test(program, policies, count)
         per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
         directory.log(
             [
@@ -164,7 +164,7 @@ def finetune(
 
     if not restored:
         target = run_test(0, states)
-        line = f"before: {100 * target.mean():.1f}% on {task.digits} digits ({time.monotonic() - start:.0f} s)"
+        line = f"before: {100 * target.mean():.1f}% on {program.digits} digits ({time.monotonic() - start:.0f} s)"
         progress(Status(line, 0, config.rounds, f"{100 * target.mean():.1f}%", None))
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - start)
@@ -173,9 +173,9 @@ def finetune(
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
-        problems = _stack([_stack([draw_problems(task, run.seed, r) for r in rounds]) for run in runs])
+        problems = _stack([_stack([draw_problems(program, run.seed, r) for r in rounds]) for run in runs])
         problems = sharding.put(problems, sharding.by_run(mesh))
-        states, metrics = train_rounds(task, mesh, ref_params, states, hypers, problems)
+        states, metrics = train_rounds(program, mesh, ref_params, states, hypers, problems)
         metrics = sharding.to_host(metrics)
         names = [run.name for run in runs]
         finite.require_metrics("round", done, names, metrics)
@@ -189,13 +189,13 @@ def finetune(
         left = elapsed / (done - first) * (config.rounds - done)
         accuracy, kl = (_by_arm(runs, values) for values in (target, metrics["kl"][:, -1]))
         shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
-        line = f"round {done}/{config.rounds}: {shown} on {task.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
+        line = f"round {done}/{config.rounds}: {shown} on {program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
         values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
         progress(Status(line, done, config.rounds, values, left))
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
-        save_model(directory.path / run.name, Model(model.config, model.max_pretrain_digits, policy), made_by)
+        save_model(directory.path / run.name, model._replace(params=policy), made_by)
     return runs
 
 
@@ -234,7 +234,7 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 
 def main(command: FinetuneCommand) -> None:
     model = load_model(command.checkpoint)
-    make_task(command.config, model)
+    make_program(command.config, model)
     make_runs(command.config, {"run": {}}, command.seeds)
     config = {"command": "finetune", **describe(command, model)}
     with (
@@ -246,10 +246,11 @@ def main(command: FinetuneCommand) -> None:
 
 
 def describe(command: Any, model: Model) -> dict[str, Any]:
-    """What determines a fine-tuning command's numbers: its config, its seeds and the checkpoint's parameters."""
+    """What determines a fine-tuning command's numbers: its config, its seeds, the checkpoint's task and parameters."""
     return {
         "config": dataclasses.asdict(command.config),
         "seeds": command.seeds,
+        "task": model.task.name,
         "checkpoint": fingerprint(model.params),
     }
 

@@ -134,7 +134,7 @@ class FinetuneConfig:
     """Episodes of each round on which the gradient norm of each loss term is measured."""
     rollout: Literal["auto", "speculative", "plain"] = "auto"
     """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step, or the
-    first unless it turns out too slow. The same characters, up to rounding, at another speed."""
+    first unless the task has none or it turns out too slow. The same characters, up to rounding, at another speed."""
     rollout_batch: int = 128
     """Episodes generated together, at most; it changes the speed alone."""
     transition_batch: int = 8

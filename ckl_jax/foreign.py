@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
+from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.errors import is_integer
 from ckl_jax.paths import in_bucket
@@ -93,8 +94,8 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
-    """The shape and N of a model.json.
+def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, str]:
+    """The shape, N and the task's name of a model.json.
 
     Raises:
       ConfigError: what ``read_object`` refuses; fields that are missing, unknown, or of values that no model has.
@@ -102,6 +103,7 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
     described = read_object(path, "checkpoint")
     model: Any = described.get("model")
     digits: Any = described.get("max_pretrain_digits")
+    task: Any = described.get("task", ADDITION.name)
     names = {declared.name for declared in dataclasses.fields(ModelConfig)}
     try:
         require(isinstance(model, dict), "model", model, "an object of sizes")
@@ -109,17 +111,18 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int]:
         require(not unknown, "model", unknown, f"fields of {', '.join(sorted(names))}")
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
         config = ModelConfig(**model)
-        fits = addition.VOCAB_SIZE <= config.vocab_size <= MOST_TOKENS
-        require(fits, "vocab_size", config.vocab_size, f"{addition.VOCAB_SIZE}..{MOST_TOKENS}")
+        fits = alphabet.VOCAB_SIZE <= config.vocab_size <= MOST_TOKENS
+        require(fits, "vocab_size", config.vocab_size, f"{alphabet.VOCAB_SIZE}..{MOST_TOKENS}")
         require_digits(digits)
+        task_named(task)
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
-    return config, digits
+    return config, digits, task
 
 
 def require_digits(digits: Any) -> None:
     """Raises a ConfigError unless a model can have been pre-trained on that many digits, and be tested on one more."""
-    most = addition.MAX_DIGITS - 1
+    most = tasks.MAX_DIGITS - 1
     require(is_integer(digits) and 1 <= digits <= most, "max_pretrain_digits", digits, f"an integer of 1..{most}")
 
 

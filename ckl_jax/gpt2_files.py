@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, foreign
+from ckl_jax import alphabet, foreign
 from ckl_jax.checkpoint import Model, write_json
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.errors import extra, is_integer
@@ -64,16 +64,16 @@ def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Mo
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     config = _model_config(found, tensors)
     most_tokens = config.vocab_size if reduced else foreign.MOST_TOKENS
-    fits = addition.VOCAB_SIZE <= config.vocab_size <= most_tokens
-    allowed = f"{addition.VOCAB_SIZE}..{foreign.MOST_TOKENS}; --vocabulary ours keeps only our characters"
+    fits = alphabet.VOCAB_SIZE <= config.vocab_size <= most_tokens
+    allowed = f"{alphabet.VOCAB_SIZE}..{foreign.MOST_TOKENS}; --vocabulary ours keeps only our characters"
     require(fits, "config.json vocab_size", config.vocab_size, allowed)
     most = path.stat().st_size // 2
     require(
         config.num_weights <= most, "config.json", f"{config.num_weights} weights", f"at most {most}, by {path}'s size"
     )
     rows_V = _rows(_characters(source), config.vocab_size)
-    params = _params(config, tensors, rows_V[: addition.VOCAB_SIZE] if reduced else rows_V, found.get("bias"))
-    kept = addition.VOCAB_SIZE if reduced else config.vocab_size
+    params = _params(config, tensors, rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V, found.get("bias"))
+    kept = alphabet.VOCAB_SIZE if reduced else config.vocab_size
     return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params})
 
 
@@ -165,9 +165,9 @@ def _characters(source: pathlib.Path) -> dict[str, int]:
 
 
 def _rows(ids: Mapping[str, Any], size: int) -> np.ndarray:
-    missing = [character for character in addition.VOCABULARY if character not in ids]
-    require(not missing, "source", f"a vocabulary without {missing}", f"one that has all of {addition.VOCABULARY!r}")
-    ours = [ids[character] for character in addition.VOCABULARY]
+    missing = [character for character in alphabet.VOCABULARY if character not in ids]
+    require(not missing, "source", f"a vocabulary without {missing}", f"one that has all of {alphabet.VOCABULARY!r}")
+    ours = [ids[character] for character in alphabet.VOCABULARY]
     whole = all(is_integer(row) and 0 <= row < size for row in ours) and len(set(ours)) == len(ours)
     require(whole, "source", f"token ids {ours}", f"different ones of 0..{size - 1}")
     return np.array(ours + sorted(set(range(size)) - set(ours)))
@@ -258,7 +258,7 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
     stored = {f"transformer.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
     with writing(path):
         save_file(stored, path, metadata={"format": "pt"})
-    write_json(directory / "vocab.json", {character: row for row, character in enumerate(addition.VOCABULARY)})
+    write_json(directory / "vocab.json", {character: row for row, character in enumerate(alphabet.VOCABULARY)})
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -272,5 +272,5 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": True,
         "max_pretrain_digits": model.max_pretrain_digits,
-    } | {f"{name}_token_id": addition.PAD_ID for name in ("bos", "eos", "pad")}
+    } | {f"{name}_token_id": alphabet.PAD_ID for name in ("bos", "eos", "pad")}
     write_json(directory / "config.json", described)

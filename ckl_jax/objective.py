@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ckl_jax import losses
-from ckl_jax.episodes import Episodes, Hyper, Task
+from ckl_jax.episodes import Episodes, Hyper, Program
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.rollout import score
@@ -30,11 +30,11 @@ def term_names(config: FinetuneConfig) -> tuple[str, ...]:
     return tuple(name for name, present in there.items() if present)
 
 
-def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+def loss_terms(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
     """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
-    config, trajectory, advantages_BxT = task.config, episodes.trajectory, episodes.advantages_BxT
+    config, trajectory, advantages_BxT = program.config, episodes.trajectory, episodes.advantages_BxT
     actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
-    logits_BxTxV, hidden_BxTxD = score(task.model, params["policy"], trajectory)
+    logits_BxTxV, hidden_BxTxD = score(program.model, params["policy"], trajectory)
     log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature)
 
     def policy():
@@ -68,22 +68,22 @@ def loss_terms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episo
     return {name: terms[name]() for name in term_names(config)}
 
 
-def loss_gradient(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
+def loss_gradient(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
     """Of the sum of ``loss_terms`` in all parameters, the critic's included."""
 
     def total_loss(params):
-        terms = loss_terms(task, hyper, params, episodes)
+        terms = loss_terms(program, hyper, params, episodes)
         return sum(terms.values()), terms
 
     return jax.grad(total_loss, has_aux=True)(params)
 
 
-def gradient_norms(task: Task, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+def gradient_norms(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
     """Norm of each term's gradient in the policy's parameters, on the first ``diagnostic_episodes`` episodes."""
-    few = jax.tree.map(lambda x: x[: task.config.diagnostic_episodes], episodes)
+    few = jax.tree.map(lambda x: x[: program.config.diagnostic_episodes], episodes)
 
     def terms_of(policy):
-        return loss_terms(task, hyper, {**params, "policy": policy}, few)
+        return loss_terms(program, hyper, {**params, "policy": policy}, few)
 
     terms, pullback = jax.vjp(terms_of, params["policy"])
 

@@ -23,8 +23,9 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import addition, cli, finite, preemption, sharding
+from ckl_jax import cli, finite, preemption, sharding
 from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.columns import task_named
 from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
@@ -102,7 +103,8 @@ def window_length(config: PretrainConfig) -> int:
     """Characters a window predicts: the block (`stream`) or the longest document (`documents`)."""
     if config.packing == "stream":
         return config.model.block_size
-    return addition.max_prompt_length(config.max_digits) + addition.max_answer_length(config.max_digits, extra=0)
+    task = task_named(config.task)
+    return task.max_prompt_length(config.max_digits) + task.max_answer_length(config.max_digits, extra=0)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -145,8 +147,8 @@ def pretrain(
       NotFiniteError: a loss or parameter is not finite; nothing since the last checkpoint is logged or saved.
       OSError: a file cannot be written. All three leave what was saved before.
     """
-    run = f"seed {config.seed}"
-    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    run, task = f"seed {config.seed}", task_named(config.task)
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir, task=config.task)
     mesh = make_mesh(config)
     stream = sharding.put(stream, sharding.everywhere(mesh))
     create = functools.partial(init_state, config)
@@ -177,10 +179,10 @@ def pretrain(
             continue
         logged, history = done, []
         record: dict[str, Any] = {"step": done, **{name: float(np.mean(x)) for name, x in values.items()}}
-        model = Model(config.model, config.max_digits, state.params)
+        model = Model(config.model, config.max_digits, state.params, task)
         for digits in (config.max_digits, config.max_digits + 1):
             rng = np.random.default_rng([config.seed, digits])
-            problems = addition.varying_problems(rng, config.eval_problems, digits)
+            problems = task.varying_problems(rng, config.eval_problems, digits)
             record[f"accuracy_varying_{digits}"] = float(judge(model, problems, digits).mean())
         reached = _reaches_target(config, record)
         directory.log([record])
@@ -192,7 +194,7 @@ def pretrain(
         progress(Status(line, done, config.num_steps, shown, left))
     if stopping:
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
-    model = Model(config.model, config.max_digits, state.params)
+    model = Model(config.model, config.max_digits, state.params, task)
     save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
     return model
 
@@ -204,7 +206,7 @@ def _reaches_target(config: PretrainConfig, record: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class PretrainCommand:
-    """Next-character pre-training on scratchpads of additions."""
+    """Next-character pre-training on scratchpads of a task."""
 
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
     out: pathlib.Path = pathlib.Path("runs/pretrained")

@@ -6,21 +6,23 @@ All prompts end in the same column (they are padded on the left), so column t of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax.config import require
 from ckl_jax.errors import is_integer
+from ckl_jax.tasks import RESULT_MARK, Problem, Task
 
 STEPS = 3
 Array = np.ndarray | jax.Array
 
 
-class Problems(NamedTuple):
+@flax.struct.dataclass
+class Problems:
     """Arrays of B problems (uint8 tokens, int32 numbers).
 
     Attributes:
@@ -31,6 +33,7 @@ class Problems(NamedTuple):
       critical_Bx3x2xC: position in its list of each critical token, -1 where there is none. Slot C is
         ``2 * (k - 1)`` for ``n+k_comma`` and ``2 * (k - 1) + 1`` for ``n+k_digit``.
       episodes_B: identity of each episode for the sampling noise.
+      task: what they are problems of; a static part, no array.
     """
 
     prompts_BxP: Array
@@ -39,41 +42,42 @@ class Problems(NamedTuple):
     lists_Bx3x2xJ: Array
     critical_Bx3x2xC: Array
     episodes_B: Array
+    task: Task = flax.struct.field(pytree_node=False)
 
 
-def pack(problems: Sequence[addition.Problem], digits: int, max_pretrain_digits: int) -> Problems:
-    """Problems of up to ``digits`` digits as arrays whose shapes depend on ``digits`` and the count alone.
+def pack(task: Task, problems: Sequence[Problem], digits: int, max_pretrain_digits: int) -> Problems:
+    """Problems of up to ``digits`` digits as arrays whose shapes depend on task, ``digits`` and the count alone.
 
     Raises:
       ValueError: no problem, or an operand longer than ``digits``.
     """
     require(len(problems) > 0, "problems", len(problems), "1 or more")
-    foreign = next((problem for problem in problems if not isinstance(problem, addition.Problem)), None)
-    require(foreign is None, "problems", foreign, "addition.Problem")
+    foreign = next((problem for problem in problems if not isinstance(problem, Problem)), None)
+    require(foreign is None, "problems", foreign, "tasks.Problem")
     possible = is_integer(max_pretrain_digits) and max_pretrain_digits >= 1
     require(possible, "max_pretrain_digits", max_pretrain_digits, "1 or more")
     longest = max(len(str(max(problem.a, problem.b))) for problem in problems)
     require(longest <= digits, "problems", f"an operand of {longest} digits", f"up to {digits} digits")
     count, slots = len(problems), 2 * max(0, digits - max_pretrain_digits)
-    prompts_BxP = np.full((count, addition.max_prompt_length(digits)), addition.PAD_ID, np.uint8)
-    results_BxR = np.full((count, 2 * (digits + 1)), addition.PAD_ID, np.uint8)
-    lists_Bx3x2xJ = np.full((count, STEPS, 2, 2 * digits + 1), addition.PAD_ID, np.uint8)
+    prompts_BxP = np.full((count, task.max_prompt_length(digits)), alphabet.PAD_ID, np.uint8)
+    results_BxR = np.full((count, 2 * (digits + 1)), alphabet.PAD_ID, np.uint8)
+    lists_Bx3x2xJ = np.full((count, STEPS, 2, 2 * digits + 1), alphabet.PAD_ID, np.uint8)
     critical_Bx3x2xC = np.full((count, STEPS, 2, slots), -1, np.int32)
     lengths_B = np.zeros(count, np.int32)
     for row, problem in enumerate(problems):
-        prompt = addition.encode(addition.prompt_text(problem.a, problem.b))
-        result = addition.encode(addition.result_text(problem.a, problem.b) + "\n")
+        prompt = alphabet.encode(task.prompt_text(problem.a, problem.b))
+        result = alphabet.encode(task.result_text(problem.a, problem.b) + "\n")
         lengths_B[row] = len(prompt)
         prompts_BxP[row, -len(prompt) :] = prompt
         results_BxR[row, : len(result)] = result
-        for step, pair in enumerate(addition.operand_lists(problem.a, problem.b)[:STEPS]):
+        for step, pair in enumerate(task.operand_lists(problem.a, problem.b)[:STEPS]):
             for operand, text in enumerate(pair):
-                lists_Bx3x2xJ[row, step, operand, : len(text)] = addition.encode(text)
-        for token in addition.critical_tokens(problem.a, problem.b, max_pretrain_digits):
+                lists_Bx3x2xJ[row, step, operand, : len(text)] = alphabet.encode(text)
+        for token in task.critical_tokens(problem.a, problem.b, max_pretrain_digits):
             slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
             critical_Bx3x2xC[row, token.step - 1, token.operand - 1, slot] = token.position_in_list
     episodes_B = np.arange(count, dtype=np.int32)
-    return Problems(prompts_BxP, lengths_B, results_BxR, lists_Bx3x2xJ, critical_Bx3x2xC, episodes_B)
+    return Problems(prompts_BxP, lengths_B, results_BxR, lists_Bx3x2xJ, critical_Bx3x2xC, episodes_B, task)
 
 
 def rows(problems: Problems, start: int, count: int) -> Problems:
@@ -89,20 +93,20 @@ def reward(answers_BxT: jax.Array, results_BxR: jax.Array) -> jax.Array:
         The line counts only with its newline.
       results_BxR: from ``Problems``.
     """
-    padding_BxT = answers_BxT == addition.PAD_ID
-    answers_BxT = jnp.where(jnp.cumsum(padding_BxT, axis=1) == 0, answers_BxT, addition.PAD_ID)
+    padding_BxT = answers_BxT == alphabet.PAD_ID
+    answers_BxT = jnp.where(jnp.cumsum(padding_BxT, axis=1) == 0, answers_BxT, alphabet.PAD_ID)
     starts_B, found_B = result_start(answers_BxT)
     width = results_BxR.shape[1]
-    padded = jnp.pad(answers_BxT, ((0, 0), (0, width)), constant_values=addition.PAD_ID)
+    padded = jnp.pad(answers_BxT, ((0, 0), (0, width)), constant_values=alphabet.PAD_ID)
     line_BxR = jnp.take_along_axis(padded, starts_B[:, None] + jnp.arange(width)[None], axis=1)
-    right_BxR = (line_BxR == results_BxR) | (results_BxR == addition.PAD_ID)
+    right_BxR = (line_BxR == results_BxR) | (results_BxR == alphabet.PAD_ID)
     return (found_B & right_BxR.all(axis=1)).astype(jnp.float32)
 
 
 def result_start(answers_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Index of the first character after the first ``</scratch>`` line, and whether there is one: [B], [B]."""
-    mark = addition.encode(addition.RESULT_MARK).astype(np.int32)
-    padded = jnp.pad(answers_BxT, ((0, 0), (0, len(mark))), constant_values=addition.PAD_ID)
+    mark = alphabet.encode(RESULT_MARK).astype(np.int32)
+    padded = jnp.pad(answers_BxT, ((0, 0), (0, len(mark))), constant_values=alphabet.PAD_ID)
     length = answers_BxT.shape[1]
     hits_BxT = jnp.stack([padded[:, i : i + length] == mark[i] for i in range(len(mark))]).all(axis=0)
     return hits_BxT.argmax(axis=1) + len(mark), hits_BxT.any(axis=1)
@@ -118,22 +122,22 @@ def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Ar
       indices_Bx3x2xC: index in the answer (0 where not recorded), recorded_Bx3x2xC: bool.
     """
     batch, length = answers_BxT.shape
-    newline_BxT = answers_BxT == addition.NEWLINE_ID
+    newline_BxT = answers_BxT == alphabet.NEWLINE_ID
     lines_BxT = jnp.cumsum(newline_BxT, axis=1)
-    plus_BxT = answers_BxT == addition.VOCABULARY.index("+")
+    operator_BxT = answers_BxT == alphabet.VOCABULARY.index(problems.task.operator)
     columns = jnp.arange(length)
     starts = []
     for step in range(STEPS):
         line_B = jnp.where((lines_BxT == step + 2) & newline_BxT, columns[None], length).min(axis=1) + 1
-        after_BxT = plus_BxT & (columns[None] >= line_B[:, None])
-        plus_B = jnp.where(after_BxT, columns[None], length).min(axis=1)
-        starts.append(jnp.stack([line_B, plus_B + 2], axis=1))
+        after_BxT = operator_BxT & (columns[None] >= line_B[:, None])
+        operator_B = jnp.where(after_BxT, columns[None], length).min(axis=1)
+        starts.append(jnp.stack([line_B, operator_B + 2], axis=1))
     starts_Bx3x2 = jnp.stack(starts, axis=1)
     width = problems.lists_Bx3x2xJ.shape[3]
     at_Bx3x2xJ = starts_Bx3x2[..., None] + jnp.arange(width)[None, None, None]
-    padded = jnp.pad(answers_BxT, ((0, 0), (0, width + 3)), constant_values=addition.PAD_ID)
+    padded = jnp.pad(answers_BxT, ((0, 0), (0, width + 3)), constant_values=alphabet.PAD_ID)
     written = jnp.take_along_axis(padded, at_Bx3x2xJ.reshape(batch, -1), axis=1).reshape(at_Bx3x2xJ.shape)
-    right_Bx3x2xJ = (written == problems.lists_Bx3x2xJ) | (problems.lists_Bx3x2xJ == addition.PAD_ID)
+    right_Bx3x2xJ = (written == problems.lists_Bx3x2xJ) | (problems.lists_Bx3x2xJ == alphabet.PAD_ID)
     all_right_Bx3x2 = right_Bx3x2xJ.all(axis=3)
     earlier_right = jnp.cumprod(all_right_Bx3x2, axis=1)[:, :-1].astype(bool)
     earlier_Bx3x2 = jnp.concatenate([jnp.ones((batch, 1, 2), bool), earlier_right], axis=1)

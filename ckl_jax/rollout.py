@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax.arrays import require_integers, require_temperature
 from ckl_jax.config import ModelConfig, require
@@ -191,7 +191,7 @@ def _decode(
     batch = prompts_BxP.shape[0]
     episodes_B = jnp.asarray(problems.episodes_B)
     positions_BxL, segments_BxL = layout(problems, max_length)
-    mark = jnp.asarray(addition.encode(addition.RESULT_MARK)).astype(jnp.int32)
+    mark = jnp.asarray(alphabet.encode(tasks.RESULT_MARK)).astype(jnp.int32)
 
     def extend(tokens, first, count, cache) -> Output:
         window = [jax.lax.dynamic_slice_in_dim(x, first, count, axis=1) for x in (positions_BxL, segments_BxL)]
@@ -211,13 +211,13 @@ def _decode(
             given_B = jnp.asarray(given_BxT).at[:, step].get(mode="fill", fill_value=-1)
             sampled_B = jnp.where(given_B >= 0, given_B, sampled_B)
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(scaled_BxV), sampled_B[:, None], axis=1)[:, 0]
-        tokens_B = jnp.where(state.done_B, addition.PAD_ID, sampled_B).astype(jnp.int32)
+        tokens_B = jnp.where(state.done_B, alphabet.PAD_ID, sampled_B).astype(jnp.int32)
         answers_BxT = jax.lax.dynamic_update_slice_in_dim(state.answers_BxT, tokens_B[:, None], step + len(mark), 1)
         log_probs_BxT = jax.lax.dynamic_update_slice_in_dim(
             state.log_probs_BxT, jnp.where(state.done_B, 0.0, log_probs_B)[:, None], step, axis=1
         )
         recent = jax.lax.dynamic_slice_in_dim(answers_BxT, step + 1, len(mark), axis=1)
-        ended_B = (tokens_B == addition.PAD_ID) | (state.in_result_B & (tokens_B == addition.NEWLINE_ID))
+        ended_B = (tokens_B == alphabet.PAD_ID) | (state.in_result_B & (tokens_B == alphabet.NEWLINE_ID))
         done_B = state.done_B | ended_B
         output = extend(tokens_B[:, None], num_prompt + step, 1, state.cache)
         return _Decoding(
@@ -240,7 +240,7 @@ def _decode(
         jnp.ones((), bool),
         prefill.logits_BxTxV[:, -1],
         prefill.cache,
-        jnp.full((batch, len(mark) + max_length), addition.PAD_ID, jnp.int32),
+        jnp.full((batch, len(mark) + max_length), alphabet.PAD_ID, jnp.int32),
         jnp.zeros((batch, max_length), jnp.float32),
         done_B,
         done_B,
@@ -260,7 +260,7 @@ def answer_mask(answers_BxT: jax.Array) -> jax.Array:
     starts_B, found_B = problems_lib.result_start(answers_BxT)
     columns = jnp.arange(answers_BxT.shape[1])[None]
     in_result = found_B[:, None] & (columns >= starts_B[:, None])
-    ends = (answers_BxT == addition.PAD_ID) | (in_result & (answers_BxT == addition.NEWLINE_ID))
+    ends = (answers_BxT == alphabet.PAD_ID) | (in_result & (answers_BxT == alphabet.NEWLINE_ID))
     return jnp.cumsum(ends, axis=1) - ends == 0
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.drafts import draft
 from ckl_jax.model import Cache, forward, init_cache
@@ -101,7 +101,7 @@ def speculative_rollout(
     slots: int | None = None,
     window: int = WINDOW,
     with_scores: bool = False,
-    drafter: Drafter = draft,
+    drafter: Drafter | None = None,
     least_accepted: float = 0.0,
     axis_name: str | None = None,
 ) -> Verified:
@@ -111,7 +111,8 @@ def speculative_rollout(
       slots: episodes generated side by side, at most; default: all, on CPU 16 (whose caches its own cache can hold).
       window: characters verified per pass and row.
       with_scores: give the logits and hidden states too.
-      drafter: writes the drafts; takes and gives what ``drafts.draft`` does. A bad one costs passes, no exactness.
+      drafter: writes the drafts; takes and gives what ``drafts.draft`` does after the task, and is that by default. A
+        bad one costs passes, no exactness.
       least_accepted: gives up if the first ``TRIAL_PASSES`` accept fewer characters per window, on average.
     """
     require_possible(config, problems, max_length, temperature, given_BxT)
@@ -120,6 +121,9 @@ def speculative_rollout(
     require(window >= 1, "window", window, "1 or more")
     require(slots is None or slots >= 1, "slots", slots, "1 or more")
     num_slots = min(slots or (CPU_SLOTS if jax.default_backend() == "cpu" else count), count)
+    if drafter is None:
+        require(problems.task.has_drafts, "drafter", None, f"one: {problems.task.name} has no drafts of its own")
+    drafts = drafter or functools.partial(draft, problems.task)
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     nothing_Bx0 = jnp.zeros((count, 0), jnp.int32)
     given_BxT = nothing_Bx0 if given_BxT is None else jnp.asarray(given_BxT).astype(jnp.int32)
@@ -138,7 +142,7 @@ def speculative_rollout(
         tokens_GxL = state.written.tokens[state.episodes_G]
         written_G = jnp.maximum(known_G - num_prompt, given_G)
         answers_GxT = tokens_GxL[:, num_prompt:total]
-        drafts_GxW = drafter(lists_Bx2xJ[of_slot], answers_GxT, written_G, window)
+        drafts_GxW = drafts(lists_Bx2xJ[of_slot], answers_GxT, written_G, window)
 
         # Columns of the inputs: the last known character, then the rest of what is given if any, then the draft.
         columns_GxW = known_G[:, None] - 1 + jnp.arange(window)[None]
@@ -177,7 +181,7 @@ def speculative_rollout(
         )
         answers_GxT = written.tokens[state.episodes_G, num_prompt:total]
         is_known_GxT = jnp.arange(max_length)[None] < (now_known_G - num_prompt)[:, None]
-        lengths_G = answer_mask(jnp.where(is_known_GxT, answers_GxT, addition.PAD_ID)).sum(axis=1)
+        lengths_G = answer_mask(jnp.where(is_known_GxT, answers_GxT, alphabet.PAD_ID)).sum(axis=1)
         ended_G = ~idle_G & (lengths_G <= now_known_G - num_prompt)
 
         following_G = jnp.minimum(state.queued + jnp.cumsum(ended_G) - 1, count)
@@ -201,8 +205,8 @@ def speculative_rollout(
         )
 
     width = total + window
-    known_BxL = jnp.concatenate([prompts_BxP, jnp.where(given_BxT >= 0, given_BxT, addition.PAD_ID)], axis=1)
-    tokens = jnp.pad(known_BxL, ((0, 1), (0, width - known_BxL.shape[1])), constant_values=addition.PAD_ID)
+    known_BxL = jnp.concatenate([prompts_BxP, jnp.where(given_BxT >= 0, given_BxT, alphabet.PAD_ID)], axis=1)
+    tokens = jnp.pad(known_BxL, ((0, 1), (0, width - known_BxL.shape[1])), constant_values=alphabet.PAD_ID)
     zero = jnp.zeros((), jnp.int32)
     state = _Slots(
         jnp.asarray(num_slots),
@@ -229,7 +233,7 @@ def speculative_rollout(
     written = state.written
     answers_BxT = written.tokens[:count, num_prompt:total]
     mask_BxT = answer_mask(answers_BxT)
-    answers_BxT = jnp.where(mask_BxT, answers_BxT, addition.PAD_ID)
+    answers_BxT = jnp.where(mask_BxT, answers_BxT, alphabet.PAD_ID)
     trajectory = judged(problems, answers_BxT, jnp.where(mask_BxT, written.log_probs_BxT, 0.0))
     return Verified(trajectory, written.logits_BxTxV, written.hidden_BxTxD, state.passes, state.windows, state.complete)
 
@@ -261,7 +265,7 @@ def generate(
 
     Args:
       how: ``speculative``, ``plain`` (step by step, then a pass for the scores), or ``auto``: speculative, and plain
-        where the policy turns out to follow too few of the drafts.
+        where the task has no drafts or the policy turns out to follow too few of them.
       batch: episodes generated together, at most: ``slots`` of the one, ``batch`` of the other.
       sampling: ``max_length``, ``temperature``, ``greedy`` and ``given_BxT`` as in ``rollout``.
     """
@@ -273,7 +277,7 @@ def generate(
         none = jnp.zeros((), jnp.int32)
         return Verified(trajectory, logits_BxTxV, hidden_BxTxD, none, none, jnp.ones((), bool))
 
-    if how == "plain":
+    if how == "plain" or (how == "auto" and not problems.task.has_drafts):
         return plain()
     break_even = CPU_LEAST_ACCEPTED if jax.default_backend() == "cpu" else LEAST_ACCEPTED
     verified = speculative_rollout(

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from ckl_jax import losses, sharding, transitions
-from ckl_jax.episodes import Episodes, Hyper, Task, collect
+from ckl_jax.episodes import Episodes, Hyper, Program, collect
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import ValueHead
 from ckl_jax.objective import Gradient, gradient_norms, loss_gradient, term_names
@@ -38,17 +38,17 @@ def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(eps=config.adam_epsilon)
 
 
-def init_run(task: Task, policy_params: Any, hyper: Hyper) -> RunState:
+def init_run(program: Program, policy_params: Any, hyper: Hyper) -> RunState:
     """A run's state before its first round: the pre-trained policy, a fresh critic, Adam at zero."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
-    value_params = ValueHead().init(key, jnp.zeros((1, task.model.width)))
+    value_params = ValueHead().init(key, jnp.zeros((1, program.model.width)))
     params = {"policy": policy_params, "value": value_params}
-    opt_state = _optimizer(task.config).init(params)
+    opt_state = _optimizer(program.config).init(params)
     return RunState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(hyper.kl_coefficient))
 
 
 def update(
-    task: Task, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
+    program: Program, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """One pass per epoch over the episodes or their single transitions in shuffled minibatches, an Adam step each.
 
@@ -58,7 +58,7 @@ def update(
     Returns:
       the next state, and ``loss/<term>`` as means over the updates and ``updates``, their number.
     """
-    config = task.config
+    config = program.config
     optimizer = _optimizer(config)
     policy_learns = state.round >= config.value_warmup_rounds
     decay = 1.0 - state.round / config.rounds if config.learning_rate_decay else 1.0
@@ -69,7 +69,7 @@ def update(
     plan = {"episodes": _episode_minibatches, "transitions": _transition_minibatches}[config.minibatch]
 
     def epoch(carry, key):
-        updates, gradient = plan(task, hyper, episodes, key, axis_name)
+        updates, gradient = plan(program, hyper, episodes, key, axis_name)
 
         def step(index, carry):
             params, opt_state, sums = carry
@@ -94,23 +94,23 @@ def update(
     return state, metrics | {"updates": updates}
 
 
-def _episode_minibatches(task, hyper, episodes, key, axis_name) -> tuple[int, Callable[..., Gradient]]:
+def _episode_minibatches(program, hyper, episodes, key, axis_name) -> tuple[int, Callable[..., Gradient]]:
     """An epoch's number of minibatches, and the gradient of one: (params, index) -> gradient."""
-    config = task.config
+    config = program.config
     order = jax.random.permutation(key, config.episodes)
 
     def gradient(params, index):
         chosen = jax.lax.dynamic_slice_in_dim(order, index * config.minibatch_episodes, config.minibatch_episodes)
         minibatch = sharding.share_rows(jax.tree.map(lambda x: x[chosen], episodes))
-        return loss_gradient(task, hyper, params, minibatch)
+        return loss_gradient(program, hyper, params, minibatch)
 
     return config.episodes // config.minibatch_episodes, gradient
 
 
-def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.Array, Callable[..., Gradient]]:
+def _transition_minibatches(program, hyper, episodes, key, axis_name) -> tuple[jax.Array, Callable[..., Gradient]]:
     """As ``_episode_minibatches``; a minibatch is the weighted sum of groups, each padded to its own bucket."""
-    size, shares = task.config.minibatch_transitions, sharding.num_shares()
-    group = largest_divisor(size // shares, at_most=task.config.transition_batch)
+    size, shares = program.config.minibatch_transitions, sharding.num_shares()
+    group = largest_divisor(size // shares, at_most=program.config.transition_batch)
     lengths = transitions.buckets(episodes.trajectory)
     order, count = transitions.shuffled(key, episodes.trajectory.mask_BxT)
 
@@ -123,7 +123,7 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
             longest = longest if axis_name is None else jax.lax.pmax(longest, axis_name)
             branches = [
                 lambda indices, length=length: loss_gradient(
-                    task, hyper, params, transitions.cut(episodes, indices, length)
+                    program, hyper, params, transitions.cut(episodes, indices, length)
                 )
                 for length in lengths
             ]
@@ -131,7 +131,7 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
             share = (indices.lengths_M > 0).sum() / valid
             return jax.tree.map(lambda x, y: x + share * y, total, part), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(term_names(task.config), jnp.zeros(()))
+        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(term_names(program.config), jnp.zeros(()))
         groups = jax.tree.map(lambda x: x.reshape(-1, group), chosen)
         return jax.lax.scan(add, zeros, groups)[0]
 
@@ -145,19 +145,19 @@ def _transition_minibatches(task, hyper, episodes, key, axis_name) -> tuple[jax.
 
 
 def train_round(
-    task: Task, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
+    program: Program, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
     keys = (rollout_key, weights_key)
-    episodes, metrics = collect(task, state.params, ref_params, hyper, problems, keys, axis_name)
-    metrics |= gradient_norms(task, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
-    state, terms = update(task, hyper, state, episodes, shuffle_key, axis_name)
-    if task.config.kl_target is not None:
+    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name)
+    metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
+    state, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
+    if program.config.kl_target is not None:
         adapted = losses.adapted_coefficient(
-            hyper.kl_coefficient, metrics["kl"], task.config.kl_target, task.config.kl_gain
+            hyper.kl_coefficient, metrics["kl"], program.config.kl_target, program.config.kl_gain
         )
         state = state._replace(kl_coefficient=adapted)
     return state, metrics | terms
@@ -165,7 +165,7 @@ def train_round(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_rounds(
-    task: Task, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
+    program: Program, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
 ) -> tuple[RunState, dict[str, jax.Array]]:
     """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
 
@@ -180,15 +180,15 @@ def train_rounds(
 
     def run(ref_params, axis_name, state, hyper, problems_of_run):
         def one(state, problems_of_round):
-            return train_round(task, ref_params, state, hyper, problems_of_round, axis_name)
+            return train_round(program, ref_params, state, hyper, problems_of_round, axis_name)
 
         return jax.lax.scan(one, state, problems_of_run)
 
     def on_device(ref_params, *of_device):
-        return map_runs(task.config.runs_at_once, functools.partial(run, ref_params), *of_device)
+        return map_runs(program.config.runs_at_once, functools.partial(run, ref_params), *of_device)
 
     states, metrics = sharding.over_runs(mesh, on_device, ref_params, states, hypers, problems)
-    shardings = sharding.state_shardings(mesh, states, task.config.shard_state, sharding.RUN_AXIS)
+    shardings = sharding.state_shardings(mesh, states, program.config.shard_state, sharding.RUN_AXIS)
     return jax.lax.with_sharding_constraint(states, shardings), metrics
 
 

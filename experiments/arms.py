@@ -12,14 +12,16 @@ import numpy as np
 import tyro
 
 from ckl_jax import foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.columns import ADDITION, TaskName
 from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import MOST_SEEDS, Arms, describe, finetune, make_runs, make_task
+from ckl_jax.finetune import MOST_SEEDS, Arms, describe, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.logs import LogOptions
 from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.statistics import mean_interval
+from ckl_jax.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,11 @@ class ArmsCommand:
     """Arms of one fine-tuning program over several seeds."""
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+    task: TaskName = "addition"
+    """What the pre-trained model calculates."""
     checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    """Pre-trained model: a directory with params/ and model.json; default: the task's tiny one that ships with the
+    package."""
     out: pathlib.Path = pathlib.Path("runs/arms")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: int = 2
@@ -47,17 +52,26 @@ class Run(NamedTuple):
       records: of its metrics.jsonl.
       made: device, platform and wall seconds.
       digits: length that it was fine-tuned on.
+      task: of the model.
     """
 
     config: dict[str, Any]
     records: list[dict[str, Any]]
     made: dict[str, Any]
     digits: int
+    task: Task = ADDITION
 
     @property
     def seeds(self) -> list[int]:
         first = self.config["config"]["seed"]
         return list(range(first, first + self.config["seeds"]))
+
+
+def load(command: ArmsCommand) -> Model:
+    """The command's pre-trained model; raises ConfigError if it is of another task."""
+    model = load_model(command.checkpoint)
+    require(model.task.name == command.task, "task", command.task, f"{model.task.name}, the checkpoint's")
+    return model
 
 
 def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> Run:
@@ -70,10 +84,10 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
     Raises:
       ConfigError: what ``finetune`` and ``RunDirectory`` refuse; ``plot_only`` without a finished run.
     """
-    model = load_model(command.checkpoint)
+    model = load(command)
     if command.plot_only:
-        return _finished(command, name, model.max_pretrain_digits, fingerprint(model.params))
-    make_task(command.config, model)
+        return _finished(command, name, model)
+    make_program(command.config, model)
     make_runs(command.config, arms, command.seeds)
     config = {"command": name, **describe(command, model), **described}
     with (
@@ -82,23 +96,24 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
     ):
         finetune(command.config, model, directory, arms, command.seeds, progress)
     made = {**machine(), "wall_seconds": directory.seconds()}
-    return Run(config, directory.metrics(), made, model.max_pretrain_digits + command.config.extra_digits)
+    digits = model.max_pretrain_digits + command.config.extra_digits
+    return Run(config, directory.metrics(), made, digits, model.task)
 
 
-def _finished(command: ArmsCommand, name: str, max_pretrain_digits: int, checkpoint: str) -> Run:
+def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
     made = earlier_results(command.out, name)
     if made is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a finished run's directory")
     config = read_json(command.out / "config.json", "plot_only")
     with foreign.only_read(command.out / "config.json", "plot_only", applies=True):
-        same = config["checkpoint"] == checkpoint
+        same = config["checkpoint"] == fingerprint(model.params)
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
-        digits = max_pretrain_digits + config["config"]["extra_digits"]
+        digits = model.max_pretrain_digits + config["config"]["extra_digits"]
     records = read_metrics(command.out / "metrics.jsonl", "plot_only")
     with foreign.only_read(command.out / "results.json", "plot_only", applies=True):
         kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
-    return Run(config, records, kept, digits)
+    return Run(config, records, kept, digits, model.task)
 
 
 def summarize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.episodes import Episodes
 from ckl_jax.finetune_config import FinetuneConfig
@@ -113,7 +113,7 @@ def to_transitions(episodes: Episodes) -> Transitions:
 
 def last_outputs(model: GPT, prefixes: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, V] and hidden states [B, D] after each prefix: one pass over all, padded to the longest."""
-    padded_BxT = nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=addition.PAD_ID)
+    padded_BxT = nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=alphabet.PAD_ID)
     logits_BxTxV, hidden_BxTxD = model(padded_BxT)
     rows = torch.arange(len(prefixes), device=padded_BxT.device)
     last_B = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=padded_BxT.device)

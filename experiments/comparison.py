@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,16 +11,18 @@ from matplotlib.axes import Axes
 from ckl_jax import plots
 from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.tasks import Task
 from experiments.arms import after
 from experiments.claims import Interval
 
-COMMA, SECOND_OPERAND = 0, 2
+COMMA = 0
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
 
 
-def critical_comma(record: Mapping[str, Any]) -> float:
-    """Probability of the right character at the critical comma of step 1 / operand 2, from a round's record."""
-    return critical_probability(record, 1, SECOND_OPERAND, COMMA)
+def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], float]:
+    """Probability of the right character at a step's critical comma of the last operand that can have one (operand 2,
+    in multiplication 1), as a function of a round's record."""
+    return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
 
 
 def verdict(difference: Interval) -> Literal["better", "worse", "undecided"]:

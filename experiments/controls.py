@@ -46,7 +46,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import write_json
+from ckl_jax.checkpoint import shipped, write_json
+from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, percent
@@ -78,8 +79,8 @@ class ControlsCommand(arms_lib.ArmsCommand):
         require(shares, "grid", self.grid, "different numbers between 0 and 1, both excluded")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours") -> ControlsCommand:
-    return ControlsCommand(finetune_preset(scale, recipe))
+def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> ControlsCommand:
+    return ControlsCommand(finetune_preset(scale, recipe), task, shipped(task))
 
 
 def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -96,7 +97,7 @@ def summarize(run: arms_lib.Run, by_name: Mapping[str, Mapping[str, Any]]) -> di
     Args:
       by_name: the arms' overrides.
     """
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma}
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
     results = arms_lib.summarize(run, by_name, of_rounds)
     for arm, values in results["arms"].items():
         commas = np.array(values["comma"], float)[:, -1]

@@ -50,7 +50,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, discovery, foreign, plots
+from ckl_jax import cli, critical, discovery, foreign, plots, tasks
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
@@ -84,13 +84,11 @@ class DiscoveryCommand:
 
     def __post_init__(self) -> None:
         require(self.answers >= 1, "answers", self.answers, "at least 1")
-        digits, most = self.digits, addition.MAX_DIGITS
+        digits, most = self.digits, tasks.MAX_DIGITS
         require(digits is None or 1 <= digits <= most, "digits", digits, f"1..{most}, or None")
 
 
-def discover(
-    command: DiscoveryCommand, model: Model, problems: Sequence[addition.Problem], digits: int
-) -> dict[str, Any]:
+def discover(command: DiscoveryCommand, model: Model, problems: Sequence[tasks.Problem], digits: int) -> dict[str, Any]:
     """Answers to the problems, what was tried in them, and ``discovery.summarize``.
 
     Raises:
@@ -203,7 +201,7 @@ def measure(command: DiscoveryCommand) -> dict[str, Any]:
     critical.require_room(model, digits, command.sampling.extra_length)
     rng = np.random.default_rng([command.sampling.seed, digits])
     longer = digits > base
-    draw_problems = addition.rl_problems if longer else addition.varying_problems
+    draw_problems = model.task.rl_problems if longer else model.task.varying_problems
     problems = draw_problems(rng, command.answers, digits, *([base] if longer else []))
     config = {"command": COMMAND, **dataclasses.asdict(command), "digits": digits, "max_pretrain_digits": base}
     for name in ("checkpoint", "out", "plot_only"):

@@ -32,7 +32,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from ckl_jax import addition, cli, foreign, plots
+from ckl_jax import alphabet, cli, foreign, plots, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax.arrays import MOST_SEED, require_temperature
 from ckl_jax.certainty import certainty
@@ -76,7 +76,7 @@ class Figure1Command:
         if self.temperature is not None:
             require_temperature(self.temperature, note=", or None")
         for name, value in (("a", self.a), ("b", self.b)):
-            longest = addition.MAX_DIGITS
+            longest = tasks.MAX_DIGITS
             require(0 <= value < 10**longest, name, value, f"an integer from 0, of at most {longest} digits")
 
 
@@ -98,7 +98,7 @@ def _write(config: ModelConfig, params: Any, problems: Problems, key, *, max_len
 
 
 def measure(model: Model, a: int, b: int, *, temperature: float | None = None, seed: int = 0) -> dict[str, Any]:
-    """The model's answer to ``a + b`` with, per character, its certainty and the probability that it had.
+    """The model's answer to its task's problem of ``a`` and ``b`` with, per character, certainty and probability.
 
     Probabilities are at the sampling temperature (1 when greedy), J at 1. ``critical`` are the critical tokens that the
     answer came to, ``first_deviation`` its first character that differs from the right answer's, or None.
@@ -109,23 +109,23 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     base = model.max_pretrain_digits
     digits = len(str(max(a, b)))
     require(digits > base, "a", a, f"an operand (or b) of more than the {base} digits of the model's pre-training")
-    problems = problems_lib.pack([addition.Problem(a, b)], digits, base)
+    problems = problems_lib.pack(model.task, [model.task.problem(a, b)], digits, base)
     trajectory, logits_1xTxV, (indices, recorded) = _write(
         model.config,
         model.params,
         problems,
         jax.random.key(seed),
-        max_length=addition.max_answer_length(digits),
+        max_length=model.task.max_answer_length(digits),
         temperature=temperature or 1.0,
         greedy=temperature is None,
     )
     length = int(trajectory.mask_BxT.sum())
     tokens_T, logits_TxV = trajectory.answers_BxT[0, :length], logits_1xTxV[0, :length]
-    text, right_text = addition.decode(np.asarray(tokens_T), beyond=addition.UNKNOWN), addition.answer_text(a, b)
+    text, right_text = alphabet.decode(np.asarray(tokens_T), beyond=alphabet.UNKNOWN), model.task.answer_text(a, b)
     sure_T = np.asarray(certainty(logits_TxV))
     p_TxV = np.asarray(jax.nn.softmax(logits_TxV / (temperature or 1.0)))
     critical: list[dict[str, Any]] = []
-    tokens = addition.critical_tokens(a, b, base)
+    tokens = model.task.critical_tokens(a, b, base)
     for token in tokens:
         slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
         where = (0, token.step - 1, token.operand - 1, slot)
@@ -139,7 +139,7 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
                     "index": index,
                     "right": token.character,
                     "written": text[index],
-                    "probability": float(p_TxV[index, addition.VOCABULARY.index(token.character)]),
+                    "probability": float(p_TxV[index, alphabet.VOCABULARY.index(token.character)]),
                     "certainty": float(sure_T[index]),
                 }
             )
@@ -147,7 +147,7 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     deviation = next((i for i, (x, y) in enumerate(zip(text, right_text, strict=False)) if x != y), None)
     is_critical = np.isin(np.arange(length), [token["index"] for token in critical])
     return {
-        "prompt": addition.prompt_text(a, b),
+        "prompt": model.task.prompt_text(a, b),
         "text": text,
         "right_text": right_text,
         "max_pretrain_digits": base,

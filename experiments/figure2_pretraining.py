@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, foreign, plots
+from ckl_jax import cli, foreign, plots, tasks
 from ckl_jax.checkpoint import Model, fingerprint, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
@@ -79,7 +79,7 @@ class Figure2Command:
     """Problems per cell."""
     seed: int = 0
     """Of the problems."""
-    extra_length: int = addition.EXTRA_LENGTH
+    extra_length: int = tasks.EXTRA_LENGTH
     """Characters that an answer may be longer than the longest right one."""
     plot_only: bool = False
     """Table and figure again from results.json."""
@@ -89,19 +89,17 @@ class Figure2Command:
         for name in ("seed", "extra_length"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         beyond = max(self.models.digits) + max(BEYOND)
-        require(
-            beyond <= addition.MAX_DIGITS, "digits", self.models.digits, f"up to {addition.MAX_DIGITS - max(BEYOND)}"
-        )
+        require(beyond <= tasks.MAX_DIGITS, "digits", self.models.digits, f"up to {tasks.MAX_DIGITS - max(BEYOND)}")
 
 
 def preset(scale: str = "tiny") -> Figure2Command:
-    return Figure2Command(models_preset(scale), extra_length=addition.EXTRA_LENGTH if scale == "tiny" else 40)
+    return Figure2Command(models_preset(scale), extra_length=tasks.EXTRA_LENGTH if scale == "tiny" else 40)
 
 
 def measure_cell(command: Figure2Command, model: Model, operands: str, digits: int) -> dict[str, Any]:
     """One cell: how many problems are solved, with both intervals, or that the block is too short for it."""
     cell = {"max_pretrain_digits": model.max_pretrain_digits, "operands": operands, "digits": digits}
-    longest, block = longest_episode(digits, command.extra_length), model.config.block_size
+    longest, block = longest_episode(model.task, digits, command.extra_length), model.config.block_size
     if longest > block:
         return cell | {"fits": False, "characters": longest, "block_size": block}
     settings: dict[str, Any] = {"seed": command.seed, "extra_length": command.extra_length}

@@ -38,7 +38,7 @@ import tyro
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import finetune, make_runs, make_task
+from ckl_jax.finetune import finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent, share_interval
@@ -91,7 +91,7 @@ class Figure3Command:
     def check(self, model: Model, extra: int) -> None:
         """Raises ConfigError, naming N, where the model's block is too short or the seeds are not possible."""
         try:
-            make_task(self.target(extra), model)
+            make_program(self.target(extra), model)
         except ConfigError as error:
             raise ConfigError(f"digits: N = {model.max_pretrain_digits} does not fit: {error}") from error
         make_runs(self.target(extra), {ARM: {}}, self.seeds)

@@ -2,17 +2,18 @@
 
     python -m experiments.figure4_prioritized_kl
     python -m experiments.figure4_prioritized_kl --seeds 10     # narrower intervals in five times the time
+    python -m experiments.figure4_prioritized_kl --task subtraction    # or multiplication, which is by one digit
 
 Top: accuracy on N + 1 digits against RL episodes, on each round's new problems (lines) and on the common test problems
-(points). Bottom: probability of the right character at the two critical
-commas of operand 2 in steps 1 and 2, on the policy's own generations. Both arms share problems, noise and budget; they
-differ in beta alone (0 against 150). An interrupted run goes on with the same command; ``--plot-only`` draws again.
+(points). Bottom: probability of the right character at the two critical commas of operand 2 (in multiplication, whose
+second operand is one digit, 1) in steps 1 and 2, on the policy's own generations. Both arms share problems, noise and
+budget; they differ in beta alone (0 against 150). An interrupted run goes on with the same command; ``--plot-only``
+draws again.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +21,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import write_json
+from ckl_jax.checkpoint import shipped, write_json
+from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
 from experiments import arms as arms_lib
+from experiments import comparison
 from experiments.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure4_prioritized_kl"
-COMMA, SECOND_OPERAND = 0, 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Figure4Command(arms_lib.ArmsCommand):
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours") -> Figure4Command:
-    return Figure4Command(finetune_preset(scale, recipe))
+def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure4Command:
+    return Figure4Command(finetune_preset(scale, recipe), task, shipped(task))
 
 
 def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
@@ -54,10 +55,7 @@ def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
 def summarize(run: arms_lib.Run) -> dict[str, Any]:
     """Per-seed values, means with 95% intervals over seeds, and paired differences."""
 
-    def critical(line: int) -> Callable[[dict[str, Any]], float]:
-        return lambda record: critical_probability(record, line, SECOND_OPERAND, COMMA)
-
-    lines = {f"critical_comma_step{line}": critical(line) for line in (1, 2)}
+    lines = {f"critical_comma_step{line}": comparison.critical_comma(run.task, line) for line in (1, 2)}
     results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
     results["paired_difference"] = {
         name: mean_interval(arms_lib.after(results, "prioritized", curve) - arms_lib.after(results, "standard", curve))
@@ -99,7 +97,8 @@ def table(results: dict[str, Any], digits: int) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
+def draw(results: dict[str, Any], run: arms_lib.Run, directory: pathlib.Path) -> None:
+    digits, operand = run.digits, run.task.long_operands[-1]
     figure = plt.figure(figsize=(9, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top = figure.add_subplot(grid[0, :])
@@ -109,14 +108,14 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
-    top.set_title(f"N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
+    top.set_title(f"{run.task.name}, N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
     top.legend(frameon=False, loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])
         by_arm = {arm: np.array(v[f"critical_comma_step{line}"], float) for arm, v in results["arms"].items()}
         plots.curves(panel, before, by_arm)
         panel.set(xlabel="RL episodes", ylabel="probability of the right character", ylim=(0, 1.02))
-        panel.set_title(f"critical comma, step {line}, operand 2")
+        panel.set_title(f"critical comma, step {line}, operand {operand}")
     plots.save(figure, directory, "figure4")
 
 
@@ -126,7 +125,7 @@ def main(command: Figure4Command) -> None:
         results = summarize(run)
         results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
         shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"
-        draw(results, run.digits, command.out)
+        draw(results, run, command.out)
     write_json(command.out / "results.json", results)
     print(f"{shown}; results.json, figure4.png and figure4.svg in {command.out}")
 

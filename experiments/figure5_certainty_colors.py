@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, foreign, hosts, plots, report
+from ckl_jax import alphabet, cli, critical, foreign, hosts, plots, report
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
@@ -37,6 +37,7 @@ from ckl_jax.paths import replace, require_directory
 from ckl_jax.report import Character, Scratchpad, Section
 from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import mean_interval, share_interval
+from ckl_jax.tasks import Problem, Task
 from experiments import claims as claims_lib
 from experiments.claims import Claim, decided
 
@@ -76,13 +77,13 @@ class Figure5Command:
         require_directory(self.out, "out")
 
 
-def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scratchpad:
+def scratchpad(task: Task, found: Generations, problem: Problem, row: int) -> Scratchpad:
     """The answer of one row, ready to be shown."""
-    text, right = found.text(row), addition.answer_text(problem.a, problem.b)
+    text, right = found.text(row), task.answer_text(problem.a, problem.b)
     deviation = critical.first_deviation(text, right)
     probabilities_TxV, ref_probabilities_TxV = found.probabilities_BxTxV[row], found.ref_probabilities_BxTxV[row]
     best_TxK = np.argsort(-probabilities_TxV, axis=1)[:, :LIKELIEST]
-    likeliest = [addition.decode(best_K, beyond=addition.UNKNOWN) for best_K in best_TxK]
+    likeliest = [alphabet.decode(best_K, beyond=alphabet.UNKNOWN) for best_K in best_TxK]
     shares_TxK = np.take_along_axis(probabilities_TxV, best_TxK, axis=1)
     critical_T = found.critical_BxT[row]
     characters = tuple(
@@ -98,7 +99,7 @@ def scratchpad(found: Generations, problem: addition.Problem, row: int) -> Scrat
         )
         for t, (character, token) in enumerate(zip(text, found.answers_BxT[row], strict=False))
     )
-    title = f"{problem.a} + {problem.b} = {problem.a + problem.b}"
+    title = f"{problem.a} {task.operator} {problem.b} = {task.result_text(problem.a, problem.b).replace(' ', '')}"
     return Scratchpad(title, bool(found.reward_B[row] > 0), _note(text, right, deviation, characters), characters)
 
 
@@ -114,10 +115,10 @@ def _named(character: str) -> str:
     return {"\n": "a newline", " ": "a space"}.get(character, f"“{character}”")
 
 
-def section(name: str, found: Generations, problems: Sequence[addition.Problem], examples: int) -> Section:
+def section(name: str, task: Task, found: Generations, problems: Sequence[Problem], examples: int) -> Section:
     """The first right answers beside the first wrong ones; what has no counterpart comes last."""
     rows = (np.flatnonzero(found.reward_B > 0)[:examples], np.flatnonzero(found.reward_B == 0)[:examples])
-    right, wrong = ([scratchpad(found, problems[row], row) for row in some] for some in rows)
+    right, wrong = ([scratchpad(task, found, problems[row], row) for row in some] for some in rows)
     paired = min(len(right), len(wrong))
     pads = [pad for pair in zip(right, wrong, strict=False) for pad in pair]
     solved = int(found.reward_B.sum())
@@ -245,15 +246,15 @@ def measure(command: Figure5Command) -> dict[str, Any]:
     policies = {"Before RL": reference}
     if command.finetuned is not None:
         policies["After RL"] = load_model(command.finetuned)
-        same = policies["After RL"][:2] == reference[:2]
-        require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape and N")
+        same = policies["After RL"]._replace(params=None) == reference._replace(params=None)
+        require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
     rng = np.random.default_rng([command.sampling.seed, digits - 1])
-    problems = addition.rl_problems(rng, command.generations, digits, digits - 1)
+    problems = reference.task.rl_problems(rng, command.generations, digits, digits - 1)
     summaries: dict[str, Any] = {}
     for name, policy in policies.items():
         other = None if policy is reference else reference
         found = critical.sample(policy, problems, digits, command.sampling, other)
-        part = section(name, found, problems, command.examples)
+        part = section(name, reference.task, found, problems, command.examples)
         shown = [as_json(pad) for pad in part.scratchpads]
         told = {"checkpoint": fingerprint(policy.params), "note": part.note}
         summaries[name] = {**told, **summarize(found), "shown": shown}

@@ -37,7 +37,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import write_json
+from ckl_jax.checkpoint import shipped, write_json
+from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
@@ -68,8 +69,8 @@ class Figure6Command(arms_lib.ArmsCommand):
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours") -> Figure6Command:
-    return Figure6Command(finetune_preset(scale, recipe))
+def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure6Command:
+    return Figure6Command(finetune_preset(scale, recipe), task, shipped(task))
 
 
 def arm_name(beta: float) -> str:

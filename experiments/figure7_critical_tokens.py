@@ -30,6 +30,7 @@ import numpy as np
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
+from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
@@ -70,7 +71,7 @@ def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str
     try:
         settings = config["config"]
         episodes, rounds, first = (int(settings[name]) for name in ("episodes", "rounds", "seed"))
-        count = int(config["seeds"])
+        count, task = int(config["seeds"]), task_named(config.get("task", "addition"), "run")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"run: config.json is not figure 4's ({error!r}); allowed is {FINISHED_RUN}") from error
     needed = len(ARMS) * count * rounds
@@ -85,7 +86,8 @@ def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str
     return {
         "seeds": seeds,
         "episodes": [episodes * (step - 1) for step in steps],
-        "tokens": [summarize_comma(by_arm, step, operand) for step in (1, 2, 3) for operand in (1, 2)],
+        "task": task.name,
+        "tokens": [summarize_comma(by_arm, step, operand) for step in (1, 2, 3) for operand in task.long_operands],
     }
 
 
@@ -157,9 +159,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey=True, layout="constrained")
+    operands = sorted({token["operand"] for token in results["tokens"]})
+    size: dict[str, Any] = {"figsize": (11, 3.2 * len(operands)), "layout": "constrained"}
+    figure, panels = plt.subplots(len(operands), 3, sharex=True, sharey=True, squeeze=False, **size)
     for token in results["tokens"]:
-        panel = panels[token["operand"] - 1, token["step"] - 1]
+        panel = panels[operands.index(token["operand"]), token["step"] - 1]
         by_arm = {arm: np.array(values["curves"], float) for arm, values in token["arms"].items()}
         plots.curves(panel, np.array(results["episodes"]), by_arm, label="{arm} KL")
         difference = f"{percent(token['final_difference'], '+')} points: {token['verdict']}"

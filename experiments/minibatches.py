@@ -35,9 +35,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import Model, Params, load_model, write_json
+from ckl_jax.checkpoint import Model, Params, load_model, shipped, write_json
+from ckl_jax.columns import TaskName
 from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import describe, finetune, make_runs, make_task
+from ckl_jax.finetune import describe, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, earlier_results, machine
@@ -80,9 +81,10 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
         return {f"{kind}_{rate:g}": {"learning_rate": rate} for rate in sorted(rates)}
 
 
-def preset(scale: str = "tiny", recipe: str = "ours") -> MinibatchesCommand:
+def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> MinibatchesCommand:
     config = dataclasses.replace(finetune_preset(scale, recipe), rounds=4, episodes=64, test_every=2)
-    return MinibatchesCommand(dataclasses.replace(config, minibatch="episodes", learning_rate=3e-4))
+    config = dataclasses.replace(config, minibatch="episodes", learning_rate=3e-4)
+    return MinibatchesCommand(config, task, shipped(task))
 
 
 def displacement(params: Params, start: Params) -> float:
@@ -95,9 +97,9 @@ def displacement(params: Params, start: Params) -> float:
 
 def measure(command: MinibatchesCommand) -> dict[str, Any]:
     """Both kinds' runs: per arm what ``arms.summarize`` gives, the displacement of every seed, and seconds a round."""
-    model = load_model(command.checkpoint)
+    model = arms_lib.load(command)
     for kind in KINDS:
-        make_task(command.configured(kind), model)
+        make_program(command.configured(kind), model)
         make_runs(command.configured(kind), command.arms(kind), command.seeds)
     rates = {name: getattr(command, name) for name in ("episode_rates", "transition_rates")}
     described = {"command": COMMAND, **rates, **describe(command, model)}

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
 from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
 from ckl_jax.model import LAYER_NORM_EPSILON
 from ckl_jax.problems import Problems
@@ -140,9 +140,9 @@ def to_transformers(config: ModelConfig, params: Any) -> transformers.GPT2LMHead
             n_head=config.num_heads,
             activation_function="gelu_new",
             layer_norm_epsilon=LAYER_NORM_EPSILON,
-            bos_token_id=addition.PAD_ID,
-            eos_token_id=addition.PAD_ID,
-            pad_token_id=addition.PAD_ID,
+            bos_token_id=alphabet.PAD_ID,
+            eos_token_id=alphabet.PAD_ID,
+            pad_token_id=alphabet.PAD_ID,
         )
     ).eval()
     names = {"c_attn": "attn.c_attn", "c_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_c_proj": "mlp.c_proj"}
@@ -160,11 +160,11 @@ class _EndOfEpisode(transformers.StoppingCriteria):
     """Marks the rows whose episode has ended: at the newline after the line that follows ``</scratch>``."""
 
     def __init__(self, batch: int):
-        self.mark = torch.tensor(addition.encode(addition.RESULT_MARK), dtype=torch.long, device=device())
+        self.mark = torch.tensor(alphabet.encode(tasks.RESULT_MARK), dtype=torch.long, device=device())
         self.in_result_B = torch.zeros(batch, dtype=torch.bool, device=device())
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
-        ended_B = self.in_result_B & (input_ids[:, -1] == addition.NEWLINE_ID)
+        ended_B = self.in_result_B & (input_ids[:, -1] == alphabet.NEWLINE_ID)
         self.in_result_B = self.in_result_B | (input_ids[:, -len(self.mark) :] == self.mark).all(dim=1)
         return ended_B
 
@@ -200,4 +200,4 @@ def generate(model: Any, problems: Problems, max_length: int, temperature: float
             **sampling,
         )
     answers = tokens_BxL[:, num_prompt:].cpu().numpy()
-    return np.pad(answers, ((0, 0), (0, max_length - answers.shape[1])), constant_values=addition.PAD_ID)
+    return np.pad(answers, ((0, 0), (0, max_length - answers.shape[1])), constant_values=alphabet.PAD_ID)

@@ -44,7 +44,7 @@ from ckl_jax import cli, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.episodes import Hyper
-from ckl_jax.finetune import describe, finetune, make_runs, make_task
+from ckl_jax.finetune import describe, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.logs import LogOptions
 from ckl_jax.progress import display
@@ -160,14 +160,14 @@ def run_stage(
         seconds += directory.seconds()
     digits = model.max_pretrain_digits + config.extra_digits
     described = {"config": dataclasses.asdict(config), "seeds": seeds}
-    return arms_lib.Run(described, records, {"wall_seconds": seconds}, digits)
+    return arms_lib.Run(described, records, {"wall_seconds": seconds}, digits, model.task)
 
 
 def measure(command: RegularizersCommand) -> dict[str, Any]:
     """Both stages, what was chosen between them, config, device and wall seconds."""
     model = load_model(command.checkpoint)
     for config, seeds in ((command.screen_config, command.screen_seeds), (command.config, command.seeds)):
-        make_task(config, model)
+        make_program(config, model)
         make_runs(config, {"standard": {}}, seeds)
     own = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
     described = {"command": COMMAND, **{name: getattr(command, name) for name in own}, **describe(command, model)}

@@ -54,7 +54,7 @@ def confirmed(run: arms_lib.Run, cells: Iterable[Cell]) -> dict[str, Any]:
     """Curves and intervals by method, pairs against standard, prioritization against its controls, and the answers."""
     names = {cell.name: cell.method.name for cell in cells}
     renamed = [record | {"arm": names[record["arm"]]} for record in run.records]
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma}
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
     results = arms_lib.summarize(run._replace(records=renamed), names.values(), of_rounds)
     for values in results["arms"].values():
         commas = np.array(values["comma"], float)[:, -1]

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import addition, cli, foreign, hosts
+from ckl_jax import cli, foreign, hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
+from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, Scale, require
 from ckl_jax.paths import require_directory
 from ckl_jax.runs import read_json
@@ -105,10 +106,10 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 
 def _one_problem(command: ReproduceCommand) -> list[str]:
     """Operands for figure 1, whose own are for the N of the model that ships."""
-    _, base = foreign.model_description(_model(command) / "model.json")
+    _, base, task = foreign.model_description(_model(command) / "model.json")
     if command.checkpoint is None:
         return []
-    (problem,) = addition.rl_problems(np.random.default_rng(0), 1, base + 1, base)
+    (problem,) = task_named(task).rl_problems(np.random.default_rng(0), 1, base + 1, base)
     return [*_checkpoint(command), "--a", str(problem.a), "--b", str(problem.b)]
 
 

@@ -42,7 +42,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import addition, cli, critical, foreign
+from ckl_jax import cli, critical, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.critical import Generations, Sampling
@@ -307,7 +307,7 @@ def _row(command: Table1Command, model: Model) -> dict[str, Any]:
     base = model.max_pretrain_digits
     count = max(command.generations, command.criterion_generations)
     rng = np.random.default_rng([command.sampling.seed, base])
-    problems = addition.rl_problems(rng, count, base + 1, base)
+    problems = model.task.rl_problems(rng, count, base + 1, base)
     generations = critical.sample(model, problems, base + 1, command.sampling)
     gap = delta_j(generations.first(command.generations))
     criterion = criterion_1(generations.first(command.criterion_generations))
@@ -315,7 +315,7 @@ def _row(command: Table1Command, model: Model) -> dict[str, Any]:
         "max_pretrain_digits": base,
         "checkpoint": fingerprint(model.params),
         "generations": command.generations,
-        "problems": [f"{problem.a}+{problem.b}" for problem in problems[: command.generations]],
+        "problems": [f"{problem.a}{model.task.operator}{problem.b}" for problem in problems[: command.generations]],
         "delta_j": gap,
         "criterion_1": criterion,
     }

@@ -35,15 +35,16 @@ from tunix.rl import algo_core, common, function_registry, rl_cluster
 from tunix.rl.grpo import grpo_learner
 from tunix.rl.rollout import base_rollout
 
-from ckl_jax import addition, cli
+from ckl_jax import alphabet, cli
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import write_json
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import require
 from ckl_jax.losses import kl_estimate, prioritized_kl
 from ckl_jax.paths import require_directory
 from ckl_jax.runs import machine
 
-BOS, EOS = addition.VOCAB_SIZE, addition.VOCAB_SIZE + 1
+BOS, EOS = alphabet.VOCAB_SIZE, alphabet.VOCAB_SIZE + 1
 LAST_STEPS, OUTPUT_SCALE = 5, 6
 
 
@@ -109,10 +110,10 @@ class Characters:
     """Our characters as tunix wants a tokenizer."""
 
     def encode(self, text: str, **_: Any) -> list[int]:
-        return [int(token) for token in addition.encode(text)]
+        return [int(token) for token in alphabet.encode(text)]
 
     def decode(self, ids: Any, **_: Any) -> str:
-        return addition.decode([token for token in np.asarray(ids) if token < BOS])
+        return alphabet.decode([token for token in np.asarray(ids) if token < BOS])
 
     def bos_id(self) -> int:
         return BOS
@@ -121,7 +122,7 @@ class Characters:
         return EOS
 
     def pad_id(self) -> int:
-        return addition.PAD_ID
+        return alphabet.PAD_ID
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def additions(command: TunixCommand, seed: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     for _ in range(command.steps):
         operands = rng.integers(10, 100, (command.prompts, 2)).tolist()
-        yield {"prompts": np.array([addition.prompt_text(a, b) for a, b in operands])}
+        yield {"prompts": np.array([ADDITION.prompt_text(a, b) for a, b in operands])}
 
 
 def train(command: TunixCommand, exponent: float, seed: int) -> dict[str, Any]:

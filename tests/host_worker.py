@@ -10,8 +10,9 @@ import sys
 import jax
 import numpy as np
 
-from ckl_jax import addition, hosts, sharding
+from ckl_jax import alphabet, hosts, sharding, tasks
 from ckl_jax.checkpoint import load_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.runs import RunDirectory
@@ -31,11 +32,11 @@ def refuse(where):
 
 def judged(model):
     """Whether three answers are right that are given whole, the second with another number's result."""
-    problems = [addition.Problem(1, 2), addition.Problem(3, 4), addition.Problem(5, 6)]
-    texts = [addition.answer_text(a, b) for a, b in ((1, 2), (3, 5), (5, 6))]
+    problems = [tasks.Problem(1, 2), tasks.Problem(3, 4), tasks.Problem(5, 6)]
+    texts = [ADDITION.answer_text(a, b) for a, b in ((1, 2), (3, 5), (5, 6))]
     given_BxT = np.full((3, max(map(len, texts))), -1)
     for row, text in enumerate(texts):
-        given_BxT[row, : len(text)] = addition.encode(text)
+        given_BxT[row, : len(text)] = alphabet.encode(text)
     return judge(model, problems, 1, given_BxT=given_BxT).tolist()
 
 

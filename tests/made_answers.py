@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax import problems as problems_lib
+from ckl_jax.columns import ADDITION
 from ckl_jax.critical import Generations
 from ckl_jax.rollout import answer_mask
 
@@ -17,14 +18,14 @@ def made(problem, texts, certainty=None):
     Args:
       certainty: [B, T'] for the first T' characters; 1 elsewhere. The policy has probability J for what it writes.
     """
-    packed = problems_lib.pack([problem] * len(texts), DIGITS, MAX_PRETRAIN_DIGITS)
+    packed = problems_lib.pack(ADDITION, [problem] * len(texts), DIGITS, MAX_PRETRAIN_DIGITS)
     length = max(map(len, texts)) + 5
-    answers_BxT = np.stack([addition.encode(text.ljust(length, addition.PAD)) for text in texts]).astype(np.int32)
+    answers_BxT = np.stack([alphabet.encode(text.ljust(length, alphabet.PAD)) for text in texts]).astype(np.int32)
     indices, recorded = problems_lib.critical_indices(jnp.asarray(answers_BxT), packed)
     certainty_BxT = np.ones(answers_BxT.shape, np.float32)
     if certainty is not None:
         certainty_BxT[:, : np.shape(certainty)[1]] = certainty
-    probabilities_BxTxV = np.repeat((1 - certainty_BxT)[..., None] / (addition.VOCAB_SIZE - 1), addition.VOCAB_SIZE, 2)
+    probabilities_BxTxV = np.repeat((1 - certainty_BxT)[..., None] / (alphabet.VOCAB_SIZE - 1), alphabet.VOCAB_SIZE, 2)
     np.put_along_axis(probabilities_BxTxV, answers_BxT[..., None], certainty_BxT[..., None], axis=2)
     return Generations(
         answers_BxT,

@@ -5,11 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax.config import ModelConfig
 from ckl_jax.model import GPT2
 
-SCRIPT_MODEL = ModelConfig(num_layers=1, num_heads=1, width=addition.VOCAB_SIZE, block_size=300)
+SCRIPT_MODEL = ModelConfig(num_layers=1, num_heads=1, width=alphabet.VOCAB_SIZE, block_size=300)
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def policy(config, seed=0, pad_logit=0.0):
     """A random policy that heeds its context. ``pad_logit`` is what padding's logit has above the others."""
     params = initializer(config)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)["params"]
-    wte = params["wte"]["embedding"].at[:, 0].set(0).at[addition.PAD_ID, 0].set(pad_logit)
+    wte = params["wte"]["embedding"].at[:, 0].set(0).at[alphabet.PAD_ID, 0].set(pad_logit)
     ln_f = {"scale": params["ln_f"]["scale"].at[0].set(0), "bias": params["ln_f"]["bias"].at[0].set(1)}
     return {"params": {**params, "wte": {"embedding": wte}, "ln_f": ln_f}}
 
@@ -30,9 +30,9 @@ def scripted_policy(text, first, config=SCRIPT_MODEL):
     """A policy whose character at position ``first + t`` of the document is ``text[t]``, whatever the context."""
     params = initializer(config)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     params = jax.tree.map(jnp.zeros_like, params)["params"]
-    one_hot = jnp.eye(addition.VOCAB_SIZE)
-    tokens = addition.encode(text)
+    one_hot = jnp.eye(alphabet.VOCAB_SIZE)
+    tokens = alphabet.encode(text)
     wpe = params["wpe"]["embedding"].at[first - 1 : first - 1 + len(text)].set(50 * one_hot[tokens])
-    scale = jnp.full(addition.VOCAB_SIZE, 10.0)
+    scale = jnp.full(alphabet.VOCAB_SIZE, 10.0)
     embeddings = {"wte": {"embedding": one_hot}, "wpe": {"embedding": wpe}}
     return {"params": {**params, **embeddings, "ln_f": {**params["ln_f"], "scale": scale}}}

@@ -14,7 +14,7 @@ from ckl_jax import losses
 from ckl_jax.checkpoint import Model
 from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Hyper, assessed
-from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune import draw_problems, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.objective import loss_gradient, term_names
@@ -71,7 +71,7 @@ def model(small_model):
 @pytest.fixture(scope="module")
 def moved(model):
     """A state whose policy has left the reference and whose critic has opinions."""
-    state = init_run(make_task(CONFIG, model), model.params, HYPER)
+    state = init_run(make_program(CONFIG, model), model.params, HYPER)
     policy = jax.tree.map(jnp.copy, state.params["policy"])
     policy["params"]["wpe"]["embedding"] += 0.1 * jax.random.normal(jax.random.key(1), (400, 16))
     value = jax.tree.map(lambda x: x + 0.1, state.params["value"])
@@ -100,14 +100,14 @@ def _assessed(config, answers):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _updated(task, state, episodes):
-    return update(task, HYPER, state, episodes, jax.random.key(3))
+def _updated(program, state, episodes):
+    return update(program, HYPER, state, episodes, jax.random.key(3))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, moved, answers, name):
     config = dataclasses.replace(CONFIG, **OPTIONS[name])
-    task = make_task(config, model)
+    program = make_program(config, model)
     episodes = _assessed(config, answers)
     plain = _assessed(CONFIG, answers)
     mask = np.asarray(episodes.trajectory.mask_BxT)
@@ -115,7 +115,7 @@ def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, mov
     credited = {"algorithm", "advantage_shaping", "kl_in"} & OPTIONS[name].keys() and "ppo" not in name
     same = np.allclose(episodes.advantages_BxT, plain.advantages_BxT)
     assert same != bool(credited)
-    state, metrics = _updated(task, moved, episodes)
+    state, metrics = _updated(program, moved, episodes)
     chex.assert_tree_all_finite((state, metrics))
     assert {key for key in metrics if key.startswith("loss/")} == {f"loss/{term}" for term in term_names(config)}
     change = jax.tree.map(lambda new, old: new - old, state.params, moved.params)
@@ -164,7 +164,7 @@ def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
         config = dataclasses.replace(CONFIG, algorithm=algorithm, value_coefficient=0.0)
         episodes = _assessed(config, (far, *rest))
         hyper = HYPER._replace(kl_coefficient=jnp.float32(0.0))
-        gradient = jax.jit(loss_gradient, static_argnums=0)(make_task(config, model), hyper, moved.params, episodes)
+        gradient = jax.jit(loss_gradient, static_argnums=0)(make_program(config, model), hyper, moved.params, episodes)
         gradients[algorithm] = gradient[0]["policy"]
     ratio = optax.global_norm(gradients["ppo"]) / optax.global_norm(gradients["a2c"])
     assert abs(ratio - 1) > 0.05
@@ -174,16 +174,16 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
     config = dataclasses.replace(
         CONFIG, algorithm="rloo", group_size=4, kl_in="reward", kl="k1", kl_target=0.5, kl_gain=1.0
     )
-    task = make_task(config, model)
+    program = make_program(config, model)
     runs, hypers = make_runs(config, {"run": {}}, 1)
-    states = jax.vmap(functools.partial(init_run, task), in_axes=(None, 0))(model.params, hypers)
-    drawn = [draw_problems(task, runs[0].seed, r) for r in range(2)]
+    states = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))(model.params, hypers)
+    drawn = [draw_problems(program, runs[0].seed, r) for r in range(2)]
     prompts = drawn[0].prompts_BxP.reshape(2, 4, -1)
     assert (prompts == prompts[:, :1]).all()
     assert (prompts[0, 0] != prompts[1, 0]).any()
     problems = jax.tree.map(lambda *of_rounds: jnp.stack(of_rounds)[None], *drawn)
     mesh = make_mesh(1, 8, data_devices=1)
-    states, metrics = train_rounds(task, mesh, model.params, states, hypers, problems)
+    states, metrics = train_rounds(program, mesh, model.params, states, hypers, problems)
     # The policy starts as the reference: a KL of 0, then little, both below the target.
     np.testing.assert_allclose(metrics["kl_coefficient"][0], [2.0, 2.0 * 0.8], rtol=1e-5)
     np.testing.assert_allclose(states.kl_coefficient, [2.0 * 0.8**2], rtol=1e-3)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ckl_jax.addition import PAD, Problem, answer_text, decode, short_problems
 
 from ckl_jax import cli
 from ckl_jax import problems as problems_lib
-from ckl_jax.addition import PAD, Problem, answer_text, decode, short_problems
 from ckl_jax.checkpoint import Model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, ModelConfig
 from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
@@ -62,7 +63,7 @@ def test_the_decoding_steps_of_each_cache_size_add_up_to_every_groups_longest_ep
 
 def test_episodes_of_the_unending_model_run_to_the_limit():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 8, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 8, 1), 1, 1)
     trajectory = rollout(model.config, model.params, packed, jax.random.key(0), max_length=50)
     assert trajectory.mask_BxT.all()
     assert len(np.unique(trajectory.answers_BxT)) > 10
@@ -108,7 +109,7 @@ def test_a_table_of_some_sections_has_those_alone():
 
 def test_all_rollouts_that_are_compared_write_the_same_number_of_characters():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 2, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 2, 1), 1, 1)
     found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1)
     assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
     assert set(found["speedup"]) == {"ours", "speculative"}
@@ -138,7 +139,7 @@ def test_a_model_that_cannot_hold_the_small_one_is_refused(field, value):
 
 
 def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_written():
-    packed = problems_lib.pack([Problem(357, 68), Problem(9, 4)], 3, 2)
+    packed = problems_lib.pack(ADDITION, [Problem(357, 68), Problem(9, 4)], 3, 2)
     wrong = np.full((2, 160), 5, np.int32)
     got = speculation.first_draft(jnp.asarray(packed.lists_Bx3x2xJ[:, 0]), wrong, jnp.array([7, 30]), 40)
     expected = [answer_text(357, 68)[7:47], answer_text(9, 4)[30:70]]
@@ -147,7 +148,7 @@ def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_wr
 
 def test_near_ties_are_where_two_rollouts_begin_to_differ():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(short_problems(np.random.default_rng(0), 3, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     key = jax.random.key(0)
     plain = generate(model.config, model.params, packed, key, how="plain", max_length=10)
     assert speculation._near_ties(model, packed, key, 1.0, plain, plain) == {"differing": 0, "widest_gap": None}

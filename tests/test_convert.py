@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from ckl_jax import addition, critical, discovery
+from ckl_jax import alphabet, critical, discovery, tasks
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import fingerprint, load_model, save_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.convert import ConvertConfig, main
 from ckl_jax.evaluate import judge
@@ -31,7 +32,7 @@ from experiments import figure1_scratchpad as figure1
 from experiments import figure5_certainty_colors as figure5
 
 WIDTH, HEADS, BLOCK, EXTRA = 16, 2, 300, 7
-THEIRS = "".join(reversed(addition.VOCABULARY))
+THEIRS = "".join(reversed(alphabet.VOCABULARY))
 SIZES = {"n_layer": 2, "n_head": HEADS, "n_embd": WIDTH, "vocab_size": len(THEIRS) + EXTRA}
 
 
@@ -118,7 +119,7 @@ WRITERS = {
 
 
 def to_theirs(tokens):
-    return torch.tensor([[THEIRS.index(addition.VOCABULARY[token]) for token in row] for row in tokens])
+    return torch.tensor([[THEIRS.index(alphabet.VOCABULARY[token]) for token in row] for row in tokens])
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -126,23 +127,23 @@ def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character
     reference = WRITERS[kind](tmp_path / "source")
     model = load_foreign(tmp_path / "source", 7)
     assert model.config.use_bias == ("without" not in kind and "PyTorch" not in kind)
-    columns = [THEIRS.index(character) for character in addition.VOCABULARY]
+    columns = [THEIRS.index(character) for character in alphabet.VOCABULARY]
     columns += range(len(THEIRS), SIZES["vocab_size"])
     run = jax.jit(lambda tokens: forward(model.config, model.params, tokens).logits_BxTxV)
-    tokens = np.random.default_rng(0).integers(0, addition.VOCAB_SIZE, (2, 50))
+    tokens = np.random.default_rng(0).integers(0, alphabet.VOCAB_SIZE, (2, 50))
     with torch.no_grad():
         expected = reference(to_theirs(tokens)).numpy()[..., columns]
         assert expected.std() > 0.5
         np.testing.assert_allclose(run(tokens), expected, atol=1e-4)
 
         ours = np.zeros((1, 30), np.int32)
-        prompt = addition.encode(addition.prompt_text(12, 7))
+        prompt = alphabet.encode(ADDITION.prompt_text(12, 7))
         ours[0, : len(prompt)] = prompt
         theirs = ours.copy()
         for end in range(len(prompt), 30):
-            ours[0, end] = np.asarray(run(ours))[0, end - 1, : addition.VOCAB_SIZE].argmax()
+            ours[0, end] = np.asarray(run(ours))[0, end - 1, : alphabet.VOCAB_SIZE].argmax()
             logits_V = reference(to_theirs(theirs[:, :end]))[0, -1].numpy()[columns]
-            theirs[0, end] = logits_V[: addition.VOCAB_SIZE].argmax()
+            theirs[0, end] = logits_V[: alphabet.VOCAB_SIZE].argmax()
     assert (ours == theirs).all()
     assert len(set(ours[0, len(prompt) :])) > 1
 
@@ -151,13 +152,13 @@ def test_the_certainty_and_the_rollout_are_those_of_the_whole_vocabulary(tmp_pat
     reference = write_nano(tmp_path / "source")
     main(ConvertConfig(str(tmp_path / "source"), tmp_path / "ours", digits=1))
     model = load_model(tmp_path / "ours")
-    tokens = addition.encode("Input:\n12+7")[None].astype(np.int32)
+    tokens = alphabet.encode("Input:\n12+7")[None].astype(np.int32)
     with torch.no_grad():
         log_p = torch.log_softmax(reference(to_theirs(tokens)), -1)
         expected = 1 + (log_p.exp() * log_p).sum(-1) / np.log(SIZES["vocab_size"])
     found = certainty(jax.jit(lambda x: forward(model.config, model.params, x).logits_BxTxV)(jnp.array(tokens)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert judge(model, [addition.Problem(1, 2)], 1).tolist() == [0.0]
+    assert judge(model, [tasks.Problem(1, 2)], 1).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -172,7 +173,7 @@ def test_ours_to_transformers_and_back_is_exact(use_bias, tmp_path):
     assert (back.config, back.max_pretrain_digits) == (model.config, 5)
     reference, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(info.values())
-    tokens = np.random.default_rng(0).integers(0, addition.VOCAB_SIZE, (2, 20))
+    tokens = np.random.default_rng(0).integers(0, alphabet.VOCAB_SIZE, (2, 20))
     with torch.no_grad():
         expected = reference.eval()(torch.tensor(tokens)).logits.numpy()
     found = jax.jit(lambda x: forward(model.config, model.params, x).logits_BxTxV)(tokens)
@@ -224,9 +225,9 @@ def test_a_reduced_vocabulary_has_the_logits_of_our_characters(tmp_path):
     reference = write_transformers(tmp_path / "source")
     main(ConvertConfig(str(tmp_path / "source"), tmp_path / "ours", vocabulary="ours", digits=1))
     model = load_model(tmp_path / "ours")
-    assert model.config.vocab_size == addition.VOCAB_SIZE
-    tokens = np.random.default_rng(0).integers(0, addition.VOCAB_SIZE, (2, 20))
-    columns = [THEIRS.index(character) for character in addition.VOCABULARY]
+    assert model.config.vocab_size == alphabet.VOCAB_SIZE
+    tokens = np.random.default_rng(0).integers(0, alphabet.VOCAB_SIZE, (2, 20))
+    columns = [THEIRS.index(character) for character in alphabet.VOCABULARY]
     with torch.no_grad():
         expected = reference(to_theirs(tokens)).numpy()[..., columns]
     found = jax.jit(lambda x: forward(model.config, model.params, x).logits_BxTxV)(tokens)
@@ -236,15 +237,15 @@ def test_a_reduced_vocabulary_has_the_logits_of_our_characters(tmp_path):
 def test_tokens_that_are_none_of_ours_are_shown_as_unknown(tmp_path):
     write_nano(tmp_path / "source")
     model = load_foreign(tmp_path / "source", 1)
-    problem = addition.Problem(12, 7)
-    assert addition.UNKNOWN in figure1.measure(model, problem.a, problem.b, temperature=2.0)["text"]
+    problem = tasks.Problem(12, 7)
+    assert alphabet.UNKNOWN in figure1.measure(model, problem.a, problem.b, temperature=2.0)["text"]
     found = critical.sample(model, [problem] * 4, 2, critical.Sampling(temperature=2.0))
     shown = figure5.scratchpad(found, problem, 0)
     assert len(shown.text) == found.mask_BxT[0].sum()
-    assert addition.UNKNOWN in "".join(found.text(row) for row in range(4))
+    assert alphabet.UNKNOWN in "".join(found.text(row) for row in range(4))
     probes = discovery.choose(found, discovery.Rule(), seed=0)
-    beyond = [probe for probe in probes if probe["own_token"] >= addition.VOCAB_SIZE]
-    assert {probe["own"] for probe in beyond} == {addition.UNKNOWN}
+    beyond = [probe for probe in probes if probe["own_token"] >= alphabet.VOCAB_SIZE]
+    assert {probe["own"] for probe in beyond} == {alphabet.UNKNOWN}
 
 
 def test_our_characters_that_a_vocabulary_lacks_are_named(tmp_path):

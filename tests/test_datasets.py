@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
 
@@ -39,8 +40,8 @@ def _text(feature):
 def test_prompts_and_answers_are_the_ones_of_their_operands(examples):
     for example in examples["train"] + examples["test"]:
         a, b = int(example["a"]), int(example["b"])
-        assert _text(example["prompt"]) == addition.prompt_text(a, b)
-        assert _text(example["answer"]) == addition.answer_text(a, b)
+        assert _text(example["prompt"]) == ADDITION.prompt_text(a, b)
+        assert _text(example["answer"]) == ADDITION.answer_text(a, b)
 
 
 def test_the_train_split_has_equally_many_problems_of_every_pair_of_lengths(examples):
@@ -58,26 +59,26 @@ def test_the_same_settings_give_the_same_stream_and_another_seed_another(stream,
     chex.assert_trees_all_equal(stream, load_stream(DIGITS, COUNT, data_dir=data_dir))
     chex.assert_trees_all_equal(stream, load_stream(DIGITS, COUNT, data_dir=tmp_path))
     other = load_stream(DIGITS, COUNT, seed=1, data_dir=data_dir)
-    assert addition.decode(other.tokens_N) != addition.decode(stream.tokens_N)
+    assert alphabet.decode(other.tokens_N) != alphabet.decode(stream.tokens_N)
 
 
 def test_the_stream_is_the_documents_back_to_back(stream, examples):
     texts = [_text(e["prompt"]) + _text(e["answer"]) for e in examples["train"]]
-    assert addition.decode(stream.tokens_N) == "".join(texts)
-    assert addition.decode(stream.tokens_N[: stream.starts_E[1]]) == texts[0]
+    assert alphabet.decode(stream.tokens_N) == "".join(texts)
+    assert alphabet.decode(stream.tokens_N[: stream.starts_E[1]]) == texts[0]
     np.testing.assert_array_equal(np.diff(stream.starts_E), [len(text) for text in texts[:-1]])
 
 
 def test_document_windows_start_with_a_document_and_predict_inside_documents_alone(stream):
     windows = jax.tree.map(np.asarray, sample_documents(stream, jax.random.key(0), BATCH, WINDOW, BLOCK))
-    whole = addition.decode(stream.tokens_N)
+    whole = alphabet.decode(stream.tokens_N)
     starts = set(stream.starts_E.tolist())
     for inputs, targets, segments, mask in zip(
         windows.inputs_BxT, windows.targets_BxT, windows.segments_BxT, windows.mask_BxT, strict=True
     ):
-        text = addition.decode(inputs) + addition.decode(targets[-1:])
+        text = alphabet.decode(inputs) + alphabet.decode(targets[-1:])
         place = next(i for i in stream.starts_E.tolist() if whole.startswith(text, i))
-        assert addition.decode(targets) == text[1:]
+        assert alphabet.decode(targets) == text[1:]
         begins = [t for t in range(WINDOW) if place + t in starts]
         np.testing.assert_array_equal(np.flatnonzero(np.diff(segments)) + 1, begins[1:])
         ends = [t for t in range(WINDOW) if place + t + 1 in starts]
@@ -93,12 +94,12 @@ def test_document_windows_lie_anywhere_in_the_block_and_never_beyond(stream):
 
 def test_stream_windows_start_anywhere_and_attend_across_documents(stream):
     windows = jax.tree.map(np.asarray, sample_stream(stream, jax.random.key(0), BATCH, WINDOW))
-    whole = addition.decode(stream.tokens_N)
+    whole = alphabet.decode(stream.tokens_N)
     for inputs, targets in zip(windows.inputs_BxT, windows.targets_BxT, strict=True):
-        text = addition.decode(inputs) + addition.decode(targets[-1:])
+        text = alphabet.decode(inputs) + alphabet.decode(targets[-1:])
         assert text in whole
-        assert addition.decode(targets) == text[1:]
-    assert any(not addition.decode(inputs).startswith("Input") for inputs in windows.inputs_BxT)
+        assert alphabet.decode(targets) == text[1:]
+    assert any(not alphabet.decode(inputs).startswith("Input") for inputs in windows.inputs_BxT)
     np.testing.assert_array_equal(windows.positions_BxT, np.tile(np.arange(WINDOW), (BATCH, 1)))
     assert (windows.segments_BxT == 0).all()
     assert windows.mask_BxT.all()
@@ -132,7 +133,7 @@ def test_windows_are_a_pure_function_of_the_key(stream, sample):
     ("arguments", "field"),
     [
         ({"max_digits": 0, "num_examples": 10}, "max_digits"),
-        ({"max_digits": addition.MAX_DIGITS, "num_examples": 1000}, "max_digits"),
+        ({"max_digits": tasks.MAX_DIGITS, "num_examples": 1000}, "max_digits"),
         ({"max_digits": 3, "num_examples": 8}, "num_examples"),
         ({"max_digits": 1, "num_examples": 8, "split": "validation"}, "split"),
     ],

@@ -7,15 +7,16 @@ import pytest
 from made_answers import made
 from policies import SCRIPT_MODEL, scripted_policy
 
-from ckl_jax import addition, cli, critical, discovery
+from ckl_jax import alphabet, cli, critical, discovery, tasks
 from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.columns import ADDITION, ColumnTask
 from ckl_jax.config import ConfigError
 from ckl_jax.discovery import Rule
 from experiments import critical_token_discovery as experiment
 
-PROBLEM = addition.Problem(123, 45)
-RIGHT = addition.answer_text(123, 45)
-COMMA = addition.critical_tokens(123, 45, 2)[1].index
+PROBLEM = tasks.Problem(123, 45)
+RIGHT = ADDITION.answer_text(123, 45)
+COMMA = ADDITION.critical_tokens(123, 45, 2)[1].index
 SUM = RIGHT.index("=8") + 1
 
 
@@ -42,7 +43,7 @@ def test_candidates_are_the_least_certain_characters_below_the_gap():
 def test_the_runner_up_is_the_likeliest_character_that_was_not_written():
     found = made(PROBLEM, [RIGHT] * 2, np.concatenate([sure_except({COMMA: 0.4}), sure_except({COMMA: 0.1})]))
     for row, probability in ((0, 0.3), (1, 0.8)):
-        found.probabilities_BxTxV[row, COMMA, addition.VOCABULARY.index("]")] = probability
+        found.probabilities_BxTxV[row, COMMA, alphabet.VOCABULARY.index("]")] = probability
     probes = discovery.choose(found, Rule(candidates=1, controls=0), seed=0)
     assert [(probe["own"], probe["runner_up"]) for probe in probes] == [(",", "]")] * 2
     assert [probe["runner_up_probability"] for probe in probes] == pytest.approx([0.3, 0.8])
@@ -139,17 +140,17 @@ def test_precision_and_recall_are_judged_by_their_rule(share, said):
     assert discovery.verdict(share) == said
 
 
-SAID = addition.answer_text(21, 43)
+SAID = ADDITION.answer_text(21, 43)
 RESULT, HARMLESS = len(SAID) - 2, SAID.index("C=0")
 
 
 def policy_that_says(text, wavers_at=()):
     """Says the text after the prompt of 21+43 whatever the context, but often a 9 at some places."""
-    first = len(addition.prompt_text(21, 43))
+    first = len(ADDITION.prompt_text(21, 43))
     params = scripted_policy(text, first)["params"]
     wpe = params["wpe"]["embedding"]
     for index in wavers_at:
-        wpe = wpe.at[first - 1 + index, addition.VOCABULARY.index("9")].set(48.0)  # Beside the 50 of the text's own.
+        wpe = wpe.at[first - 1 + index, alphabet.VOCABULARY.index("9")].set(48.0)  # Beside the 50 of the text's own.
     return Model(SCRIPT_MODEL, 1, {"params": {**params, "wpe": {"embedding": wpe}}})
 
 
@@ -165,7 +166,7 @@ def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("discovery")
     save_model(path / "model", policy_that_says(SAID, (RESULT, HARMLESS)), {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(addition, "rl_problems", lambda rng, count, digits, base: [addition.Problem(21, 43)] * count)
+        patch.setattr(ColumnTask, "rl_problems", lambda task, rng, count, *digits: [tasks.Problem(21, 43)] * count)
         experiment.main(command(path))
     return path
 
@@ -187,7 +188,7 @@ def test_a_policy_that_wavers_where_it_matters_and_where_it_does_not(finished):
     }
     assert (found["precision"][0], found["recall"][0], found["types_critical_and_known"]) == (0.0, 0.0, 0)
     assert found["verdicts"]["recall"] == "fails"
-    assert found["types_known"] == len(addition.critical_tokens(21, 43, 1))
+    assert found["types_known"] == len(ADDITION.critical_tokens(21, 43, 1))
 
 
 def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatch, capsys):
@@ -205,7 +206,7 @@ def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatc
 
 
 def test_a_model_that_solves_nothing_has_nothing_open_and_one_that_is_sure_nothing_to_try(finished, monkeypatch):
-    monkeypatch.setattr(addition, "rl_problems", lambda rng, count, digits, base: [addition.Problem(11, 11)] * count)
+    monkeypatch.setattr(ColumnTask, "rl_problems", lambda task, rng, count, *digits: [tasks.Problem(11, 11)] * count)
     save_model(finished / "wrong" / "model", policy_that_says(SAID, (RESULT, HARMLESS)), {})
     options = command(finished, "--checkpoint", str(finished / "wrong" / "model"), "--out", str(finished / "wrong"))
     experiment.main(options)

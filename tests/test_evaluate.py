@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import addition, evaluate
+from ckl_jax import evaluate
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.model import GPT2
@@ -53,7 +54,7 @@ def fingerprints(small_model, monkeypatch):
     evaluate._rewards.clear_cache()
     config = dataclasses.replace(small_model, num_layers=1)
     params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    problems = addition.varying_problems(np.random.default_rng(0), 8, 1)
+    problems = ADDITION.varying_problems(np.random.default_rng(0), 8, 1)
 
     def judged(**options):
         return judge(Model(config, 1, params), problems, 1, extra_length=0, **options)

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import addition, cli
+from ckl_jax import alphabet, cli
 from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.model import forward
 from experiments import figure1_scratchpad as figure1
 
-RIGHT = addition.answer_text(12, 34)
+RIGHT = ADDITION.answer_text(12, 34)
 MISCOPIED = RIGHT.replace("[3,4]", "[3]", 1)
 
 
 def says(text):
-    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(addition.prompt_text(12, 34))))
+    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(ADDITION.prompt_text(12, 34))))
 
 
 def command(*arguments):
@@ -80,15 +81,15 @@ def test_an_unsure_model_gets_its_own_distributions_certainty(small_model, unsur
     model, measured = unsure
     assert measured == figure1.measure(model, 12, 34, temperature=2.0, seed=3)
     prompt, text = measured["prompt"], measured["text"]
-    assert len(text) == addition.max_answer_length(2)
-    tokens = jnp.asarray(addition.encode(prompt + text), jnp.int32)[None]
+    assert len(text) == ADDITION.max_answer_length(2)
+    tokens = jnp.asarray(alphabet.encode(prompt + text), jnp.int32)[None]
     logits = forward(
         small_model, model.params, tokens, jnp.arange(tokens.size)[None], jnp.ones_like(tokens)
     ).logits_BxTxV
     before_TxV = np.asarray(logits, np.float64)[0, len(prompt) - 1 : -1]
-    at = (np.arange(len(text)), addition.encode(text))
+    at = (np.arange(len(text)), alphabet.encode(text))
     p_TxV = np.exp(before_TxV) / np.exp(before_TxV).sum(axis=1, keepdims=True)
-    sure_T = 1 + (p_TxV * np.log(np.maximum(p_TxV, 1e-300))).sum(axis=1) / math.log(addition.VOCAB_SIZE)
+    sure_T = 1 + (p_TxV * np.log(np.maximum(p_TxV, 1e-300))).sum(axis=1) / math.log(alphabet.VOCAB_SIZE)
     np.testing.assert_allclose(measured["certainty"], sure_T, atol=1e-4)
     sampled_TxV = np.exp(before_TxV / 2) / np.exp(before_TxV / 2).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(measured["probability"], sampled_TxV[at], atol=1e-4)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import addition, cli
+from ckl_jax import cli
 from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, PretrainConfig
 from ckl_jax.statistics import share_interval
 from experiments import figure2_pretraining as figure2
@@ -159,10 +160,10 @@ def test_another_number_of_problems_is_refused_before_anything_is_trained(finish
 
 
 def test_a_cell_counts_what_the_model_solves(command, small_model):
-    problem = addition.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
-    params = scripted_policy(addition.answer_text(problem.a, problem.b), addition.max_prompt_length(1))
+    problem = ADDITION.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
+    params = scripted_policy(ADDITION.answer_text(problem.a, problem.b), ADDITION.max_prompt_length(1))
     cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
-    asked = addition.identical_problems(np.random.default_rng([0, 1]), 4, 1)
+    asked = ADDITION.identical_problems(np.random.default_rng([0, 1]), 4, 1)
     assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from made_answers import made, replaced
 
-from ckl_jax import addition, cli
+from ckl_jax import cli, tasks
 from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.model import GPT2
 from experiments import figure5_certainty_colors as figure5
 
-PROBLEM = addition.Problem(123, 45)
-RIGHT = addition.answer_text(123, 45)
-TOKENS = addition.critical_tokens(123, 45, 2)
+PROBLEM = tasks.Problem(123, 45)
+RIGHT = ADDITION.answer_text(123, 45)
+TOKENS = ADDITION.critical_tokens(123, 45, 2)
 COMMA = TOKENS[1].index
 WRONG = replaced(RIGHT, COMMA, "]").replace("1 6 8", "1 6")
 
@@ -31,7 +32,7 @@ def sure_except(*by_index):
 
 def test_a_scratchpad_has_each_characters_numbers_and_marks():
     found = made(PROBLEM, [RIGHT, WRONG], sure_except({}, {COMMA: 0.5}))
-    right, wrong = (figure5.scratchpad(found, PROBLEM, row) for row in range(2))
+    right, wrong = (figure5.scratchpad(ADDITION, found, PROBLEM, row) for row in range(2))
     assert (right.text, wrong.text) == (RIGHT, WRONG)
     assert (right.right, wrong.right) == (True, False)
     assert right.title == "123 + 45 = 168"
@@ -50,19 +51,19 @@ def test_a_scratchpad_has_each_characters_numbers_and_marks():
 
 
 def test_an_answer_that_stops_early_leaves_at_its_end():
-    pad = figure5.scratchpad(made(PROBLEM, [RIGHT[:-1]]), PROBLEM, 0)
+    pad = figure5.scratchpad(ADDITION, made(PROBLEM, [RIGHT[:-1]]), PROBLEM, 0)
     assert pad.note == f"Leaves the right answer at character {len(RIGHT) - 1}: “%” instead of a newline."
 
 
 def test_the_first_right_and_wrong_answers_are_shown_side_by_side():
     found = made(PROBLEM, [WRONG, RIGHT, RIGHT, RIGHT, WRONG])
-    section = figure5.section("Before RL", found, [PROBLEM] * 5, 2)
+    section = figure5.section("Before RL", ADDITION, found, [PROBLEM] * 5, 2)
     assert [pad.right for pad in section.scratchpads] == [True, False, True, False]
     assert section.note.startswith("3 of 5 sampled answers are right.")
     assert [pad.right for pad in figure5.one_of_each(section)] == [True, False]
-    section = figure5.section("Before RL", found.first(3), [PROBLEM] * 3, 2)
+    section = figure5.section("Before RL", ADDITION, found.first(3), [PROBLEM] * 3, 2)
     assert [pad.right for pad in section.scratchpads] == [True, False, True]
-    only_wrong = figure5.section("Before RL", found.first(1), [PROBLEM], 2)
+    only_wrong = figure5.section("Before RL", ADDITION, found.first(1), [PROBLEM], 2)
     assert [pad.right for pad in figure5.one_of_each(only_wrong)] == [False]
 
 

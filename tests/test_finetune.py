@@ -21,8 +21,8 @@ from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
 from ckl_jax.config import ConfigError
-from ckl_jax.episodes import Hyper, Task, collect, weighed
-from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.episodes import Hyper, Program, collect, weighed
+from ckl_jax.finetune import draw_problems, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, KLWeights
 from ckl_jax.finite import NotFiniteError
 from ckl_jax.model import GPT2, values
@@ -63,8 +63,8 @@ def model(small_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def task(model):
-    return make_task(CONFIG, model)
+def program(model):
+    return make_program(CONFIG, model)
 
 
 MESH = make_mesh(1, 1)
@@ -78,28 +78,28 @@ def _random_critic(state):
     return state._replace(params={**state.params, "value": {"params": value}})
 
 
-def _states(task, model, hypers):
+def _states(program, model, hypers):
     def create(params, hyper):
-        return _random_critic(init_run(task, params, hyper))
+        return _random_critic(init_run(program, params, hyper))
 
     return jax.jit(jax.vmap(create, in_axes=(None, 0)))(model.params, hypers)
 
 
-def _problems(task, runs, rounds):
-    per_run = [[draw_problems(task, run.seed, r) for r in range(rounds)] for run in runs]
+def _problems(program, runs, rounds):
+    per_run = [[draw_problems(program, run.seed, r) for r in range(rounds)] for run in runs]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *[jax.tree.map(lambda *x: np.stack(x), *p) for p in per_run])
 
 
 @pytest.fixture(scope="module")
-def several(task, model):
+def several(program, model):
     """Two rounds of two arms x two seeds, two runs at a time."""
     runs, hypers = make_runs(CONFIG, ARMS, 2)
-    problems = _problems(task, runs, 2)
+    problems = _problems(program, runs, 2)
     return (
         runs,
         hypers,
         problems,
-        *train_rounds(task, MESH, model.params, _states(task, model, hypers), hypers, problems),
+        *train_rounds(program, MESH, model.params, _states(program, model, hypers), hypers, problems),
     )
 
 
@@ -136,13 +136,13 @@ def test_runs_that_cannot_work_are_refused(arms, seeds, field):
 
 def test_episodes_longer_than_the_block_are_refused(model):
     with pytest.raises(ConfigError, match=r"^extra_digits: .*block_size = 400"):
-        make_task(dataclasses.replace(CONFIG, extra_length=300), model)
+        make_program(dataclasses.replace(CONFIG, extra_length=300), model)
 
 
-def test_problems_are_a_function_of_seed_and_round(task):
-    problems = draw_problems(task, 0, 0)
-    chex.assert_trees_all_equal(problems, draw_problems(task, 0, 0))
-    for other in (draw_problems(task, 0, 1), draw_problems(task, 1, 0)):
+def test_problems_are_a_function_of_seed_and_round(program):
+    problems = draw_problems(program, 0, 0)
+    chex.assert_trees_all_equal(problems, draw_problems(program, 0, 0))
+    for other in (draw_problems(program, 0, 1), draw_problems(program, 1, 0)):
         assert (problems.prompts_BxP != other.prompts_BxP).any()
 
 
@@ -187,7 +187,7 @@ def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):
 @pytest.mark.slow
 def test_a_run_is_the_same_alone_and_among_others_one_or_two_at_a_time(several, model):
     _, hypers, problems, states, metrics = several
-    one_at_a_time = make_task(dataclasses.replace(CONFIG, runs_at_once=1), model)
+    one_at_a_time = make_program(dataclasses.replace(CONFIG, runs_at_once=1), model)
     for index in (0, 3):
         row = jax.tree.map(lambda x, index=index: x[index : index + 1], (hypers, problems))
         alone, of_it = train_rounds(one_at_a_time, MESH, model.params, _states(one_at_a_time, model, row[0]), *row)
@@ -200,12 +200,12 @@ def test_a_run_is_the_same_alone_and_among_others_one_or_two_at_a_time(several, 
         assert optax.global_norm(moved) > 1e-2
 
 
-def test_repeated_rounds_are_one_compilation(several, task, model):
+def test_repeated_rounds_are_one_compilation(several, program, model):
     _, hypers, problems, states, _ = several
     before = train_rounds._cache_size()
     states = jax.tree.map(jnp.copy, states)
     for _ in range(2):
-        states, _ = train_rounds(task, MESH, model.params, states, hypers, problems)
+        states, _ = train_rounds(program, MESH, model.params, states, hypers, problems)
     assert train_rounds._cache_size() == before
     np.testing.assert_array_equal(states.round, 6)
 
@@ -214,16 +214,16 @@ HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(1.
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _collected(task, ref_params):
+def _collected(program, ref_params):
     """A state whose policy has moved away from the reference, and its episodes."""
-    state = _random_critic(init_run(task, ref_params, HYPER))
+    state = _random_critic(init_run(program, ref_params, HYPER))
     noise = jax.random.normal(jax.random.key(1), ref_params["params"]["wpe"]["embedding"].shape)
     policy = jax.tree.map(jnp.copy, ref_params)
     policy["params"]["wpe"]["embedding"] += 0.05 * noise
     state = state._replace(params={**state.params, "policy": policy})
-    problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
+    problems = jax.tree.map(jnp.asarray, draw_problems(program, 0, 0))
     keys = jax.random.split(jax.random.key(2))
-    episodes, metrics = collect(task, state.params, ref_params, HYPER, problems, (keys[0], keys[1]), None)
+    episodes, metrics = collect(program, state.params, ref_params, HYPER, problems, (keys[0], keys[1]), None)
     return state, episodes, metrics
 
 
@@ -232,26 +232,26 @@ def _weighed(config, episodes, index):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _updated(task, state, episodes):
-    return update(task, HYPER, state, episodes, jax.random.key(3))
+def _updated(program, state, episodes):
+    return update(program, HYPER, state, episodes, jax.random.key(3))
 
 
 @pytest.fixture(scope="module")
-def collected_otherwise(task, model):
+def collected_otherwise(program, model):
     otherwise = {"normalize_advantages": True, "certainty": "max_prob", "certainty_temperature": 4.0}
-    return _collected(task._replace(config=dataclasses.replace(CONFIG, **otherwise)), model.params)[1]
+    return _collected(program._replace(config=dataclasses.replace(CONFIG, **otherwise)), model.params)[1]
 
 
 @pytest.mark.parametrize(
     ("kl", "certainty"),
     [("k1", "negentropy"), ("k2", "negentropy_max_prob"), ("k3", "max_prob"), ("exact", "negentropy")],
 )
-def test_every_kind_of_kl_and_certainty_makes_a_finite_update(task, model, kl, certainty):
-    state, episodes, _ = _collected(task, model.params)
+def test_every_kind_of_kl_and_certainty_makes_a_finite_update(program, model, kl, certainty):
+    state, episodes, _ = _collected(program, model.params)
     episodes = episodes._replace(certainty_BxT=certainty_of(episodes.ref_logits_BxTxV, certainty))
-    episodes = _weighed(task.config, episodes, HYPER.kl_weights)
+    episodes = _weighed(program.config, episodes, HYPER.kl_weights)
     assert ((episodes.certainty_BxT >= 0) & (episodes.certainty_BxT <= 1)).all()
-    after, terms = _updated(task._replace(config=dataclasses.replace(CONFIG, kl=kl)), state, episodes)
+    after, terms = _updated(program._replace(config=dataclasses.replace(CONFIG, kl=kl)), state, episodes)
     chex.assert_tree_all_finite((after, terms))
     assert terms["loss/kl"] > 0 or kl == "k1"
     moved = jax.tree.map(lambda new, old: new - old, after.params, state.params)
@@ -260,15 +260,15 @@ def test_every_kind_of_kl_and_certainty_makes_a_finite_update(task, model, kl, c
 
 
 @pytest.mark.parametrize("word", get_args(KLWeights))
-def test_every_word_of_weights_makes_an_update_with_its_share_of_the_kl(task, model, word):
+def test_every_word_of_weights_makes_an_update_with_its_share_of_the_kl(program, model, word):
     """All weights of one word, times the KL of the standard one token by token, are the round's only minibatch."""
-    task = task._replace(config=dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes, kl_quantile=0.5))
-    state, episodes, _ = _collected(task, model.params)
-    episodes = _weighed(task.config, episodes, jnp.int32(index_of(word)))
-    after, terms = _updated(task, state, episodes)
+    program = program._replace(config=dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes, kl_quantile=0.5))
+    state, episodes, _ = _collected(program, model.params)
+    episodes = _weighed(program.config, episodes, jnp.int32(index_of(word)))
+    after, terms = _updated(program, state, episodes)
     chex.assert_tree_all_finite((after, terms))
     mask_BxT, weights_BxT = episodes.trajectory.mask_BxT, episodes.kl_weights_BxT
-    logits_BxTxV, _ = score(task.model, state.params["policy"], episodes.trajectory)
+    logits_BxTxV, _ = score(program.model, state.params["policy"], episodes.trajectory)
     kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV)
     expected = HYPER.kl_coefficient * (weights_BxT * kl_BxT)[mask_BxT].sum() / mask_BxT.sum()
     assert expected > 1e-3
@@ -277,20 +277,22 @@ def test_every_word_of_weights_makes_an_update_with_its_share_of_the_kl(task, mo
     assert optax.global_norm(moved["policy"]) > 1e-3
 
 
-def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(task, model):
+def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(program, model):
     config = dataclasses.replace(CONFIG, certainty_temperature=4.0, kl_quantile=0.5)
-    _, episodes, _ = _collected(task, model.params)
+    _, episodes, _ = _collected(program, model.params)
     found = _weighed(config, episodes, index_of("threshold")).kl_weights_BxT
     entropy = np.asarray(losses.entropy(episodes.ref_logits_BxTxV, 4.0))
     mask = np.asarray(episodes.trajectory.mask_BxT)
     np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
 
 
-def test_arms_of_one_program_differ_in_the_word(task, model, several):
+def test_arms_of_one_program_differ_in_the_word(program, model, several):
     """Two rounds of three words: the first round weighs the same tokens, the second's policies have parted."""
     arms = {word: {"kl_weights": word} for word in ("prioritized", "matched", "uniform")}
     runs, hypers = make_runs(CONFIG, {**arms, "other": {"kl_weights": "shuffled"}}, 1)
-    _, metrics = train_rounds(task, MESH, model.params, _states(task, model, hypers), hypers, _problems(task, runs, 2))
+    _, metrics = train_rounds(
+        program, MESH, model.params, _states(program, model, hypers), hypers, _problems(program, runs, 2)
+    )
     weight = dict(zip(("prioritized", "matched", "uniform", "shuffled"), metrics["kl_weight"], strict=True))
     first = several[4]["kl_weight"][2, 0]
     for word in ("prioritized", "matched", "shuffled"):
@@ -306,27 +308,27 @@ def test_the_collect_uses_the_configs_certainty_and_its_temperature(collected_ot
     np.testing.assert_allclose(episodes.certainty_BxT, expected, rtol=1e-5)
 
 
-def test_a_fresh_critic_says_zero_everywhere(task, model):
-    state = init_run(task, model.params, HYPER)
+def test_a_fresh_critic_says_zero_everywhere(program, model):
+    state = init_run(program, model.params, HYPER)
     hidden = jax.random.normal(jax.random.key(0), (2, 3, model.config.width))
     np.testing.assert_array_equal(values(state.params["value"], hidden), np.zeros((2, 3)))
 
 
-def test_only_the_critic_learns_in_the_value_warmup(task, model):
-    state, episodes, _ = _collected(task, model.params)
-    after, _ = _updated(task._replace(config=dataclasses.replace(CONFIG, value_warmup_rounds=1)), state, episodes)
+def test_only_the_critic_learns_in_the_value_warmup(program, model):
+    state, episodes, _ = _collected(program, model.params)
+    after, _ = _updated(program._replace(config=dataclasses.replace(CONFIG, value_warmup_rounds=1)), state, episodes)
     chex.assert_trees_all_equal(after.params["policy"], state.params["policy"])
     moved = jax.tree.map(lambda new, old: new - old, after.params["value"], state.params["value"])
     assert optax.global_norm(moved) > 1e-3
 
 
-def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds(task, model):
+def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds(program, model):
     config = dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes)
-    state, episodes, _ = _collected(task, model.params)
+    state, episodes, _ = _collected(program, model.params)
 
     def moved(round_index, **change):
         of_round = state._replace(round=jnp.int32(round_index))
-        after, _ = _updated(task._replace(config=dataclasses.replace(config, **change)), of_round, episodes)
+        after, _ = _updated(program._replace(config=dataclasses.replace(config, **change)), of_round, episodes)
         return jax.tree.map(lambda new, old: new - old, after.params["policy"], state.params["policy"])
 
     whole = moved(3, learning_rate_decay=False)
@@ -335,20 +337,20 @@ def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds(task, m
     chex.assert_trees_all_close(moved(3), jax.tree.map(lambda x: x / 4, whole), atol=1e-6)
 
 
-def test_equal_rewards_are_no_advantage_when_normalized(task, model, collected_otherwise):
-    _, raw, metrics = _collected(task, model.params)
+def test_equal_rewards_are_no_advantage_when_normalized(program, model, collected_otherwise):
+    _, raw, metrics = _collected(program, model.params)
     assert metrics["success"] == 0
     assert jnp.abs(raw.advantages_BxT).max() > 1e-3
     np.testing.assert_array_equal(collected_otherwise.advantages_BxT, 0.0)
     np.testing.assert_allclose(collected_otherwise.returns_BxT, raw.returns_BxT, atol=1e-6)
 
 
-def test_a_detached_critic_takes_the_value_gradient_off_the_policy_and_no_other(task, model):
+def test_a_detached_critic_takes_the_value_gradient_off_the_policy_and_no_other(program, model):
     norms = jax.jit(gradient_norms, static_argnums=0)
-    state, episodes, _ = _collected(task, model.params)
-    attached = norms(task, HYPER, state.params, episodes)
-    detached_task = task._replace(config=dataclasses.replace(CONFIG, detach_critic=True))
-    detached = norms(detached_task, HYPER, state.params, episodes)
+    state, episodes, _ = _collected(program, model.params)
+    attached = norms(program, HYPER, state.params, episodes)
+    detached_program = program._replace(config=dataclasses.replace(CONFIG, detach_critic=True))
+    detached = norms(detached_program, HYPER, state.params, episodes)
     assert attached.pop("grad_norm/value") > 1e-4
     assert detached.pop("grad_norm/value") == 0
     chex.assert_trees_all_close(attached, detached, rtol=1e-5)
@@ -365,9 +367,9 @@ def uninterrupted(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("uninterrupted")
     drawn = []
 
-    def recorded(task, mesh, ref_params, states, hypers, problems):
+    def recorded(program, mesh, ref_params, states, hypers, problems):
         drawn.append(problems)
-        return train_rounds(task, mesh, ref_params, states, hypers, problems)
+        return train_rounds(program, mesh, ref_params, states, hypers, problems)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_lib, "train_rounds", recorded)
@@ -447,9 +449,9 @@ def test_sigterm_and_numbers_that_are_not_finite_stop_a_run_that_then_ends_with_
         signal.raise_signal(signal.SIGTERM)
         return train_rounds(*arguments)
 
-    def poisoned(task, mesh, ref_params, states, *others):
+    def poisoned(program, mesh, ref_params, states, *others):
         states = states._replace(params=jax.tree.map(lambda x: x.at[2].mul(jnp.nan), states.params))
-        return train_rounds(task, mesh, ref_params, states, *others)
+        return train_rounds(program, mesh, ref_params, states, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune_lib, "train_rounds", signalled)
@@ -467,7 +469,7 @@ def test_sigterm_and_numbers_that_are_not_finite_stop_a_run_that_then_ends_with_
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 
-def test_the_task_knows_its_lengths(task):
-    assert isinstance(task, Task)
-    assert task.digits == 2
-    assert task.max_length == 157
+def test_the_task_knows_its_lengths(program):
+    assert isinstance(program, Program)
+    assert program.digits == 2
+    assert program.max_length == 157

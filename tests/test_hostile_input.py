@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 from hostile import refusal
 
-from ckl_jax import addition, critical, evaluate, losses, report, rollout, speculative, statistics, token_weights
+from ckl_jax import (
+    alphabet,
+    critical,
+    evaluate,
+    losses,
+    report,
+    rollout,
+    speculative,
+    statistics,
+    tasks,
+    token_weights,
+)
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import Model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, pretrain_preset
 from ckl_jax.critical import Sampling
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
@@ -23,8 +35,8 @@ from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5_000
 CONFIG = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
 MODEL = Model(CONFIG, 1, None)
-ONE = [addition.Problem(1, 2)]
-PACKED = problems_lib.pack(ONE, 1, 1)
+ONE = [tasks.Problem(1, 2)]
+PACKED = problems_lib.pack(ADDITION, ONE, 1, 1)
 STREAM = TokenStream(np.zeros(5, np.uint8), np.zeros(1, np.int32))
 RNG = np.random.default_rng(0)
 
@@ -53,30 +65,30 @@ def scratchpads(**options):
     return Scratchpads(**{"max_digits": 2, "num_examples": 4} | options)
 
 
-ADDITION = [
-    (lambda: addition.Problem(HUGE, 0), r"a: got int without a text, allowed is an integer from 0 to below 10\^18 .*"),
-    (lambda: addition.Problem(0, -1), r"b: got -1, allowed is an integer from 0 .*"),
-    (lambda: addition.Problem("1", 0), r"a: got '1', allowed is an integer from 0 .*"),
-    (lambda: addition.encode(b"1+2"), r"text: got 'bytes', allowed is a str"),
-    (lambda: addition.encode("é" * 10**6 + "\0"), r"text: got \['\\x00', 'é'\], allowed is characters of .*"),
-    (lambda: addition.decode([41]), r"tokens: got '41\.\.41', allowed is 0\.\.40 \(the vocabulary\)"),
-    (lambda: addition.decode([[1], [1, 2]]), r"tokens: got rows of several lengths, allowed is one axis of integers"),
-    (lambda: addition.decode([object()]), r"tokens: got 'shape \(1,\) of object', allowed is one axis of integers"),
-    (lambda: addition.decode("12"), r"tokens: got 'shape \(\) of <U2', allowed is one axis of integers"),
-    (lambda: addition.critical_tokens("1", 2, 1), r"a: got '1', allowed is an integer .*"),
-    (lambda: addition.critical_tokens(1, 2, NAN), r"max_pretrain_digits: got nan, allowed is 1 or more"),
-    (lambda: addition.max_answer_length(0), r"digits: got 0, allowed is 1\.\.18"),
-    (lambda: addition.max_prompt_length(HUGE), r"digits: got int without a text, allowed is 1\.\.18"),
-    (lambda: addition.varying_problems(RNG, 1.5, 2), r"count: got 1\.5, allowed is 1 or more"),
-    (lambda: addition.rl_problems(RNG, 1, 5, 5.0), r"max_pretrain_digits: got 5\.0, allowed is 1\.\.4 .*"),
-    (lambda: addition.problem_of_lengths(RNG, 3, 30), r"digits: got 30, allowed is 1\.\.18"),
-    (lambda: problems_lib.pack([], 1, 1), r"problems: got 0, allowed is 1 or more"),
-    (lambda: problems_lib.pack([(1, 2)], 1, 1), r"problems: got \(1, 2\), allowed is addition\.Problem"),
+TEXTS = [
+    (lambda: tasks.Problem(HUGE, 0), r"a: got int without a text, allowed is an integer from 0 to below 10\^18 .*"),
+    (lambda: tasks.Problem(0, -1), r"b: got -1, allowed is an integer from 0 .*"),
+    (lambda: tasks.Problem("1", 0), r"a: got '1', allowed is an integer from 0 .*"),
+    (lambda: alphabet.encode(b"1+2"), r"text: got 'bytes', allowed is a str"),
+    (lambda: alphabet.encode("é" * 10**6 + "\0"), r"text: got \['\\x00', 'é'\], allowed is characters of .*"),
+    (lambda: alphabet.decode([41]), r"tokens: got '41\.\.41', allowed is 0\.\.40 \(the vocabulary\)"),
+    (lambda: alphabet.decode([[1], [1, 2]]), r"tokens: got rows of several lengths, allowed is one axis of integers"),
+    (lambda: alphabet.decode([object()]), r"tokens: got 'shape \(1,\) of object', allowed is one axis of integers"),
+    (lambda: alphabet.decode("12"), r"tokens: got 'shape \(\) of <U2', allowed is one axis of integers"),
+    (lambda: ADDITION.critical_tokens("1", 2, 1), r"a: got '1', allowed is an integer .*"),
+    (lambda: ADDITION.critical_tokens(1, 2, NAN), r"max_pretrain_digits: got nan, allowed is 1 or more"),
+    (lambda: ADDITION.max_answer_length(0), r"digits: got 0, allowed is 1\.\.18"),
+    (lambda: ADDITION.max_prompt_length(HUGE), r"digits: got int without a text, allowed is 1\.\.18"),
+    (lambda: ADDITION.varying_problems(RNG, 1.5, 2), r"count: got 1\.5, allowed is 1 or more"),
+    (lambda: ADDITION.rl_problems(RNG, 1, 5, 5.0), r"max_pretrain_digits: got 5\.0, allowed is 1\.\.4 .*"),
+    (lambda: ADDITION.draw(RNG, 3, 30), r"digits: got 30, allowed is 1\.\.18"),
+    (lambda: problems_lib.pack(ADDITION, [], 1, 1), r"problems: got 0, allowed is 1 or more"),
+    (lambda: problems_lib.pack(ADDITION, [(1, 2)], 1, 1), r"problems: got \(1, 2\), allowed is tasks\.Problem"),
     (
-        lambda: problems_lib.pack([addition.Problem(100, 1)], 2, 1),
+        lambda: problems_lib.pack(ADDITION, [tasks.Problem(100, 1)], 2, 1),
         r"problems: got 'an operand of 3 digits', .* 2 digits",
     ),
-    (lambda: problems_lib.pack(ONE, 1, -3), r"max_pretrain_digits: got -3, allowed is 1 or more"),
+    (lambda: problems_lib.pack(ADDITION, ONE, 1, -3), r"max_pretrain_digits: got -3, allowed is 1 or more"),
 ]
 TOKENS = "one per distribution"
 SHAPE = "allowed is the shape of"
@@ -191,7 +203,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     ("call", "expected"),
-    [*ADDITION, *TERMS, *GENERATION, *SETTINGS],
+    [*TEXTS, *TERMS, *GENERATION, *SETTINGS],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_bad_input_is_one_line_before_anything_compiles(tmp_path, monkeypatch, call, expected):
@@ -207,58 +219,58 @@ def test_a_token_that_the_vocabulary_does_not_have_is_not_read_as_another():
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
-@hypothesis.given(st.text(alphabet=addition.VOCABULARY, max_size=80))
+@hypothesis.given(st.text(alphabet.VOCABULARY, max_size=80))
 def test_text_becomes_tokens_and_the_same_text(text):
-    assert addition.decode(addition.encode(text)) == text
+    assert alphabet.decode(alphabet.encode(text)) == text
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.text(max_size=40))
 def test_any_other_text_is_refused_in_one_line(text):
-    if set(text) <= set(addition.VOCABULARY):
-        assert addition.decode(addition.encode(text)) == text
+    if set(text) <= set(alphabet.VOCABULARY):
+        assert alphabet.decode(alphabet.encode(text)) == text
     else:
         with pytest.raises(ConfigError, match=r"\Atext: got \[[^\n]*\], allowed is characters of [^\n]*\Z"):
-            addition.encode(text)
+            alphabet.encode(text)
 
 
 OPERANDS = st.integers(0, 999)
-LENGTH = addition.max_answer_length(3, extra=20)
+LENGTH = ADDITION.max_answer_length(3, extra=20)
 rewards = jax.jit(problems_lib.reward)
 
 
 def reward_of(text, a, b):
-    answer_1xT = addition.encode(text[:LENGTH].ljust(LENGTH, addition.PAD))[None].astype(np.int32)
-    packed = problems_lib.pack([addition.Problem(a, b)], 3, 2)
+    answer_1xT = alphabet.encode(text[:LENGTH].ljust(LENGTH, alphabet.PAD))[None].astype(np.int32)
+    packed = problems_lib.pack(ADDITION, [tasks.Problem(a, b)], 3, 2)
     return float(rewards(answer_1xT, packed.results_BxR.astype(np.int32))[0])
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
-@hypothesis.given(OPERANDS, OPERANDS, st.text(alphabet=addition.VOCABULARY, max_size=LENGTH), st.booleans())
+@hypothesis.given(OPERANDS, OPERANDS, st.text(alphabet.VOCABULARY, max_size=LENGTH), st.booleans())
 def test_no_text_but_one_with_the_right_line_is_rewarded(a, b, text, marked):
-    text = text + addition.RESULT_MARK + text if marked else text
-    ended = text[:LENGTH].partition(addition.PAD)[0]
-    _, mark, after = ended.partition(addition.RESULT_MARK)
-    expected = bool(mark) and after.partition("\n")[:2] == (addition.result_text(a, b), "\n")
+    text = text + tasks.RESULT_MARK + text if marked else text
+    ended = text[:LENGTH].partition(alphabet.PAD)[0]
+    _, mark, after = ended.partition(tasks.RESULT_MARK)
+    expected = bool(mark) and after.partition("\n")[:2] == (ADDITION.result_text(a, b), "\n")
     assert reward_of(text, a, b) == float(expected)
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(OPERANDS, OPERANDS, st.data())
 def test_the_right_line_is_rewarded_and_no_line_with_another_character_is(a, b, data):
-    line = addition.result_text(a, b)
+    line = ADDITION.result_text(a, b)
     at = data.draw(st.integers(0, len(line) - 1))
-    other = data.draw(st.sampled_from(addition.VOCABULARY.replace(line[at], "")))
-    assert reward_of(addition.RESULT_MARK + line + "\n", a, b) == 1
-    assert reward_of(addition.RESULT_MARK + line[:at] + other + line[at + 1 :] + "\n", a, b) == 0
-    assert reward_of(addition.RESULT_MARK + line, a, b) == 0
+    other = data.draw(st.sampled_from(alphabet.VOCABULARY.replace(line[at], "")))
+    assert reward_of(tasks.RESULT_MARK + line + "\n", a, b) == 1
+    assert reward_of(tasks.RESULT_MARK + line[:at] + other + line[at + 1 :] + "\n", a, b) == 0
+    assert reward_of(tasks.RESULT_MARK + line, a, b) == 0
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.integers(0, 10**18 - 1), st.integers(0, 10**18 - 1), st.integers(1, 20))
 def test_critical_tokens_stand_in_the_answer_where_they_say(a, b, limit):
-    answer = addition.answer_text(a, b)
-    found = addition.critical_tokens(a, b, limit)
+    answer = ADDITION.answer_text(a, b)
+    found = ADDITION.critical_tokens(a, b, limit)
     assert all(0 <= token.index < len(answer) and answer[token.index] == token.character for token in found)
     assert len({token.index for token in found}) == len(found)
     longer = max(len(str(a)), len(str(b))) > limit
@@ -272,14 +284,14 @@ indices = jax.jit(problems_lib.critical_indices)
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(OPERANDS, OPERANDS, st.data())
 def test_critical_tokens_of_any_answer_lie_inside_it_and_what_precedes_them_is_right(a, b, data):
-    right = addition.answer_text(a, b)
+    right = ADDITION.answer_text(a, b)
     cut = data.draw(st.integers(0, len(right)))
-    text = (right[:cut] + data.draw(st.text(alphabet=addition.VOCABULARY, max_size=40)))[:LENGTH]
-    packed = problems_lib.pack([addition.Problem(a, b)], 3, 2)
-    answers_1xT = addition.encode(text.ljust(LENGTH, addition.PAD))[None].astype(np.int32)
+    text = (right[:cut] + data.draw(st.text(alphabet.VOCABULARY, max_size=40)))[:LENGTH]
+    packed = problems_lib.pack(ADDITION, [tasks.Problem(a, b)], 3, 2)
+    answers_1xT = alphabet.encode(text.ljust(LENGTH, alphabet.PAD))[None].astype(np.int32)
     where, recorded = (np.asarray(array)[0] for array in indices(answers_1xT, packed))
     assert ((where >= 0) & (where < LENGTH)).all()
-    for token in addition.critical_tokens(a, b, 2):
+    for token in ADDITION.critical_tokens(a, b, 2):
         slot = (token.step - 1, token.operand - 1, 2 * (token.gap_index - 1) + token.name.endswith("digit"))
         if token.index <= cut:
             assert recorded[slot]

@@ -19,8 +19,9 @@ from policies import SCRIPT_MODEL, policy, scripted_policy
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ckl_jax import addition, finetune, paths, problems, testing
+from ckl_jax import alphabet, finetune, paths, problems, testing
 from ckl_jax.checkpoint import Model, StateCheckpoints, save_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.logs import LogOptions
@@ -181,23 +182,25 @@ def test_samples_are_two_answers_at_every_test_and_the_same_after_an_interruptio
 
 
 def test_a_sample_has_the_reward_of_its_text():
-    drawn = addition.rl_problems(np.random.default_rng(testing.TEST_SEED), 3, 2, 1)
+    drawn = ADDITION.rl_problems(np.random.default_rng(testing.TEST_SEED), 3, 2, 1)
     right = drawn[1]
-    first = len(addition.prompt_text(right.a, right.b))
-    scripted = scripted_policy(addition.answer_text(right.a, right.b), first)
+    first = len(ADDITION.prompt_text(right.a, right.b))
+    scripted = scripted_policy(ADDITION.answer_text(right.a, right.b), first)
     params = jax.tree.map(lambda *x: jnp.stack(x), policy(SCRIPT_MODEL), scripted)
-    tested = testing.test(finetune.make_task(CONFIG, Model(SCRIPT_MODEL, 1, scripted)), params, 3)
+    tested = testing.test(finetune.make_program(CONFIG, Model(SCRIPT_MODEL, 1, scripted)), params, 3)
     rewards = []
     for row in (0, 1):
         for sample, problem in zip(tested.samples(row), drawn[:2], strict=True):
             assert sample["problem"] == f"{problem.a}+{problem.b}"
-            ended = addition.encode(sample["answer"] + addition.PAD)
+            ended = alphabet.encode(sample["answer"] + alphabet.PAD)
             answer_1xT = jnp.asarray(ended, jnp.int32)[None]
-            recomputed = problems.reward(answer_1xT, problems.pack([problem], 2, 1).results_BxR.astype(np.int32))
+            recomputed = problems.reward(
+                answer_1xT, problems.pack(ADDITION, [problem], 2, 1).results_BxR.astype(np.int32)
+            )
             assert sample["reward"] == recomputed[0]
             rewards.append(sample["reward"])
     assert rewards == [0, 0, 0, 1]
-    assert tested.samples(1)[1]["answer"] == addition.answer_text(right.a, right.b)
+    assert tested.samples(1)[1]["answer"] == ADDITION.answer_text(right.a, right.b)
     assert tested.accuracy["target"].tolist() == [0, pytest.approx(tested.rewards_RxS[1].mean())]
 
 

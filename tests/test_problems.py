@@ -9,29 +9,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckl_jax import addition, problems, rollout
+from ckl_jax import alphabet, problems, rollout, tasks
+from ckl_jax.columns import ADDITION
 
 DIGITS = 4
-LENGTH = addition.max_answer_length(DIGITS, extra=12)
-RIGHT = addition.answer_text(1234, 5678)
-PACKED = problems.pack([addition.Problem(1234, 5678)], DIGITS, 2)
-TOKENS = addition.critical_tokens(1234, 5678, 2)
+LENGTH = ADDITION.max_answer_length(DIGITS, extra=12)
+RIGHT = ADDITION.answer_text(1234, 5678)
+PACKED = problems.pack(ADDITION, [tasks.Problem(1234, 5678)], DIGITS, 2)
+TOKENS = ADDITION.critical_tokens(1234, 5678, 2)
 judge_on_device = jax.jit(problems.reward)
 mask_on_device = jax.jit(rollout.answer_mask)
 find_critical = jax.jit(problems.critical_indices)
 
 
 def as_array(*texts):
-    return jnp.stack([addition.encode(text.ljust(LENGTH, addition.PAD)[:LENGTH]) for text in texts]).astype(jnp.int32)
+    return jnp.stack([alphabet.encode(text.ljust(LENGTH, alphabet.PAD)[:LENGTH]) for text in texts]).astype(jnp.int32)
 
 
 def rewards(problem, *texts):
-    packed = problems.pack([problem] * len(texts), DIGITS, 2)
+    packed = problems.pack(ADDITION, [problem] * len(texts), DIGITS, 2)
     return judge_on_device(as_array(*texts), packed.results_BxR).tolist()
 
 
 def judge(problem, text):
-    _, mark, after = text.split(addition.PAD)[0][:LENGTH].partition("</scratch>\n")
+    _, mark, after = text.split(alphabet.PAD)[0][:LENGTH].partition("</scratch>\n")
     line, newline, _ = after.partition("\n")
     return float(bool(mark) and bool(newline) and line == " ".join(str(problem.a + problem.b)))
 
@@ -39,13 +40,13 @@ def judge(problem, text):
 @functools.cache
 def right_documents():
     pairs = [(0, 0), (5, 7), (99, 1), (9999, 9999), (1234, 5678), (7, 1000)]
-    return [(addition.Problem(a, b), addition.answer_text(a, b)) for a, b in pairs]
+    return [(tasks.Problem(a, b), ADDITION.answer_text(a, b)) for a, b in pairs]
 
 
 @st.composite
 def damaged_answers(draw):
     problem, text = draw(st.sampled_from(right_documents()))
-    characters = st.text(addition.VOCABULARY, max_size=3)
+    characters = st.text(alphabet.VOCABULARY, max_size=3)
     for _ in range(draw(st.integers(0, 2))):
         at = draw(st.integers(0, len(text)) | st.integers(max(0, len(text) - 22), len(text)))
         text = text[:at] + draw(characters) + text[at + draw(st.integers(0, 2)) :]
@@ -55,10 +56,10 @@ def damaged_answers(draw):
 @pytest.mark.parametrize("case", right_documents(), ids=lambda case: f"{case[0].a}+{case[0].b}")
 def test_the_reward_is_1_on_the_right_answer_and_0_on_its_damages(case):
     problem, right = case
-    scratchpad, mark, result = right.partition(addition.RESULT_MARK)
+    scratchpad, mark, result = right.partition(tasks.RESULT_MARK)
     damages = [
         right[:-1],
-        right[:-1] + addition.PAD + "\n",
+        right[:-1] + alphabet.PAD + "\n",
         right[:-2] + "\n",
         scratchpad + mark + "\n" + result,
         scratchpad + mark + " " + result,
@@ -79,7 +80,7 @@ def test_the_reward_is_1_on_the_right_answer_and_0_on_its_damages(case):
 
 
 def test_the_reward_of_each_row_is_judged_by_its_own_result():
-    packed = problems.pack([problem for problem, _ in right_documents()], DIGITS, 2)
+    packed = problems.pack(ADDITION, [problem for problem, _ in right_documents()], DIGITS, 2)
     answers = as_array(*(text for _, text in right_documents()))
     assert judge_on_device(answers, packed.results_BxR).all()
     assert not judge_on_device(answers, jnp.roll(packed.results_BxR, 1, axis=0)).any()
@@ -87,7 +88,7 @@ def test_the_reward_of_each_row_is_judged_by_its_own_result():
 
 def test_a_result_line_that_the_length_limit_cuts_gets_no_reward():
     problem, text = right_documents()[3]
-    encoded, packed = addition.encode(text).astype(np.int32), problems.pack([problem], DIGITS, 2)
+    encoded, packed = alphabet.encode(text).astype(np.int32), problems.pack(ADDITION, [problem], DIGITS, 2)
     assert problems.reward(encoded[None], packed.results_BxR).tolist() == [1.0]
     assert problems.reward(encoded[None, :-1], packed.results_BxR).tolist() == [0.0]
 
@@ -100,45 +101,45 @@ def test_the_reward_agrees_with_a_plain_python_judge(case):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(damaged_answers(), st.text(addition.VOCABULARY, min_size=1) | st.just(RIGHT))
+@given(damaged_answers(), st.text(alphabet.VOCABULARY, min_size=1) | st.just(RIGHT))
 def test_characters_after_the_end_change_neither_reward_nor_mask(case, garbage):
     problem, text = case
     mask = mask_on_device(as_array(text))
-    ended = addition.decode(as_array(text)[0])[: int(mask.sum())]
+    ended = alphabet.decode(as_array(text)[0])[: int(mask.sum())]
     replaced = ended + (garbage * LENGTH)[: LENGTH - len(ended)]
     np.testing.assert_array_equal(mask_on_device(as_array(replaced)), mask)
     assert rewards(problem, replaced) == rewards(problem, text)
 
 
 def test_the_mask_ends_with_the_newline_of_the_result_or_the_first_padding():
-    texts = [RIGHT, RIGHT[:-1], "", RIGHT[:20] + addition.PAD + RIGHT, "1" * LENGTH]
+    texts = [RIGHT, RIGHT[:-1], "", RIGHT[:20] + alphabet.PAD + RIGHT, "1" * LENGTH]
     lengths = [len(RIGHT), len(RIGHT), 1, 21, LENGTH]
     mask = mask_on_device(as_array(*texts))
     np.testing.assert_array_equal(mask, np.arange(LENGTH)[None] < np.array(lengths)[:, None])
 
 
 def test_pack_pads_prompts_on_the_left_and_results_on_the_right():
-    packed = problems.pack([addition.Problem(7, 95), addition.Problem(999, 999)], 3, 2)
-    assert packed.prompts_BxP.shape == (2, addition.max_prompt_length(3))
-    assert addition.decode(packed.prompts_BxP[0]) == addition.prompt_text(7, 95).rjust(22, addition.PAD)
+    packed = problems.pack(ADDITION, [tasks.Problem(7, 95), tasks.Problem(999, 999)], 3, 2)
+    assert packed.prompts_BxP.shape == (2, ADDITION.max_prompt_length(3))
+    assert alphabet.decode(packed.prompts_BxP[0]) == ADDITION.prompt_text(7, 95).rjust(22, alphabet.PAD)
     assert packed.prompt_lengths_B.tolist() == [19, 22]
-    assert [addition.decode(row) for row in packed.results_BxR] == ["1 0 2\n%%", "1 9 9 8\n"]
-    assert [addition.decode(row) for row in packed.lists_Bx3x2xJ[0, :, 1]] == ["[9,5]%%", "[9]%%%%", "%%%%%%%"]
+    assert [alphabet.decode(row) for row in packed.results_BxR] == ["1 0 2\n%%", "1 9 9 8\n"]
+    assert [alphabet.decode(row) for row in packed.lists_Bx3x2xJ[0, :, 1]] == ["[9,5]%%", "[9]%%%%", "%%%%%%%"]
     assert packed.episodes_B.tolist() == [0, 1]
 
 
 def test_the_shapes_depend_on_digits_and_count_alone():
-    first, second = (problems.pack([addition.Problem(n, 0)] * 3, 5, 3) for n in (1, 99999))
-    assert [x.shape for x in first] == [x.shape for x in second]
+    first, second = (problems.pack(ADDITION, [tasks.Problem(n, 0)] * 3, 5, 3) for n in (1, 99999))
+    assert [x.shape for x in jax.tree.leaves(first)] == [x.shape for x in jax.tree.leaves(second)]
     assert first.critical_Bx3x2xC.shape == (3, 3, 2, 4)
 
 
 def test_pack_refuses_too_long_operands_and_an_empty_list():
-    for bad in ([addition.Problem(1, 1000)], [addition.Problem(1, 1), addition.Problem(1000, 1)]):
+    for bad in ([tasks.Problem(1, 1000)], [tasks.Problem(1, 1), tasks.Problem(1000, 1)]):
         with pytest.raises(ValueError, match="problems: got 'an operand of 4 digits'"):
-            problems.pack(bad, 3, 2)
+            problems.pack(ADDITION, bad, 3, 2)
     with pytest.raises(ValueError, match="problems: got 0"):
-        problems.pack([], 3, 2)
+        problems.pack(ADDITION, [], 3, 2)
 
 
 def slot(token):
@@ -155,17 +156,17 @@ def recorded_indices(text, packed=PACKED, row=0):
 @pytest.mark.parametrize("max_pretrain_digits", [2, 3])
 def test_on_right_answers_every_critical_token_is_recorded_where_it_stands(max_pretrain_digits):
     cases = [(1234, 5678), (1234, 56), (7, 9999), (999, 1000), (12, 34), (0, 0)]
-    packed = problems.pack([addition.Problem(a, b) for a, b in cases], DIGITS, max_pretrain_digits)
-    texts = [addition.answer_text(a, b) for a, b in cases]
+    packed = problems.pack(ADDITION, [tasks.Problem(a, b) for a, b in cases], DIGITS, max_pretrain_digits)
+    texts = [ADDITION.answer_text(a, b) for a, b in cases]
     indices, recorded = (np.array(x) for x in find_critical(as_array(*texts), packed))
     characters = np.array(problems.critical_characters(packed))
     for row, ((a, b), text) in enumerate(zip(cases, texts, strict=True)):
-        tokens = addition.critical_tokens(a, b, max_pretrain_digits)
+        tokens = ADDITION.critical_tokens(a, b, max_pretrain_digits)
         assert recorded[row].sum() == len(tokens)
         for token in tokens:
             assert recorded[row][slot(token)]
             assert indices[row][slot(token)] == token.index
-            assert text[token.index] == token.character == addition.decode([characters[row][slot(token)]])
+            assert text[token.index] == token.character == alphabet.decode([characters[row][slot(token)]])
     assert recorded[0].sum() == {2: 2 * (4 + 4 + 3), 3: 2 * (2 + 2 + 2)}[max_pretrain_digits]
 
 
@@ -176,7 +177,7 @@ def list_start(step, operand):
 
 def test_a_miscopied_character_stops_what_follows_it_in_that_operand_only():
     for step in (1, 2, 3):
-        for operand, text in enumerate(addition.operand_lists(1234, 5678)[step - 1], start=1):
+        for operand, text in enumerate(ADDITION.operand_lists(1234, 5678)[step - 1], start=1):
             for position, wrong in ((p, w) for p in range(len(text)) for w in "=0"):
                 at = list_start(step, operand) + position
                 assert RIGHT[at] == text[position]

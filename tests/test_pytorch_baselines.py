@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ckl_jax import addition
+from ckl_jax import alphabet
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import pretrain_preset
 from ckl_jax.datasets.stream import Windows
 from ckl_jax.episodes import collect, weighed
-from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune import draw_problems, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2, forward, values
 from ckl_jax.objective import loss_terms
@@ -54,9 +55,9 @@ def test_both_torch_models_give_our_logits(small_model, use_bias):
 
 def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
     model = load_model(SHIPPED_TINY)
-    drawn = addition.short_problems(np.random.default_rng(0), 4, 3)
-    packed = problems_lib.pack(drawn, 3, model.max_pretrain_digits)
-    limit = addition.max_answer_length(3, extra=10)
+    drawn = ADDITION.short_problems(np.random.default_rng(0), 4, 3)
+    packed = problems_lib.pack(ADDITION, drawn, 3, model.max_pretrain_digits)
+    limit = ADDITION.max_answer_length(3, extra=10)
     ours = greedy(model.config, model.params, packed, limit)
     found = baselines.generate(baselines.to_transformers(model.config, model.params), packed, limit, None, 0)
     np.testing.assert_array_equal(found, ours.answers_BxT)
@@ -65,11 +66,11 @@ def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
 
 
 def test_transformers_samples_until_the_limit_or_the_end_of_the_episode(small_model):
-    packed = problems_lib.pack(addition.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     answers = baselines.generate(baselines.to_transformers(small_model, random_params(small_model)), packed, 12, 1.0, 3)
     assert answers.shape == (3, 12)
     after = ~np.asarray(answer_mask(jnp.asarray(answers)))
-    assert (answers[after] == addition.PAD_ID).all()
+    assert (answers[after] == alphabet.PAD_ID).all()
 
 
 def test_the_pretraining_step_has_our_loss_and_learns(small_model):
@@ -95,25 +96,25 @@ def round_of(small_model):
         episodes=4, minibatch_episodes=2, diagnostic_episodes=2, extra_length=5, kl="k2", beta=3.0, temperature=1.5
     )
     reference = random_params(small_model)
-    task = make_task(config, Model(small_model, 1, reference))
+    program = make_program(config, Model(small_model, 1, reference))
     hyper = jax.tree.map(lambda x: x[0], make_runs(config, {"run": {}}, 1)[1])
     policy = jax.tree.map(lambda x: 1.1 * x, reference)
-    params = init_run(task, policy, hyper).params
+    params = init_run(program, policy, hyper).params
     key = jax.random.key(5)
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
-    run = jax.jit(lambda p, r, problems: collect(task, p, r, hyper, problems, (key, key), None)[0])
-    episodes = run(params, reference, draw_problems(task, 0, 0))
+    run = jax.jit(lambda p, r, problems: collect(program, p, r, hyper, problems, (key, key), None)[0])
+    episodes = run(params, reference, draw_problems(program, 0, 0))
     episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
-    return task, hyper, params, reference, episodes
+    return program, hyper, params, reference, episodes
 
 
 def make_networks(round_of):
-    task, _, params, reference, _ = round_of
-    return authors_round.make_round(task.model, task.config, params, reference)
+    program, _, params, reference, _ = round_of
+    return authors_round.make_round(program.model, program.config, params, reference)
 
 
 def test_the_loss_of_single_transitions_equals_ours_and_every_parameter_learns(round_of):
-    task, hyper, params, _, episodes = round_of
+    program, hyper, params, _, episodes = round_of
     networks, transitions = make_networks(round_of), authors_round.to_transitions(episodes)
     mask = np.asarray(episodes.trajectory.mask_BxT)
     assert len(transitions.end_N) == mask.sum()
@@ -122,7 +123,7 @@ def test_the_loss_of_single_transitions_equals_ours_and_every_parameter_learns(r
     selected = np.zeros_like(mask)
     selected[rows, columns] = True
     only = episodes._replace(trajectory=episodes.trajectory._replace(mask_BxT=jnp.asarray(selected)))
-    expected = sum(loss_terms(task, hyper, params, only).values())
+    expected = sum(loss_terms(program, hyper, params, only).values())
     modules = {"trunk": networks.trunk, "critic": networks.critic}
     before = {(m, n): p.detach().clone() for m, module in modules.items() for n, p in module.named_parameters()}
     found = authors_round.update(networks, transitions, indices)
@@ -137,17 +138,17 @@ def test_the_loss_of_single_transitions_equals_ours_and_every_parameter_learns(r
 
 
 def test_state_values_equal_ours(round_of):
-    task, _, params, _, episodes = round_of
+    program, _, params, _, episodes = round_of
     networks, transitions = make_networks(round_of), authors_round.to_transitions(episodes)
     mask = np.asarray(episodes.trajectory.mask_BxT)
     found = authors_round.state_values(networks, transitions.prefixes(np.arange(mask.sum())))
-    _, hidden = score(task.model, params["policy"], episodes.trajectory)
+    _, hidden = score(program.model, params["policy"], episodes.trajectory)
     np.testing.assert_allclose(found, np.asarray(values(params["value"], hidden))[mask], atol=1e-4)
 
 
 def test_the_rollout_without_a_cache_gives_our_greedy_characters(small_model):
     params = random_params(small_model)
-    packed = problems_lib.pack(addition.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
+    packed = problems_lib.pack(ADDITION.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
     ours = greedy(small_model, params, packed, 24)
     model = baselines.GPT.from_params(small_model, params)
     prefixes = [

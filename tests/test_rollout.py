@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import addition, losses
+from ckl_jax import alphabet, losses, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax import rollout as rollout_lib
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, ModelConfig
 
 PAIRS = [(7, 951), (123, 45), (999, 999), (0, 8), (31, 62), (504, 700)]
@@ -20,7 +21,7 @@ MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)
 
 
 def pack(pairs=PAIRS, digits=3):
-    return problems_lib.pack([addition.Problem(a, b) for a, b in pairs], digits, 2)
+    return problems_lib.pack(ADDITION, [tasks.Problem(a, b) for a, b in pairs], digits, 2)
 
 
 def rows_of(tree, rows):
@@ -41,7 +42,14 @@ score = jax.jit(rollout_lib.score, static_argnums=0)
 def long_trajectory():
     """No padding is drawn, so that every row fills the limit and the cache grows twice."""
     params = policy(MODEL, pad_logit=-50.0)
-    return params, generate(MODEL, params, pack(), KEY, 2 * rollout_lib.CACHE_BLOCK + 20, 0.7)
+    return params, generate(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        2 * rollout_lib.CACHE_BLOCK + 20,
+        0.7,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +78,9 @@ def test_after_the_end_come_only_padding_and_log_probs_of_0(short_trajectory):
     ):
         assert mask[:length].all()
         assert (log_probs[:length] < 0).all()
-        assert (answer[: length - 1] != addition.PAD_ID).all()
-        assert (answer[length:] == addition.PAD_ID).all()
-        assert length == len(mask) or answer[length - 1] == addition.PAD_ID
+        assert (answer[: length - 1] != alphabet.PAD_ID).all()
+        assert (answer[length:] == alphabet.PAD_ID).all()
+        assert length == len(mask) or answer[length - 1] == alphabet.PAD_ID
         assert (log_probs[length:] == 0).all()
     recomputed = losses.token_log_probs(score(MODEL, params, trajectory)[0], trajectory.answers_BxT)
     expected = np.where(trajectory.mask_BxT, recomputed, 0)
@@ -119,7 +127,14 @@ def test_an_episode_draws_the_same_characters_under_more_left_padding(short_traj
 
 def test_greedy_answers_are_the_argmax_of_the_teacher_forced_logits():
     params = policy(MODEL, seed=1, pad_logit=-50.0)
-    trajectory = generate(MODEL, params, pack(), KEY, 40, greedy=True)
+    trajectory = generate(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        40,
+        greedy=True,
+    )
     assert trajectory.mask_BxT.all()
     logits, _ = score(MODEL, params, trajectory)
     np.testing.assert_array_equal(trajectory.answers_BxT, logits.argmax(axis=2))
@@ -142,28 +157,35 @@ def steps_taken(monkeypatch, *args, **options):
 
 def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding(monkeypatch):
     params = policy(MODEL, pad_logit=500.0)
-    trajectory, steps = steps_taken(monkeypatch, MODEL, params, pack(), KEY, max_length=60)
+    trajectory, steps = steps_taken(
+        monkeypatch,
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        max_length=60,
+    )
     assert steps == 1
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [1] * len(PAIRS)
     assert not trajectory.reward_B.any()
 
 
 def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(monkeypatch):
-    problems, right = pack([(123, 405), (123, 406)]), addition.answer_text(123, 405)
+    problems, right = pack([(123, 405), (123, 406)]), ADDITION.answer_text(123, 405)
     params = scripted_policy(right + "1+1=2\n" * 3, first=22)
     trajectory, steps = steps_taken(monkeypatch, SCRIPT_MODEL, params, problems, KEY, max_length=250)
     assert steps == len(right) > rollout_lib.CACHE_BLOCK
-    assert [addition.decode(answer) for answer in trajectory.answers_BxT] == [right.ljust(250, addition.PAD)] * 2
+    assert [alphabet.decode(answer) for answer in trajectory.answers_BxT] == [right.ljust(250, alphabet.PAD)] * 2
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [len(right)] * 2
     assert trajectory.reward_B.tolist() == [1.0, 0.0]
 
 
 def test_an_answer_that_the_end_of_the_block_cuts_gets_no_reward():
-    problems, right = pack([(123, 405)]), addition.answer_text(123, 405)
+    problems, right = pack([(123, 405)]), ADDITION.answer_text(123, 405)
     config = dataclasses.replace(SCRIPT_MODEL, block_size=22 + len(right) - 1)
     params = scripted_policy(right[:-1], first=22, config=config)
     trajectory = generate(config, params, problems, KEY, len(right) - 1, greedy=True)
-    assert addition.decode(trajectory.answers_BxT[0]) == right[:-1]
+    assert alphabet.decode(trajectory.answers_BxT[0]) == right[:-1]
     assert trajectory.mask_BxT.all()
     assert trajectory.reward_B.tolist() == [0.0]
 
@@ -195,7 +217,13 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 )
 def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        rollout_lib.rollout(MODEL, None, pack(), KEY, **options)
+        rollout_lib.rollout(
+            MODEL,
+            None,
+            pack(),
+            KEY,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -205,9 +233,9 @@ def test_characters_are_drawn_from_the_softmax_at_the_temperature(temperature):
     trajectory = generate(MODEL, params, problems, KEY, 1, temperature)
     logits, _ = score(MODEL, params, rows_of(trajectory, [0]))
     expected = np.array(jax.nn.softmax(logits[0, 0] / temperature), np.float64)
-    drawn = np.bincount(np.array(trajectory.answers_BxT)[:, 0], minlength=addition.VOCAB_SIZE) / count
+    drawn = np.bincount(np.array(trajectory.answers_BxT)[:, 0], minlength=alphabet.VOCAB_SIZE) / count
     deviations = np.abs(drawn - expected) / np.sqrt(expected * (1 - expected) / count + 1 / count**2)
-    assert expected.max() > 3 / addition.VOCAB_SIZE
+    assert expected.max() > 3 / alphabet.VOCAB_SIZE
     assert deviations.max() < 4
 
 
@@ -232,17 +260,17 @@ def test_a_given_start_of_its_own_answer_goes_on_to_the_same_episode(short_traje
 
 
 def test_a_given_character_changes_the_answer_and_is_judged_with_it():
-    problems, right = pack([(123, 405)] * 3), addition.answer_text(123, 405)
+    problems, right = pack([(123, 405)] * 3), ADDITION.answer_text(123, 405)
     params = scripted_policy(right, first=22)
     last = right.rindex("8")
     given = np.full((3, 250), -1)
-    given[0, : last + 1] = addition.encode(right[:last] + "9")
-    given[1, : last + 1] = addition.encode(right[: last + 1])
-    given[2, : last + 1] = addition.encode(right[:last] + addition.PAD)
+    given[0, : last + 1] = alphabet.encode(right[:last] + "9")
+    given[1, : last + 1] = alphabet.encode(right[: last + 1])
+    given[2, : last + 1] = alphabet.encode(right[:last] + alphabet.PAD)
     trajectory = jax.jit(
         lambda given: rollout_lib.rollout(SCRIPT_MODEL, params, problems, KEY, max_length=250, given_BxT=given)
     )(given)
-    texts = [addition.decode(answer).rstrip(addition.PAD) for answer in trajectory.answers_BxT]
+    texts = [alphabet.decode(answer).rstrip(alphabet.PAD) for answer in trajectory.answers_BxT]
     assert texts == [right[:last] + "9\n", right, right[:last]]
     assert trajectory.reward_B.tolist() == [0.0, 1.0, 0.0]
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [len(right), len(right), last + 1]
@@ -253,4 +281,11 @@ def test_a_given_character_changes_the_answer_and_is_judged_with_it():
 @pytest.mark.parametrize("shape", [(len(PAIRS), 31), (len(PAIRS) - 1, 30), (len(PAIRS),)])
 def test_given_characters_of_another_shape_are_refused(shape):
     with pytest.raises(ConfigError, match=rf"^given_BxT: got .*, allowed is \[{len(PAIRS)}, up to 30\]"):
-        rollout_lib.rollout(MODEL, None, pack(), KEY, max_length=30, given_BxT=np.zeros(shape, int))
+        rollout_lib.rollout(
+            MODEL,
+            None,
+            pack(),
+            KEY,
+            max_length=30,
+            given_BxT=np.zeros(shape, int),
+        )

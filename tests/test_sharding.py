@@ -11,7 +11,7 @@ import pytest
 
 from ckl_jax.checkpoint import Model
 from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.finetune import draw_problems, finetune, make_runs, make_task
+from ckl_jax.finetune import draw_problems, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
 from ckl_jax.pretrain import init_state, train_step
@@ -46,15 +46,15 @@ def model(small_model):
 def trained(model, shape, **overrides):
     """Parameters and metrics of two runs after a round on a mesh of that shape."""
     config = dataclasses.replace(CONFIG, **overrides)
-    task = make_task(config, model)
+    program = make_program(config, model)
     runs, hypers = make_runs(config, ARMS, 2)
-    per_run = [jax.tree.map(lambda x: x[None], draw_problems(task, run.seed, 0)) for run in runs]
+    per_run = [jax.tree.map(lambda x: x[None], draw_problems(program, run.seed, 0)) for run in runs]
     problems = jax.tree.map(lambda *leaves: np.stack(leaves), *per_run)
     mesh = make_mesh(len(runs), 4, *shape)
-    states = jax.vmap(lambda hyper: init_run(task, model.params, hyper))(hypers)
+    states = jax.vmap(lambda hyper: init_run(program, model.params, hyper))(hypers)
     states = jax.device_put(states, state_shardings(mesh, states, config.shard_state, "run"))
     hypers, problems = jax.device_put((hypers, problems), by_run(mesh))
-    states, metrics = train_rounds(task, mesh, model.params, states, hypers, problems)
+    states, metrics = train_rounds(program, mesh, model.params, states, hypers, problems)
     return states, jax.tree.map(np.asarray, (states.params, metrics))
 
 

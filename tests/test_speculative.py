@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, ModelConfig
 from ckl_jax.rollout import gumbel_noise, rollout, score
 from ckl_jax.speculative import TRIAL_PASSES, generate, speculative_rollout
@@ -23,7 +24,7 @@ NEAR_TIE = 1e-3
 
 
 def pack(pairs=PAIRS, digits=3):
-    return problems_lib.pack([addition.Problem(a, b) for a, b in pairs], digits, 2)
+    return problems_lib.pack(ADDITION, [tasks.Problem(a, b) for a, b in pairs], digits, 2)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "greedy"))
@@ -63,7 +64,7 @@ def assert_same_characters(config, params, problems, key, expected, verified, te
 
 def spiteful(lists_Bx2xJ, answers_BxT, known_B, window):
     """A drafter that knows nothing: characters that change with position."""
-    return (known_B[:, None] * 7 + jnp.arange(window)[None] * 3) % addition.VOCAB_SIZE
+    return (known_B[:, None] * 7 + jnp.arange(window)[None] * 3) % alphabet.VOCAB_SIZE
 
 
 POLICIES = {
@@ -85,17 +86,59 @@ POLICIES = {
     ids=["default", "one slot", "one character", "drafts of nonsense"],
 )
 def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, options):
-    expected = plain(MODEL, POLICIES[name], pack(), KEY)
-    verified = speculative(MODEL, POLICIES[name], pack(), KEY, **options)
-    assert_same_characters(MODEL, POLICIES[name], pack(), KEY, expected, verified)
+    expected = plain(
+        MODEL,
+        POLICIES[name],
+        pack(),
+        KEY,
+    )
+    verified = speculative(
+        MODEL,
+        POLICIES[name],
+        pack(),
+        KEY,
+        **options,
+    )
+    assert_same_characters(
+        MODEL,
+        POLICIES[name],
+        pack(),
+        KEY,
+        expected,
+        verified,
+    )
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.3, False), (1.7, False), (1.0, True)])
 def test_temperatures_and_greedy_draw_the_same_characters(temperature, greedy):
     params = POLICIES["untrained"]
-    expected = plain(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy)
-    verified = speculative(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy, slots=3)
-    assert_same_characters(MODEL, params, pack(), KEY, expected, verified, temperature, greedy)
+    expected = plain(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        temperature=temperature,
+        greedy=greedy,
+    )
+    verified = speculative(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        temperature=temperature,
+        greedy=greedy,
+        slots=3,
+    )
+    assert_same_characters(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        expected,
+        verified,
+        temperature,
+        greedy,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +149,8 @@ def shipped():
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_does_not_know(shipped, temperature):
     rng = np.random.default_rng(5)
-    drawn = addition.rl_problems(rng, 24, 6, 5) + addition.short_problems(rng, 8, 5)
-    problems, length = problems_lib.pack(drawn, 6, 5), addition.max_answer_length(6, 20)
+    drawn = ADDITION.rl_problems(rng, 24, 6, 5) + ADDITION.short_problems(rng, 8, 5)
+    problems, length = problems_lib.pack(ADDITION, drawn, 6, 5), ADDITION.max_answer_length(6, 20)
     expected = plain(shipped.config, shipped.params, problems, KEY, length, temperature)
     options = {"temperature": temperature, "slots": 8, "with_scores": True}
     verified = speculative(shipped.config, shipped.params, problems, KEY, length, **options)
@@ -123,13 +166,18 @@ def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_
 
 
 def test_scores_are_given_only_when_asked_for():
-    verified = speculative(MODEL, POLICIES["ends at once"], pack(), KEY)
+    verified = speculative(
+        MODEL,
+        POLICIES["ends at once"],
+        pack(),
+        KEY,
+    )
     assert verified.logits_BxTxV is None
     assert verified.hidden_BxTxD is None
 
 
 def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episode():
-    right, window = addition.answer_text(123, 405), 64
+    right, window = ADDITION.answer_text(123, 405), 64
     params = scripted_policy(right, first=22)
     problems = pack([(123, 405)] * 3)
     # 21 characters of the prompt after its first, and the answer, which a window's last sample can end.
@@ -143,13 +191,13 @@ def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episod
 
 
 def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
-    right = addition.answer_text(123, 405)
-    wrong = addition.answer_text(12, 405)
+    right = ADDITION.answer_text(123, 405)
+    wrong = ADDITION.answer_text(12, 405)
     wrong = right[: right.index(",3]")] + wrong[wrong.index(",2]") + 2 :]
     window = 64
     params = scripted_policy(wrong, first=22)
     verified = speculative(SCRIPT_MODEL, params, pack([(123, 405)]), KEY, 250, window=window)
-    assert addition.decode(verified.trajectory.answers_BxT[0]).rstrip(addition.PAD) == wrong
+    assert alphabet.decode(verified.trajectory.answers_BxT[0]).rstrip(alphabet.PAD) == wrong
     assert verified.passes <= -(-(21 + len(wrong)) // window) + 1
 
 
@@ -168,8 +216,8 @@ def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
 
 
 def test_auto_is_speculative_for_a_policy_that_follows_the_drafts(shipped):
-    problems = problems_lib.pack(addition.short_problems(np.random.default_rng(1), 40, 4), 4, 2)
-    length = addition.max_answer_length(4, 20)
+    problems = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(1), 40, 4), 4, 2)
+    length = ADDITION.max_answer_length(4, 20)
     sampling = {"max_length": length, "batch": 4}
     chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, how="auto", **sampling))
     verified = chosen(shipped.params)
@@ -188,7 +236,14 @@ def test_giving_up_is_told():
 
 def test_an_unknown_way_is_refused():
     with pytest.raises(ConfigError, match=r"^how: got 'fast', allowed is auto \| speculative \| plain"):
-        generate(MODEL, None, pack(), KEY, how="fast", max_length=30)
+        generate(
+            MODEL,
+            None,
+            pack(),
+            KEY,
+            how="fast",
+            max_length=30,
+        )
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
@@ -197,14 +252,32 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 
     def one(params, key):
         options = {"max_length": LENGTH, "slots": 3, "axis_name": "run"}
-        return speculative_rollout(MODEL, params, pack(), key, **options)
+        return speculative_rollout(
+            MODEL,
+            params,
+            pack(),
+            key,
+            **options,
+        )
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
     for run in range(2):
-        expected = plain(MODEL, params[run], pack(), keys[run])
+        expected = plain(
+            MODEL,
+            params[run],
+            pack(),
+            keys[run],
+        )
         of_run = jax.tree.map(lambda x, run=run: x[run], together)
-        assert_same_characters(MODEL, params[run], pack(), keys[run], expected, of_run)
+        assert_same_characters(
+            MODEL,
+            params[run],
+            pack(),
+            keys[run],
+            expected,
+            of_run,
+        )
 
 
 @pytest.mark.parametrize(
@@ -218,33 +291,81 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 )
 def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        speculative_rollout(MODEL, None, pack(), KEY, **options)
+        speculative_rollout(
+            MODEL,
+            None,
+            pack(),
+            KEY,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
 def test_given_starts_go_on_as_step_by_step(options):
     params = POLICIES["untrained"]
-    expected = plain(MODEL, params, pack(), KEY)
+    expected = plain(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+    )
     lengths = np.array(expected.mask_BxT.sum(axis=1))
     starts = np.arange(len(PAIRS)) * lengths // (len(PAIRS) - 1)  # From nothing to the whole answer.
     columns = np.broadcast_to(np.arange(LENGTH)[None], (len(PAIRS), LENGTH))
     given = np.where(columns < starts[:, None], expected.answers_BxT, -1)
-    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
-    assert_same_characters(MODEL, params, pack(), KEY, expected, verified)
+    verified = speculative(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        given_BxT=given,
+        **options,
+    )
+    assert_same_characters(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        expected,
+        verified,
+    )
     given[:, :30] = np.where(given[:, :30] >= 0, 30, -1)
-    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, max_length=LENGTH, given_BxT=given))(given)
-    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
+    other = jax.jit(
+        lambda given: rollout(
+            MODEL,
+            params,
+            pack(),
+            KEY,
+            max_length=LENGTH,
+            given_BxT=given,
+        )
+    )(given)
+    verified = speculative(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        given_BxT=given,
+        **options,
+    )
     assert (np.array(other.answers_BxT) == 30).any()
-    assert_same_characters(MODEL, params, pack(), KEY, other, verified)
+    assert_same_characters(
+        MODEL,
+        params,
+        pack(),
+        KEY,
+        other,
+        verified,
+    )
 
 
 def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(shipped):
-    drawn = addition.rl_problems(np.random.default_rng(6), 8, 6, 5)
-    problems, length = problems_lib.pack(drawn, 6, 5), 150
+    drawn = ADDITION.rl_problems(np.random.default_rng(6), 8, 6, 5)
+    problems, length = problems_lib.pack(ADDITION, drawn, 6, 5), 150
     given = np.full((8, 80), -1)
     for row, problem in enumerate(drawn):
-        text = addition.answer_text(problem.a, problem.b)[: 10 * row]
-        given[row, : len(text)] = addition.encode(text[:-1] + "]" if text else "")
+        text = ADDITION.answer_text(problem.a, problem.b)[: 10 * row]
+        given[row, : len(text)] = alphabet.encode(text[:-1] + "]" if text else "")
     sampling = {"max_length": length, "given_BxT": given}
     expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, **sampling))()
     how = functools.partial(generate, shipped.config, shipped.params, problems, KEY, **sampling)

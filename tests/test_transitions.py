@@ -16,7 +16,7 @@ from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import Model, load_model
 from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Episodes, Hyper
-from ckl_jax.finetune import draw_problems, finetune, make_task
+from ckl_jax.finetune import draw_problems, finetune, make_program
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
 from ckl_jax.objective import loss_terms
@@ -58,14 +58,14 @@ def model(small_model):
 
 
 @pytest.fixture(scope="module")
-def task(model):
-    return make_task(CONFIG, model)
+def program(model):
+    return make_program(CONFIG, model)
 
 
 @pytest.fixture(scope="module")
-def params(task, model):
+def params(program, model):
     """A critic with opinions: a fresh one says 0 and gives the trunk no gradient."""
-    params = init_run(task, model.params, HYPER).params
+    params = init_run(program, model.params, HYPER).params
     params["value"] = jax.tree.map(lambda x: x + 0.1, params["value"])
     return params
 
@@ -160,9 +160,9 @@ def test_there_are_no_more_buckets_than_asked_for(episodes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss_and_gradient(task, params, episodes):
+def _loss_and_gradient(program, params, episodes):
     def loss(params):
-        terms = loss_terms(task, HYPER, params, episodes)
+        terms = loss_terms(program, HYPER, params, episodes)
         return sum(terms.values()), terms
 
     (_, terms), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -170,33 +170,33 @@ def _loss_and_gradient(task, params, episodes):
 
 
 @pytest.mark.parametrize("options", [{"kl": "exact"}, {"kl": "k2", "detach_critic": True, "temperature": 2.0}])
-def test_all_transitions_as_one_minibatch_have_the_episodes_loss_and_gradient(task, params, episodes, options):
-    task = task._replace(config=dataclasses.replace(CONFIG, **options))
-    expected = _loss_and_gradient(task, params, episodes)
+def test_all_transitions_as_one_minibatch_have_the_episodes_loss_and_gradient(program, params, episodes, options):
+    program = program._replace(config=dataclasses.replace(CONFIG, **options))
+    expected = _loss_and_gradient(program, params, episodes)
     (minibatch,) = _epoch(episodes, COUNT + 3)
-    found = _loss_and_gradient(task, params, transitions.cut(episodes, minibatch, 19))
+    found = _loss_and_gradient(program, params, transitions.cut(episodes, minibatch, 19))
     assert min(abs(term) for term in expected[0].values()) > 1e-3
     assert optax.global_norm(expected[1]["policy"]) > 1e-2
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [11, 16, 19])
-def test_the_bucket_has_no_influence(task, params, episodes, length):
+def test_the_bucket_has_no_influence(program, params, episodes, length):
     """The longest of these prefixes has 11 characters."""
     minibatch = transitions.Indices(*(jnp.array(x) for x in ([0, 1, 3, 1], [4, 0, 7, 5], [11, 3, 8, 8])))
-    found = _loss_and_gradient(task, params, transitions.cut(episodes, minibatch, length))
-    expected = _loss_and_gradient(task, params, transitions.cut(episodes, minibatch, 12))
+    found = _loss_and_gradient(program, params, transitions.cut(episodes, minibatch, length))
+    expected = _loss_and_gradient(program, params, transitions.cut(episodes, minibatch, 12))
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_follows_a_transition_has_no_influence_and_what_precedes_it_has(task, params, episodes):
+def test_what_follows_a_transition_has_no_influence_and_what_precedes_it_has(program, params, episodes):
     minibatch = transitions.Indices(jnp.array([0, 1]), jnp.array([2, 6]), jnp.array([9, 9]))
 
     def changed(row, columns):
         tokens_BxL = episodes.trajectory.tokens_BxL
         tokens_BxL = tokens_BxL.at[row, columns].set((tokens_BxL[row, columns] + 1) % 41)
         other = episodes._replace(trajectory=episodes.trajectory._replace(tokens_BxL=tokens_BxL))
-        return _loss_and_gradient(task, params, transitions.cut(other, minibatch, 16))[0]
+        return _loss_and_gradient(program, params, transitions.cut(other, minibatch, 16))[0]
 
     same = changed(0, slice(0, 0))
     for row, columns in ((0, slice(7 + 2 + 1, 20)), (1, slice(7 + 6 + 1, 20)), (1, slice(0, 4)), (2, slice(0, 20))):
@@ -206,9 +206,9 @@ def test_what_follows_a_transition_has_no_influence_and_what_precedes_it_has(tas
 
 
 def _updated(config, model, params, episodes, hyper=HYPER, key=3, axis_name=None):
-    task = make_task(config, model)
-    state = init_run(task, model.params, hyper)._replace(params=params)
-    return update(task, hyper, state, episodes, jax.random.key(key), axis_name)
+    program = make_program(config, model)
+    state = init_run(program, model.params, hyper)._replace(params=params)
+    return update(program, hyper, state, episodes, jax.random.key(key), axis_name)
 
 
 def _assert_same_update(found, expected):
@@ -230,7 +230,7 @@ def test_one_update_of_all_transitions_is_one_update_of_all_episodes(model, para
 def test_an_update_is_adams_over_the_minibatches_of_its_key_one_after_another(model, params, episodes, two_buckets):
     """Against a plain loop over two epochs, the last minibatch of each averaged over what is left."""
     config = dataclasses.replace(CONFIG, epochs=2, learning_rate_decay=False)
-    task = make_task(config, model)
+    program = make_program(config, model)
     adam = optax.scale_by_adam(eps=config.adam_epsilon)
     rates = {"policy": float(HYPER.learning_rate), "value": config.value_learning_rate}
     expected, opt_state, of_terms = params, adam.init(params), []
@@ -243,7 +243,7 @@ def test_an_update_is_adams_over_the_minibatches_of_its_key_one_after_another(mo
             lengths_M = jnp.pad(jnp.ones(len(flat_M), int), (0, fillers))
             pad = functools.partial(jnp.pad, pad_width=(0, fillers))
             batch = transitions.cut(episodes, transitions.Indices(pad(rows_M), pad(steps_M), lengths_M), 19)
-            terms, grads = _loss_and_gradient(task, expected, batch)
+            terms, grads = _loss_and_gradient(program, expected, batch)
             directions, opt_state = adam.update(grads, opt_state)
             expected = {
                 name: jax.tree.map(lambda p, d, rate=rate: p - rate * d, expected[name], directions[name])
@@ -311,7 +311,7 @@ def _rounds(path):
     return [record for record in records if "updates" in record]
 
 
-def test_a_fine_tuning_with_transitions_logs_its_updates_and_moves_the_policy(finetuned, model, task):
+def test_a_fine_tuning_with_transitions_logs_its_updates_and_moves_the_policy(finetuned, model, program):
     path, runs = finetuned
     records = _rounds(path)
     assert [(r["step"], r["arm"]) for r in records] == [(step, run.arm) for step in (1, 2) for run in runs]
@@ -369,4 +369,4 @@ def test_minibatches_of_transitions_ask_nothing_of_the_episodes_minibatch(model)
     config = dataclasses.replace(CONFIG, minibatch_episodes=3)
     with pytest.raises(ConfigError, match=r"^minibatch_episodes: got 3"):
         dataclasses.replace(config, minibatch="episodes")
-    assert draw_problems(make_task(config, model), 0, 0).prompts_BxP.shape[0] == 4
+    assert draw_problems(make_program(config, model), 0, 0).prompts_BxP.shape[0] == 4

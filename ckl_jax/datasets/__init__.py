@@ -1,4 +1,4 @@
-"""The scratchpads of additions as a TFDS dataset, and the token stream that pre-training reads."""
+"""The scratchpads of a task as a TFDS dataset, and the token stream that pre-training reads."""
 
 from ckl_jax.datasets.scratchpads import Scratchpads, ScratchpadsConfig
 from ckl_jax.datasets.stream import TokenStream, load_stream, sample_documents, sample_stream

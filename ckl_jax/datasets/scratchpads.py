@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ckl_jax import addition
+from ckl_jax.columns import task_named
 from ckl_jax.config import require
 from ckl_jax.errors import is_integer
+from ckl_jax.tasks import MAX_DIGITS, Problem, Task
 
 TEST_SHARE = 0.05
 
@@ -26,13 +27,14 @@ TEST_SHARE = 0.05
 class ScratchpadsConfig(tfds.core.BuilderConfig):
     """What determines the examples; all of it is in the config's name, so other settings never reuse stale files."""
 
+    task: str
     max_digits: int
     num_examples: int
     seed: int = 0
 
 
 class Scratchpads(tfds.core.GeneratorBasedBuilder):
-    """Additions of operands of 1..``max_digits`` digits with their prompts and right answers.
+    """Problems of a task with operands of 1..``max_digits`` digits, their prompts and right answers.
 
     Splits: ``train`` with ``num_examples``, ``test`` with a twentieth of that. Features: ``a`` and ``b`` (int64),
     ``prompt`` and ``answer`` (text).
@@ -41,14 +43,24 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
-    def __init__(self, *, max_digits: int, num_examples: int, seed: int = 0, data_dir: str | None = None):
+    def __init__(
+        self,
+        *,
+        max_digits: int,
+        num_examples: int,
+        seed: int = 0,
+        task: str = "addition",
+        data_dir: str | None = None,
+    ):
+        task_named(task)
         for name, value in (("max_digits", max_digits), ("num_examples", num_examples), ("seed", seed)):
             require(is_integer(value) and value >= 0, name, value, "an integer, 0 or more")
-        require(1 <= max_digits < addition.MAX_DIGITS, "max_digits", max_digits, f"1..{addition.MAX_DIGITS - 1}")
+        require(1 <= max_digits < MAX_DIGITS, "max_digits", max_digits, f"1..{MAX_DIGITS - 1}")
         require(num_examples >= max_digits**2, "num_examples", num_examples, f"at least max_digits^2 = {max_digits**2}")
         config = ScratchpadsConfig(
-            name=f"digits{max_digits}_examples{num_examples}_seed{seed}",
-            description=f"{num_examples} additions of 1 to {max_digits} digits",
+            name=f"{task}_digits{max_digits}_examples{num_examples}_seed{seed}",
+            description=f"{num_examples} problems of {task} of 1 to {max_digits} digits",
+            task=task,
             max_digits=max_digits,
             num_examples=num_examples,
             seed=seed,
@@ -73,29 +85,30 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
+        task = task_named(config.task)
         rng = np.random.default_rng([config.seed, split == "test"])
         for index in range(count):
             cell = index % config.max_digits**2
-            problem = _draw_of_split(rng, split, cell // config.max_digits + 1, cell % config.max_digits + 1)
+            problem = _draw_of_split(task, rng, split, cell // config.max_digits + 1, cell % config.max_digits + 1)
             yield (
                 index,
                 {
                     "a": problem.a,
                     "b": problem.b,
-                    "prompt": addition.prompt_text(problem.a, problem.b),
-                    "answer": addition.answer_text(problem.a, problem.b),
+                    "prompt": task.prompt_text(problem.a, problem.b),
+                    "answer": task.answer_text(problem.a, problem.b),
                 },
             )
 
 
-def _draw_of_split(rng: np.random.Generator, split: str, digits_a: int, digits_b: int) -> addition.Problem:
+def _draw_of_split(task: Task, rng: np.random.Generator, split: str, digits_a: int, digits_b: int) -> Problem:
     while True:
-        problem = addition.problem_of_lengths(rng, digits_a, digits_b)
+        problem = task.draw(rng, digits_a, digits_b)
         if split_of(problem) == split:
             return problem
 
 
-def split_of(problem: addition.Problem) -> str:
+def split_of(problem: Problem) -> str:
     """``train`` or ``test``: a function of the unordered pair of operands alone."""
     low, high = sorted((int(problem.a), int(problem.b)))
     digest = hashlib.sha256(f"{low}+{high}".encode()).digest()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition, hosts
+from ckl_jax import alphabet, hosts
 from ckl_jax.config import require
 from ckl_jax.datasets.scratchpads import Scratchpads
 
@@ -32,24 +32,29 @@ class Windows(NamedTuple):
 
 
 def load_stream(
-    max_digits: int, num_examples: int, seed: int = 0, split: str = "train", data_dir: str | pathlib.Path | None = None
+    max_digits: int,
+    num_examples: int,
+    seed: int = 0,
+    split: str = "train",
+    data_dir: str | pathlib.Path | None = None,
+    task: str = "addition",
 ) -> TokenStream:
     """Prepares the TFDS dataset if it is not there yet and reads a split into host memory.
 
     Of several processes 0 does, and hands it to the others: they need no dataset, and none is prepared twice.
     """
     require(split in ("train", "test"), "split", split, "train | test")
-    return hosts.of_first(lambda: _read_stream(max_digits, num_examples, seed, split, data_dir))
+    return hosts.of_first(lambda: _read_stream(max_digits, num_examples, seed, split, data_dir, task))
 
 
 def _read_stream(
-    max_digits: int, num_examples: int, seed: int, split: str, data_dir: str | pathlib.Path | None
+    max_digits: int, num_examples: int, seed: int, split: str, data_dir: str | pathlib.Path | None, task: str
 ) -> TokenStream:
     directory = None if data_dir is None else str(data_dir)
-    builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, data_dir=directory)
+    builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, task=task, data_dir=directory)
     builder.download_and_prepare()
     examples = builder.as_data_source(split=split)
-    documents = [addition.encode(_text(e["prompt"]) + _text(e["answer"])) for e in examples]
+    documents = [alphabet.encode(_text(e["prompt"]) + _text(e["answer"])) for e in examples]
     lengths = np.array([len(document) for document in documents])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     return TokenStream(np.concatenate(documents), starts.astype(np.int32))

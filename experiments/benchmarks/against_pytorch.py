@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition, pretrain, sharding
+from ckl_jax import pretrain, sharding
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model
+from ckl_jax.columns import ADDITION
 from ckl_jax.episodes import Episodes, collect
 from ckl_jax.finetune import make_mesh
 from ckl_jax.problems import Problems
@@ -95,9 +96,9 @@ def rollout(plan: Plan, progress: Progress) -> dict[str, Any]:
         if scale != "tiny":
             model = enlarge(model, model_config(plan, scale))
         rng = np.random.default_rng(0)
-        drawn = addition.varying_problems(rng, episodes, digits)
-        packed = jax.tree.map(jnp.asarray, problems_lib.pack(drawn, digits, model.max_pretrain_digits))
-        length = addition.max_answer_length(digits, tiny_config(plan).extra_length)
+        drawn = ADDITION.varying_problems(rng, episodes, digits)
+        packed = jax.tree.map(jnp.asarray, problems_lib.pack(ADDITION, drawn, digits, model.max_pretrain_digits))
+        length = ADDITION.max_answer_length(digits, tiny_config(plan).extra_length)
         title = f"{scale}, {digits} digits"
         found[title] = {"digits": digits} | _compare_rollouts(model, packed, length, PLAIN_BATCH, plan.repeats)
         progress(f"rollout, {title}: {found[title]['speedup']}")
@@ -109,7 +110,7 @@ def _collect(first: Round) -> Episodes:
     """The episodes that ``train_round`` collects, with its own key."""
     round_key = jax.random.fold_in(jax.random.key(first.hyper.seed), first.state.round + 1)
     rollout_key, _, weights_key = jax.random.split(round_key, 3)
-    run = jax.jit(lambda p, r, problems, keys: collect(first.task, p, r, first.hyper, problems, keys, None)[0])
+    run = jax.jit(lambda p, r, problems, keys: collect(first.program, p, r, first.hyper, problems, keys, None)[0])
     return run(first.state.params, first.reference, first.problems, (rollout_key, weights_key))
 
 
@@ -121,7 +122,7 @@ def round_(plan: Plan, progress: Progress) -> dict[str, Any]:
     """
     model, config = tiny_model(plan), tiny_config(plan, kl="k2")
     first = first_round(model, config)
-    run = jax.jit(functools.partial(train_round, first.task))
+    run = jax.jit(functools.partial(train_round, first.program))
     mesh = make_mesh(config, 1)
     arguments = jax.device_put((first.reference, first.state, first.hyper, first.problems), everywhere(mesh))
     episodes = _collect(first)
@@ -165,8 +166,8 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[
 
     The share is the program itself with most transitions masked out at random, so that fewer updates are left.
     """
-    config = dataclasses.replace(first.task.config, minibatch="transitions", minibatch_transitions=MINIBATCH)
-    task = first.task._replace(config=config)
+    config = dataclasses.replace(first.program.config, minibatch="transitions", minibatch_transitions=MINIBATCH)
+    program = first.program._replace(config=config)
     mask_BxT = np.asarray(episodes.trajectory.mask_BxT)
     kept = MINIBATCH * max(1, round(plan.authors_share * mask_BxT.sum() / MINIBATCH))
     chosen = np.random.default_rng(0).choice(np.flatnonzero(mask_BxT), kept, replace=False)
@@ -174,8 +175,8 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[
     few_BxT[chosen] = True
     trajectory = episodes.trajectory._replace(mask_BxT=jnp.asarray(few_BxT.reshape(mask_BxT.shape)))
     few = episodes._replace(trajectory=trajectory)
-    run = jax.jit(functools.partial(update, task))
-    collecting = jax.jit(lambda p, r, problems, key: collect(task, p, r, first.hyper, problems, (key, key), None))
+    run = jax.jit(functools.partial(update, program))
+    collecting = jax.jit(lambda p, r, problems, key: collect(program, p, r, first.hyper, problems, (key, key), None))
 
     mesh = make_mesh(config, 1)
     arguments = (first.reference, first.state, first.hyper, first.problems, few, jax.random.key(0))

@@ -19,7 +19,7 @@ import numpy as np
 
 from ckl_jax.checkpoint import Model
 from ckl_jax.episodes import collect
-from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.finetune import draw_problems, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import forward, init_cache
 from ckl_jax.objective import loss_terms
@@ -46,23 +46,23 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def _round_seconds(model: Model, config: FinetuneConfig, repeats: int) -> dict[str, float]:
     first = first_round(model, config)
-    run = jax.jit(functools.partial(train_round, first.task))
+    run = jax.jit(functools.partial(train_round, first.program))
     side = timed(run, first.reference, first.state, first.hyper, first.problems)
     return spread(alternate({"ours": side}, repeats)["ours"])
 
 
 def _runs_seconds(model: Model, config: FinetuneConfig, count: int, repeats: int) -> dict[str, float]:
     """Seconds of one round of ``count`` runs side by side in one program."""
-    task = make_task(config, model)
+    program = make_program(config, model)
     _, hypers = make_runs(config, {"run": {}}, count)
-    create = jax.jit(jax.vmap(functools.partial(init_run, task), in_axes=(None, 0)))
-    drawn = [draw_problems(task, seed, 0) for seed in range(count)]
+    create = jax.jit(jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)))
+    drawn = [draw_problems(program, seed, 0) for seed in range(count)]
     problems = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)[:, None]), *drawn)
     one_device = make_mesh(count, 1, run_devices=1)
 
     def side() -> float:
         states = jax.block_until_ready(create(model.params, hypers))
-        return seconds_of(train_rounds, task, one_device, model.params, states, hypers, problems)
+        return seconds_of(train_rounds, program, one_device, model.params, states, hypers, problems)
 
     return spread(alternate({"ours": side}, repeats)["ours"])
 
@@ -177,9 +177,11 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     """
     model, config = tiny_model(plan), tiny_config(plan)
     first = first_round(model, config)
-    task, params = first.task, first.state.params
+    program, params = first.program, first.state.params
     key = jax.random.key(0)
-    generate = jax.jit(functools.partial(rollout, model.config, max_length=task.max_length, batch=config.rollout_batch))
+    generate = jax.jit(
+        functools.partial(rollout, model.config, max_length=program.max_length, batch=config.rollout_batch)
+    )
     trajectory = generate(params["policy"], first.problems, key)
     num_prompt, total = first.problems.prompts_BxP.shape[1], trajectory.tokens_BxL.shape[1]
     group = min(config.rollout_batch, config.episodes)
@@ -197,13 +199,13 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     decoding = sum(steps * extend_cost(1, slots) for slots, steps in parts)
     prefill = config.episodes // group * extend_cost(num_prompt, parts[0][0])
 
-    episodes = jax.jit(lambda p, r, problems: collect(task, p, r, first.hyper, problems, (key, key), None)[0])(
+    episodes = jax.jit(lambda p, r, problems: collect(program, p, r, first.hyper, problems, (key, key), None)[0])(
         params, first.reference, first.problems
     )
     batch = jax.tree.map(lambda x: x[: config.minibatch_episodes], episodes)
 
     def gradient(params: Any, batch: Any) -> Any:
-        return jax.grad(lambda p: sum(loss_terms(task, first.hyper, p, batch).values()))(params)
+        return jax.grad(lambda p: sum(loss_terms(program, first.hyper, p, batch).values()))(params)
 
     pretraining = pretrain_config(plan, "tiny", plan.pretraining[0][1])
     stream = jax.tree.map(jnp.asarray, text_stream(pretraining.max_digits))
@@ -211,7 +213,7 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     step = jax.jit(functools.partial(train_step, pretraining))
     updates = config.epochs * config.episodes // config.minibatch_episodes
     scored = jax.jit(functools.partial(score, model.config))
-    renew = jax.jit(functools.partial(update, task))
+    renew = jax.jit(functools.partial(update, program))
     stages = {
         "rollout": (decoding + prefill, timed(generate, params["policy"], first.problems, key)),
         "score": (_cost(scored, params["policy"], trajectory), timed(scored, params["policy"], trajectory)),

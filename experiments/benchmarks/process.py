@@ -44,7 +44,7 @@ class ProcessCommand:
 def _prepare(plan: Plan, work: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if work == "round":
         first = first_round(tiny_model(plan), tiny_config(plan))
-        return functools.partial(train_round, first.task), first[1:]
+        return functools.partial(train_round, first.program), first[1:]
     config = pretrain_config(plan, "tiny", plan.pretraining[0][1])
     stream = jax.tree.map(jnp.asarray, text_stream(config.max_digits))
     state = jax.jit(functools.partial(init_state, config))()

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition, drafts
+from ckl_jax import drafts
 from ckl_jax import problems as problems_lib
 from ckl_jax.checkpoint import Model, load_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import gumbel_noise, score
 from ckl_jax.speculative import generate, speculative_rollout
@@ -31,7 +32,7 @@ from experiments.benchmarks.workload import (
 def first_draft(lists_Bx2xJ: jax.Array, answers_BxT: jax.Array, known_B: jax.Array, window: int) -> jax.Array:
     """A drafter that never drafts again: the right answer, whatever the episode has written."""
     length = answers_BxT.shape[1] + window
-    right_BxL = drafts.draft(lists_Bx2xJ, answers_BxT, jnp.zeros_like(known_B), length)
+    right_BxL = drafts.draft(ADDITION, lists_Bx2xJ, answers_BxT, jnp.zeros_like(known_B), length)
     return jnp.take_along_axis(right_BxL, known_B[:, None] + jnp.arange(window)[None], axis=1)
 
 
@@ -51,10 +52,10 @@ def _near_ties(model: Model, problems: Problems, key: jax.Array, temperature: fl
 
 def _measure(plan: Plan, model: Model, digits: int, temperature: float, episodes: int) -> dict[str, Any]:
     rng = np.random.default_rng([digits, episodes])
-    drawn = addition.varying_problems(rng, episodes, digits)
-    problems = jax.tree.map(jnp.asarray, problems_lib.pack(drawn, digits, model.max_pretrain_digits))
+    drawn = ADDITION.varying_problems(rng, episodes, digits)
+    problems = jax.tree.map(jnp.asarray, problems_lib.pack(ADDITION, drawn, digits, model.max_pretrain_digits))
     sampling: dict[str, Any] = {
-        "max_length": addition.max_answer_length(digits, tiny_config(plan).extra_length),
+        "max_length": ADDITION.max_answer_length(digits, tiny_config(plan).extra_length),
         "temperature": temperature,
         "with_scores": True,
     }

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import addition
+from ckl_jax import alphabet, tasks
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
+from ckl_jax.columns import ADDITION
 from ckl_jax.config import ModelConfig, PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.episodes import Hyper, Task
-from ckl_jax.finetune import draw_problems, make_runs, make_task
+from ckl_jax.episodes import Hyper, Program
+from ckl_jax.finetune import draw_problems, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
 from ckl_jax.problems import Problems
@@ -123,7 +124,7 @@ def unending_model(plan: Plan, scale: str) -> Model:
     """
     config = dataclasses.replace(model_config(plan, scale), use_bias=True)
     layers = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    embedding = layers["wte"]["embedding"].at[addition.PAD_ID].set(-100.0 / config.width)
+    embedding = layers["wte"]["embedding"].at[alphabet.PAD_ID].set(-100.0 / config.width)
     ln_f = {**layers["ln_f"], "bias": jnp.ones(config.width)}
     params = {"params": {**layers, "wte": {"embedding": embedding}, "ln_f": ln_f}}
     return Model(config, pretrained_digits(plan), params)
@@ -154,7 +155,7 @@ def tiny_config(plan: Plan, **overrides: Any) -> FinetuneConfig:
 class Round(NamedTuple):
     """The arguments of ``train_round`` for the first round of seed 0, and the model that it starts from."""
 
-    task: Task
+    program: Program
     reference: Any
     state: RunState
     hyper: Hyper
@@ -162,11 +163,11 @@ class Round(NamedTuple):
 
 
 def first_round(model: Model, config: FinetuneConfig) -> Round:
-    task = make_task(config, model)
+    program = make_program(config, model)
     hyper = jax.tree.map(lambda x: x[0], make_runs(config, {"run": {}}, 1)[1])
-    state = jax.jit(functools.partial(init_run, task))(model.params, hyper)
-    problems = jax.tree.map(jnp.asarray, draw_problems(task, 0, 0))
-    return Round(task, model.params, state, hyper, problems)
+    state = jax.jit(functools.partial(init_run, program))(model.params, hyper)
+    problems = jax.tree.map(jnp.asarray, draw_problems(program, 0, 0))
+    return Round(program, model.params, state, hyper, problems)
 
 
 def pretrain_config(plan: Plan, scale: str, batch: int) -> PretrainConfig:
@@ -183,7 +184,7 @@ def pretrain_config(plan: Plan, scale: str, batch: int) -> PretrainConfig:
 
 def text_stream(digits: int, count: int = 2000) -> TokenStream:
     """Scratchpads back to back as the dataset has them, made in memory."""
-    drawn: Sequence[addition.Problem] = addition.short_problems(np.random.default_rng(0), count, digits)
-    documents = [addition.encode(addition.prompt_text(p.a, p.b) + addition.answer_text(p.a, p.b)) for p in drawn]
+    drawn: Sequence[tasks.Problem] = ADDITION.short_problems(np.random.default_rng(0), count, digits)
+    documents = [alphabet.encode(ADDITION.prompt_text(p.a, p.b) + ADDITION.answer_text(p.a, p.b)) for p in drawn]
     starts = np.cumsum([0, *(len(document) for document in documents[:-1])]).astype(np.int32)
     return TokenStream(np.concatenate(documents), starts)
