@@ -26,18 +26,23 @@ both on the last round's episodes. Two seeds of half a run choose coefficients r
 had the wrong one.
 
 Every cell of a stage is a run of its own under ``out/<stage>/<method>_<share>x``; an interrupted call goes on with the
-same command, ``--plot-only`` makes table and figure again from results.json.
+same command, ``--plot-only`` makes table and figure again from results.json. ``--earlier`` takes over what a finished
+call with the same settings has measured, of a few of the methods say, so that only the others are trained:
+
+    python -m experiments.regularizers --earlier experiments/results/tiny/regularizers
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import jax
 import tyro
 
 from ckl_jax import cli, foreign
@@ -78,6 +83,9 @@ class RegularizersCommand:
     """How many of the other methods are confirmed."""
     seeds: int = 10
     """Seeds of every method in the confirmation."""
+    earlier: pathlib.Path | None = None
+    """Directory of a finished call that differs in methods and leaders alone: what its results.json has is not trained
+    again."""
     screen_only: bool = False
     """End after the screen."""
     plot_only: bool = False
@@ -148,6 +156,9 @@ def run_stage(
     """Trains what is missing of the cells, each in its own directory; all their records as one run's."""
     cells, records, seconds = list(cells), [], 0.0
     for number, cell in enumerate(cells, 1):
+        if number > 1 and cell.method != cells[number - 2].method:
+            # Of all methods' programs together the memory maps would exceed what Linux allows a process.
+            jax.clear_caches()
         made, traced = configured(config, cell)
         arms = {cell.name: traced}
         settings = {"config": dataclasses.asdict(made), "arms": arms, "seeds": seeds}
@@ -163,6 +174,26 @@ def run_stage(
     return arms_lib.Run(described, records, {"wall_seconds": seconds}, digits, model.task)
 
 
+def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of ``--earlier``, or empty ones.
+
+    Raises:
+      ConfigError: it is no finished call, or one whose cells were trained otherwise.
+    """
+    if command.earlier is None:
+        return {"screen": {}, "confirmation": {"arms": {}}, "wall_seconds": 0.0}
+    found = earlier_results(command.earlier, COMMAND)
+    require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
+    assert found is not None
+    with foreign.only_read(command.earlier / "results.json", "earlier", applies=True):
+        theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
+        for name in ("task", "checkpoint", "grid", "screen_seeds", "screen_rounds", "seeds"):
+            require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
+        for name, value in theirs["config"].items():
+            require(ours["config"][name] == value, name, ours["config"][name], f"{value}, that of --earlier")
+        return {"confirmation": {"arms": {}}, **found}
+
+
 def measure(command: RegularizersCommand) -> dict[str, Any]:
     """Both stages, what was chosen between them, config, device and wall seconds."""
     model = load_model(command.checkpoint)
@@ -171,18 +202,26 @@ def measure(command: RegularizersCommand) -> dict[str, Any]:
         make_runs(config, {"standard": {}}, seeds)
     own = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
     described = {"command": COMMAND, **{name: getattr(command, name) for name in own}, **describe(command, model)}
+    described = json.loads(json.dumps(described))
+    earlier = taken_over(command, described)
+    kept = {cell.name: earlier["screen"][cell.name] for cell in command.cells if cell.name in earlier["screen"]}
+    if kept:
+        described["earlier"] = {"cells": sorted(kept), "platform": earlier["platform"]}
     whole = RunDirectory(command.out, described)
-    run = run_stage(command, model, "screen", command.screen_config, command.cells, command.screen_seeds)
-    screen = regularizers_results.screened(run, command.cells)
+    cells = [cell for cell in command.cells if cell.name not in kept]
+    run = run_stage(command, model, "screen", command.screen_config, cells, command.screen_seeds)
+    screen = kept | regularizers_results.screened(run, cells)
     best = regularizers_results.best_shares(screen)
     chosen = regularizers_results.choose(best, command.leaders)
     results = {"digits": run.digits, "screen": screen, "best": best, "chosen": chosen, **run.made}
     if not command.screen_only:
-        cells = [Cell(BY_NAME[name], best[name]["share"]) for name in chosen]
+        known = {name: arm for name, arm in earlier["confirmation"]["arms"].items() if name in chosen}
+        cells = [Cell(BY_NAME[name], best[name]["share"]) for name in chosen if name not in known]
         run = run_stage(command, model, "confirmation", command.config, cells, command.seeds)
-        results["confirmation"] = regularizers_results.confirmed(run, cells)
+        results["confirmation"] = regularizers_results.confirmed(run, cells, chosen, earlier["confirmation"])
         results["wall_seconds"] += run.made["wall_seconds"]
     whole.close()
+    results["wall_seconds"] += earlier["wall_seconds"]
     return {**results, "config": described, **machine()}
 
 

@@ -50,17 +50,27 @@ def choose(best: Iterable[str], leaders: int) -> list[str]:
     return [*ALWAYS, *[name for name in best if name not in ALWAYS][:leaders]]
 
 
-def confirmed(run: arms_lib.Run, cells: Iterable[Cell]) -> dict[str, Any]:
-    """Curves and intervals by method, pairs against standard, prioritization against its controls, and the answers."""
+def confirmed(
+    run: arms_lib.Run, cells: Iterable[Cell], chosen: Iterable[str], earlier: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Curves and intervals by method, pairs against standard, and prioritization against its controls.
+
+    Args:
+      chosen: all methods that are confirmed, in their order.
+      earlier: such results; what the run has not is taken from there.
+    """
     names = {cell.name: cell.method.name for cell in cells}
     renamed = [record | {"arm": names[record["arm"]]} for record in run.records]
     of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
     results = arms_lib.summarize(run._replace(records=renamed), names.values(), of_rounds)
+    if not renamed:
+        results |= {name: earlier[name] for name in ("test_episodes", "round_episodes")}
     for values in results["arms"].values():
         commas = np.array(values["comma"], float)[:, -1]
         values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
         values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
-    against = [comparison.pair(results, name, "standard") for name in names.values() if name != "standard"]
+    results["arms"] = {name: results["arms"].get(name) or earlier["arms"][name] for name in chosen}
+    against = [comparison.pair(results, name, "standard") for name in results["arms"] if name != "standard"]
     controls = [comparison.pair(results, "prioritized", name) for name in CONTROLS]
     return {**results, "against_standard": against, "against_controls": controls}
 

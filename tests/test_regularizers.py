@@ -97,6 +97,48 @@ def test_table_figure_and_answers_come_again_from_results_alone(finished, capsys
     assert "Does prioritization beat its own controls? undecided: not told apart from standard" in printed
 
 
+def test_an_earlier_calls_methods_are_taken_over_and_the_others_trained(finished, capsys):
+    directory, before = finished
+    out = directory.parent / "more"
+    options = ["--methods", *ALWAYS, "k2", "--leaders", "1", "--earlier", str(directory), "--out", str(out)]
+    regularizers.main(command(directory.parent, *options))
+    results = json.loads((out / "results.json").read_text())
+    assert [path.name for stage in ("screen", "confirmation") for path in (out / stage).iterdir()] == ["k2_0.5x"] * 2
+    assert results["screen"].items() > before["screen"].items()
+    assert results["confirmation"]["arms"].items() > before["confirmation"]["arms"].items()
+    assert results["confirmation"]["against_controls"] == before["confirmation"]["against_controls"]
+    assert list(results["confirmation"]["arms"]) == results["chosen"] == [*ALWAYS, "k2"]
+    assert results["config"]["earlier"]["cells"] == sorted(before["screen"])
+    assert results["wall_seconds"] > before["wall_seconds"]
+    assert "| k2 | 0.5x |" in capsys.readouterr().out
+
+
+def test_all_of_an_earlier_call_is_taken_over_without_a_run(finished):
+    directory, before = finished
+    options = ["--earlier", str(directory), "--out", str(directory.parent / "same")]
+    regularizers.main(command(directory.parent, *options))
+    results = json.loads((directory.parent / "same" / "results.json").read_text())
+    assert results["confirmation"] == before["confirmation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("seeds", ["--seeds", "3"]), ("grid", ["--grid", "0.5", "1"]), ("learning_rate", ["--learning-rate", "0.02"])],
+)
+def test_an_earlier_call_of_other_settings_is_refused(finished, name, options):
+    directory, _ = finished
+    out = directory.parent / "other"
+    with pytest.raises(ConfigError, match=f"^{name}: got .* that of --earlier"):
+        regularizers.main(command(directory.parent, *options, "--earlier", str(directory), "--out", str(out)))
+    assert not out.exists()
+
+
+def test_an_earlier_call_that_is_not_there_is_refused(finished):
+    directory, _ = finished
+    with pytest.raises(ConfigError, match=r"^earlier: got .*, allowed is a directory with a finished call"):
+        regularizers.main(command(directory.parent, "--earlier", str(directory.parent / "no"), "--out", str(directory)))
+
+
 def test_other_options_in_the_same_directory_are_refused(finished):
     directory, _ = finished
     with pytest.raises(ConfigError, match="grid"):
@@ -180,7 +222,7 @@ def confirmation(after):
             measured = {"success": value, "kl": 0.01, "kl_weight": 1.0, "critical_count_3x2xC": np.ones((3, 2, 2))}
             records += [run | measured | {"step": step, "critical_probability_3x2xC": comma} for step in (1, 2)]
     config = {"config": {"seed": 0, "episodes": 4}, "seeds": 4}
-    return found.confirmed(arms_lib.Run(config, records, {}, 2), cells)
+    return found.confirmed(arms_lib.Run(config, records, {}, 2), cells, after, {"arms": {}})
 
 
 def test_the_answers_are_computed_from_the_pairs():
