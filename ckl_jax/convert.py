@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from ckl_jax import cli, foreign
 from ckl_jax.checkpoint import load_model, save_model
+from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.errors import extra, require_choice, require_types
-from ckl_jax.gpt2_files import WEIGHTS, load_foreign, save_transformers
+from ckl_jax.gpt2_files import load_foreign, save_transformers
 from ckl_jax.paths import in_bucket, require_directory
+from ckl_jax.tensor_files import WEIGHTS
 
 HUB_FILES = ["config.json", "vocab.json", "tokenizer.json", "added_tokens.json", *WEIGHTS[:2]]
 
@@ -35,6 +37,8 @@ class ConvertConfig:
     """`transformers`: the source is a checkpoint of ours."""
     vocabulary: Literal["whole", "ours"] = "whole"
     """`ours`: of the source's tokens only our 41 characters are kept, as from the stock GPT-2 with its 50,257."""
+    task: TaskName | None = None
+    """What the model was pre-trained on; default: what config.json says, else addition."""
     digits: int | None = None
     """N, digits that the model was pre-trained on; default: what config.json says, or the name (`_7digits`)."""
 
@@ -72,16 +76,19 @@ def main(config: ConvertConfig) -> None:
         save_transformers(config.out, load_model(pathlib.Path(config.source)))
     else:
         directory = _local(config.source)
+        described = foreign.read_object(directory / "config.json", "source")
+        task = task_named(config.task or described.get("task", "addition"))
         digits: Any = config.digits
         if digits is None:
-            digits = foreign.read_object(directory / "config.json", "source").get("max_pretrain_digits")
+            digits = described.get("max_pretrain_digits")
         if digits is None:
             named = re.search(r"_(\d{1,2})digits", config.source)
             require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
             digits = int(named[1]) if named else None
-        model = load_foreign(directory, digits, config.vocabulary == "ours")
+        model = load_foreign(directory, task, digits, config.vocabulary == "ours")
         save_model(config.out, model, {"command": "python -m ckl_jax.convert", "source": config.source})
-        print(json.dumps({"N": digits, "weights": model.config.num_weights, "vocabulary": model.config.vocab_size}))
+        sizes = {"weights": model.config.num_weights, "vocabulary": model.config.vocab_size}
+        print(json.dumps({"task": task.name, "N": digits, **sizes}))
     print(f"wrote {config.out}")
 
 

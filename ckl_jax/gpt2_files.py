@@ -9,20 +9,20 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ckl_jax import alphabet, foreign
+from ckl_jax import alphabet, foreign, tensor_files
 from ckl_jax.checkpoint import Model, write_json
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.errors import extra, is_integer
 from ckl_jax.model import LAYER_NORM_EPSILON
 from ckl_jax.paths import require_directory, writing
+from ckl_jax.tasks import Task
+from ckl_jax.tensor_files import Stored
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "ckpt.pt")
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 LAYER = {
     "ln_1": "ln_1",
@@ -32,24 +32,16 @@ LAYER = {
     "c_fc": "mlp.c_fc",
     "mlp_c_proj": "mlp.c_proj",
 }
-FLOATS = ("F16", "F32", "F64")
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its shape, and how to read it (float32)."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Model:
+def load_foreign(source: pathlib.Path, task: Task, digits: int, reduced: bool = False) -> Model:
     """The model in a directory with config.json, a tokenizer's vocabulary, and the weights.
 
     The vocabulary keeps its size, which J's normalization by log V needs: our characters come first in our order, then
     the rows that are none of ours.
 
     Args:
+      task: what it was pre-trained on.
       digits: N, the digits that it was pre-trained on.
       reduced: only the rows of our characters are kept; of what the model knows beside, nothing.
 
@@ -59,8 +51,8 @@ def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Mo
     """
     foreign.require_digits(digits)
     found = foreign.read_object(source / "config.json", "source")
-    path = _weights(source)
-    tensors = {_name(name): tensor for name, tensor in _stored(path).items()}
+    path = tensor_files.weights(source)
+    tensors = {_name(name): tensor for name, tensor in tensor_files.stored(path, skip=BUFFERS).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     config = _model_config(found, tensors)
     most_tokens = config.vocab_size if reduced else foreign.MOST_TOKENS
@@ -74,49 +66,13 @@ def load_foreign(source: pathlib.Path, digits: int, reduced: bool = False) -> Mo
     rows_V = _rows(_characters(source), config.vocab_size)
     params = _params(config, tensors, rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V, found.get("bias"))
     kept = alphabet.VOCAB_SIZE if reduced else config.vocab_size
-    return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params})
+    return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params}, task)
 
 
 def _name(name: str) -> str:
     for prefix in ("_orig_mod.", "transformer."):
         name = name.removeprefix(prefix)
     return name
-
-
-def _weights(source: pathlib.Path) -> pathlib.Path:
-    present = [source / name for name in WEIGHTS if (source / name).is_file()]
-    require(bool(present), "source", str(source), f"a directory with one of {', '.join(WEIGHTS)}")
-    return present[0]
-
-
-def _stored(path: pathlib.Path) -> dict[str, Stored]:
-    with foreign.damaged(path, "source"):
-        return _safetensors(path) if path.suffix == ".safetensors" else _pytorch(path)
-
-
-def _safetensors(path: pathlib.Path) -> dict[str, Stored]:
-    file = extra("safetensors", "source", "convert").safe_open(path, framework="np")
-
-    def stored(name: str) -> Stored:
-        entry = file.get_slice(name)
-        kind = entry.get_dtype()
-        require(kind in FLOATS or BUFFERS.search(name) is not None, name, kind, " | ".join(FLOATS))
-        return Stored(tuple(entry.get_shape()), lambda: file.get_tensor(name).astype(np.float32))
-
-    return {name: stored(name) for name in file.keys()}  # noqa: SIM118 - it is no dict.
-
-
-def _pytorch(path: pathlib.Path) -> dict[str, Stored]:
-    torch = extra("torch", "source", "convert")
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    found = found.get("model", found) if isinstance(found, dict) else found
-    named = isinstance(found, Mapping) and all(torch.is_tensor(x) for x in found.values())
-    require(named, "source", f"{path} with a {type(found).__name__}", "tensors by name")
-
-    def stored(tensor: Any) -> Stored:
-        return Stored(tuple(tensor.shape), lambda: tensor.detach().float().numpy())
-
-    return {str(name): stored(tensor) for name, tensor in found.items()}
 
 
 def _model_config(found: dict[str, Any], tensors: Mapping[str, Stored]) -> ModelConfig:
@@ -271,6 +227,7 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": True,
+        "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
     } | {f"{name}_token_id": alphabet.PAD_ID for name in ("bos", "eos", "pad")}
     write_json(directory / "config.json", described)
