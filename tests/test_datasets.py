@@ -1,6 +1,7 @@
 """The dataset's texts, balance and splits, and the windows that pre-training reads from its stream."""
 
 import collections
+import re
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from ckl_jax import alphabet, tasks
-from ckl_jax.columns import ADDITION
+from ckl_jax.columns import ADDITION, MULTIPLICATION
 from ckl_jax.config import ConfigError
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
 
@@ -150,3 +151,15 @@ def test_a_stream_shorter_than_the_window_is_refused(stream):
         sample_stream(short, jax.random.key(0), 1, WINDOW)
     with pytest.raises(ConfigError, match=r"^num_documents: "):
         sample_documents(short, jax.random.key(0), 1, WINDOW, BLOCK)
+
+
+def test_another_tasks_dataset_is_one_of_its_own(data_dir):
+    multiplied = load_stream(DIGITS, COUNT, data_dir=data_dir, task="multiplication")
+    text = alphabet.decode(multiplied.tokens_N)
+    operands = [tuple(map(int, found)) for found in re.findall(r"Input:\n(\d+)T(\d)\nTarget:", text)]
+    assert len(operands) == COUNT == len(multiplied.starts_E)
+    assert text == "".join(MULTIPLICATION.prompt_text(a, b) + MULTIPLICATION.answer_text(a, b) for a, b in operands)
+    lengths = collections.Counter(len(str(a)) for a, _ in operands)
+    assert lengths == {1: COUNT // 2, 2: COUNT // 2}
+    with pytest.raises(ConfigError, match=r"^task: got 'division'"):
+        load_stream(DIGITS, COUNT, data_dir=data_dir, task="division")

@@ -1,6 +1,7 @@
 """The main job end to end on a random model of width 16: every file is written, resumed and redrawn."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from ckl_jax import cli
 from ckl_jax.checkpoint import Model, load_model, save_model
+from ckl_jax.columns import MULTIPLICATION, TASKS
 from ckl_jax.config import ConfigError
 from ckl_jax.model import GPT2
 from experiments import figure4_prioritized_kl as figure4
@@ -79,6 +81,38 @@ def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
 def test_a_second_call_with_another_seed_count_is_refused(finished):
     with pytest.raises(ConfigError, match="seeds"):
         figure4.main(command(finished, "--seeds", "3"))
+
+
+def test_another_tasks_model_is_fine_tuned_on_its_own_problems(tmp_path, small_model):
+    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    save_model(tmp_path / "model", Model(small_model, 1, params, MULTIPLICATION), {})
+    with pytest.raises(ConfigError, match=r"^task: got 'addition', allowed is multiplication, the checkpoint's"):
+        figure4.main(command(tmp_path))
+    assert not (tmp_path / "out").exists()
+    rounds = ["--rounds", "1", "--test-every", "1", "--seeds", "1", "--rollout", "plain"]
+    figure4.main(command(tmp_path, "--task", "multiplication", *rounds))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["task"] == "multiplication"
+    sample = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(r"\d\dT\d", sample["problem"])
+    (record,) = (
+        r for r in map(json.loads, (tmp_path / "out" / "metrics.jsonl").open()) if "loss/kl" in r and r["beta"]
+    )
+    assert record["critical_count_3x2xC"][0][1] == [0, 0]
+    assert load_model(tmp_path / "out" / "prioritized" / "seed_0").task == MULTIPLICATION
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_tasks_own_model_ships_and_is_the_default(task):
+    default = cli.parse(figure4.Figure4Command, figure4.preset, ["--task", task])
+    model = load_model(default.checkpoint)
+    assert model.task.name == default.task == task
+    assert model.max_pretrain_digits == 5
+
+
+def test_an_unknown_task_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^task: got 'division', allowed is addition \| subtraction"):
+        command(tmp_path, "--task", "division")
 
 
 def test_beta_zero_is_refused(tmp_path):

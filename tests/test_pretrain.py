@@ -13,6 +13,7 @@ import pytest
 
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.checkpoint import load_model
+from ckl_jax.columns import SUBTRACTION
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.finite import NotFiniteError
@@ -103,6 +104,12 @@ def test_the_saved_model_is_the_returned_one_and_says_how_it_was_made(config, un
     chex.assert_trees_all_equal(loaded.params, model.params)
     made_by = json.loads((path / "model.json").read_text())["made_by"]
     assert made_by["config"] == dataclasses.asdict(config)
+
+
+def test_another_task_is_learned_from_its_own_dataset_and_tested_on_its_own_problems(config, data_dir, tmp_path):
+    model, metrics = _run(dataclasses.replace(config, task="subtraction", num_steps=8), tmp_path / "run", data_dir)
+    assert model.task == load_model(tmp_path / "run").task == SUBTRACTION
+    assert [record["step"] for record in metrics] == [8]
 
 
 def test_training_ends_at_the_target_accuracy_and_stays_there(config, data_dir, tmp_path, monkeypatch):
