@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,8 +125,8 @@ class PretrainConfig:
         )
 
 
-def pretrain_preset(scale: str) -> PretrainConfig:
-    """The pre-training of a named scale. Raises ValueError for another name."""
+def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
+    """The pre-training of a named scale and task. Raises ValueError for another name."""
     presets = {
         "tiny": PretrainConfig(
             scale="tiny",
@@ -151,4 +152,6 @@ def pretrain_preset(scale: str) -> PretrainConfig:
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
     }
     require(scale in tuple(presets), "scale", scale, " | ".join(presets))
-    return presets[scale]
+    fewer = scale == "tiny" and task != "addition"
+    chosen = presets[scale]
+    return dataclasses.replace(chosen, task=task, num_steps=1_500 if fewer else chosen.num_steps)

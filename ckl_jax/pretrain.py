@@ -1,6 +1,7 @@
 """Next-character pre-training (paper, section 3.2; Lee et al. 2024).
 
     python -m ckl_jax.pretrain --scale tiny --out runs/tiny
+    python -m ckl_jax.pretrain --task subtraction --out runs/tiny_subtraction
 
 An interrupted run goes on from its last checkpoint with the same command and ends with the same numbers.
 """
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 
 from ckl_jax import cli, finite, preemption, sharding
 from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import task_named
+from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
@@ -220,8 +221,8 @@ class PretrainCommand:
             require_directory(self.data_dir, "data_dir")
 
 
-def preset(scale: str = "tiny") -> PretrainCommand:
-    return PretrainCommand(pretrain_preset(scale))
+def preset(scale: str = "tiny", task: TaskName = "addition") -> PretrainCommand:
+    return PretrainCommand(pretrain_preset(scale, task))
 
 
 def main(command: PretrainCommand) -> None:

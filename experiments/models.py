@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 
 from ckl_jax import hosts
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint import Model, load_model, shipped
 from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
 from ckl_jax.paths import require_directory
 from ckl_jax.pretrain import pretrain
@@ -38,7 +38,8 @@ class Models:
     pretrain: PretrainConfig = field(default_factory=lambda: pretrain_preset("tiny"))
     """How each is pre-trained; its max_digits is replaced by each N."""
     pretrained: pathlib.Path = pathlib.Path("runs/pretrained")
-    """Holds a directory per model, <scale>_N<N>, that all experiments share; what is missing there is trained."""
+    """Holds a directory per model, <scale>_N<N> (and _<task>), that all experiments share; what is missing there is
+    trained."""
     data_dir: pathlib.Path | None = None
     """Where TFDS keeps the datasets; default: TFDS's own default directory."""
 
@@ -85,9 +86,9 @@ def pretrained(
     Raises:
       ConfigError: the model's place holds a run of another config; nothing is touched.
     """
-    if config == pretrain_preset("tiny"):
-        return SHIPPED_TINY
-    name = f"{config.scale}_N{config.max_digits}"
+    if config == pretrain_preset("tiny", config.task):
+        return shipped(config.task)
+    name = f"{config.scale}_N{config.max_digits}" + ("" if config.task == "addition" else f"_{config.task}")
     run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})
     if not hosts.of_first((run.path / "model.json").exists):  # It is written last.
         progress(f"pre-training {name} in {run.path}")

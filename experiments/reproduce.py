@@ -34,6 +34,7 @@ from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, Scale, require
 from ckl_jax.paths import require_directory
 from ckl_jax.runs import read_json
+from ckl_jax.tasks import Task
 from experiments import summary_page
 from experiments.child import run_process
 
@@ -104,23 +105,32 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
     return command.checkpoint or SHIPPED_TINY
 
 
+def _described(command: ReproduceCommand) -> tuple[int, Task]:
+    """N and task of the model."""
+    _, base, task = foreign.model_description(_model(command) / "model.json")
+    return base, task_named(task)
+
+
 def _one_problem(command: ReproduceCommand) -> list[str]:
     """Operands for figure 1, whose own are for the N of the model that ships."""
-    _, base, task = foreign.model_description(_model(command) / "model.json")
+    base, task = _described(command)
     if command.checkpoint is None:
         return []
-    (problem,) = task_named(task).rl_problems(np.random.default_rng(0), 1, base + 1, base)
+    (problem,) = task.rl_problems(np.random.default_rng(0), 1, base + 1, base)
     return [*_checkpoint(command), "--a", str(problem.a), "--b", str(problem.b)]
 
 
 def _fine_tuning(command: ReproduceCommand) -> list[str]:
-    return ["--scale", command.scale, *_checkpoint(command), "--seeds", str(command.seeds)]
+    _, task = _described(command)
+    return ["--scale", command.scale, "--task", task.name, *_checkpoint(command), "--seeds", str(command.seeds)]
 
 
 def _levels(command: ReproduceCommand) -> list[str]:
     """Two models at the tiny scale, of which one ships: a third would be most of the hour that all items take."""
     digits = ["--digits", "3", "5"] if command.scale == "tiny" else []
-    return ["--scale", command.scale, *digits, "--pretrained", str(command.out / "pretrained")]
+    _, task = _described(command)
+    made = ["--pretrain.task", task.name, "--pretrained", str(command.out / "pretrained")]
+    return ["--scale", command.scale, *digits, *made]
 
 
 def _from_figure4(command: ReproduceCommand) -> list[str]:
