@@ -42,6 +42,11 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
     def __init__(self, *, max_digits: int, num_examples: int, seed: int = 0, data_dir: str | None = None):
+        """Prepares nothing yet. ``data_dir``: where the files are; default: TFDS's own directory.
+
+        Raises:
+          ConfigError: no integers from 0, ``max_digits`` above 17, or fewer examples than the grid has cells.
+        """
         for name, value in (("max_digits", max_digits), ("num_examples", num_examples), ("seed", seed)):
             require(is_integer(value) and value >= 0, name, value, "an integer, 0 or more")
         require(1 <= max_digits < addition.MAX_DIGITS, "max_digits", max_digits, f"1..{addition.MAX_DIGITS - 1}")
