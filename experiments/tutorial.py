@@ -216,14 +216,24 @@ pad = report.Scratchpad(title, bool(trajectory.reward_B[0]), "", characters)
 show(plots.scratchpads([("The reference's first answer", [pad])]), "scratchpad")
 
 # %%
-log_v = math.log(len(VOCABULARY))
+LOG_V = math.log(len(VOCABULARY))
+
+
+def entropy_from(certainty):
+    return (1 - certainty) * LOG_V
+
+
+def certainty_from(entropy):
+    return 1 - entropy / LOG_V
+
+
 figure, axes = plt.subplots(figsize=(9, 3))
 axes.plot(sure_T, color="0.45", linewidth=0.8)
 axes.plot(met, sure_T[met], "o", color="#dd8452", label="critical token")
 if deviation is not None:
     axes.plot(deviation, sure_T[deviation], "v", color="#c8232c", markersize=9, zorder=0, label="first wrong character")
 axes.set(xlabel="character of the answer", ylabel="certainty J", title="Certainty of the reference, and its entropy")
-axes.secondary_yaxis("right", functions=(lambda j: (1 - j) * log_v, lambda h: 1 - h / log_v)).set_ylabel("H in nats")
+axes.secondary_yaxis("right", functions=(entropy_from, certainty_from)).set_ylabel("entropy H, nats")
 axes.legend(loc="lower right")
 axes.grid(alpha=0.3)
 show(figure, "certainty")
@@ -512,9 +522,9 @@ show(figure, "round")
 # Now look at the commas and at the accuracy. When we ran this (a few answers may differ on your machine), every comma
 # ended near 1, and yet fewer new problems were solved than before: 42 of 256, then 9. Eight steps from 64 answers
 # taught the commas, so they must have spoiled something else. The KL of 0.1 nats per character says how far the policy
-# went. Its gradient is now the largest of all terms, and the next rounds are pulled back. In the published run of Figure
-# 4 the prioritized arm fell too: of the answers that it learned from, 20% were right in the first round, 14% in the
-# third and 49% in the last (means of 10 seeds).
+# went. Its gradient is now the largest of all terms, and the next rounds are pulled back. In the published run of
+# Figure 4 the prioritized arm fell too: of the answers that it learned from, 20% were right in the first round, 14% in
+# the third and 49% in the last (means of 10 seeds).
 #
 # So one round decides nothing, in either direction. A claim needs all rounds, several seeds, and two arms that share
 # problems and noise.
