@@ -267,9 +267,7 @@ for beta in BETAS:
     right.plot(of_all, np.linspace(0, 100, len(of_all)), label=f"beta = {beta}")
     print(f"{beta:5d} {of_all.mean():13.3f} {weights_BxT[0, comma]:14.1e} {of_all[0]:7.0e}")
 left.set(xlabel="certainty J", ylabel="weight of the KL", title="The weight")
-right.set(
-    xlabel="weight of the KL", ylabel="characters, %", title=f"{EPISODES} answers: how many have at most this weight"
-)
+right.set(xlabel="weight of the KL", ylabel="characters, %", title="How many have at most this weight")
 for axes in (left, right):
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -392,7 +390,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
 grid = np.linspace(-1.5, 1.5, 200)
 for kind, curve in (("k1", grid), ("k2", grid**2 / 2), ("k3", np.exp(-grid) - 1 + grid)):
     left.plot(grid, curve, label=kind)
-left.plot(d_BxT[inside], np.full(inside.sum(), -1.45), "|", color="0.3", alpha=0.3, label="d of the characters")
+left.plot(d_BxT[inside], np.full(inside.sum(), -1.45), "|", color="0.3", alpha=0.3, label="d of characters within")
 left.set(xlim=(-1.5, 1.5), ylim=(-1.5, 2), xlabel="d = log pi - log ref", title="Estimates of one character")
 of_bin = np.clip(np.digitize(np.asarray(ref_sure_BxT)[inside], EDGES) - 1, 0, len(EDGES) - 2)
 for offset, beta in ((-0.2, 0), (0.2, 150)):
