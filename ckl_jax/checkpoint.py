@@ -5,8 +5,6 @@ damaged array files load without an error otherwise. A checkpoint without a mani
 Several processes save and restore together: each writes and reads its own parts, process 0 the manifests.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

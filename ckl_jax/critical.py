@@ -1,7 +1,5 @@
 """Critical tokens in a model's own answers: where they are met, how sure it is of them, what they decide."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +78,7 @@ class Generations(NamedTuple):
         """The answer of a row up to its end."""
         return alphabet.decode(self.answers_BxT[row][self.mask_BxT[row]], beyond=alphabet.UNKNOWN)
 
-    def first(self, count: int) -> Generations:
+    def first(self, count: int) -> "Generations":
         """The first answers alone."""
         return Generations(*(array[:count] for array in self))
 

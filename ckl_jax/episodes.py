@@ -1,7 +1,5 @@
 """A round's collect: rollout, reward, one pass of policy and reference, advantages, and what is reported of it."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

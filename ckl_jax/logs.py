@@ -25,8 +25,8 @@ class LogOptions:
     """Changes no number of a run, so one that goes on may have others."""
 
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Copies of metrics and sampled answers (extra logs): in <out>/tensorboard; in <out>/wandb and, unless WANDB_MODE
-    is offline, at Weights & Biases."""
+    """Copies of metrics and sampled answers (extra logs): in `<out>/tensorboard`; in `<out>/wandb` and, unless
+    WANDB_MODE is offline, at Weights & Biases."""
     quiet: bool = False
     """Only the last lines and errors are printed."""
 

@@ -4,8 +4,6 @@ Tensor names carry their shape: B batch, T new positions, S cached positions, H 
 V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple, cast
 

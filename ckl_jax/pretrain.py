@@ -6,8 +6,6 @@
 An interrupted run goes on from its last checkpoint with the same command and ends with the same numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -42,7 +40,7 @@ class PretrainState(NamedTuple):
 
     step: jax.Array
     params: Any
-    opt_state: optax.OptState
+    opt_state: Any
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:

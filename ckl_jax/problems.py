@@ -3,8 +3,6 @@
 All prompts end in the same column (they are padded on the left), so column t of every answer is its t-th character.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import flax.struct

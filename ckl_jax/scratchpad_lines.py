@@ -1,7 +1,5 @@
 """A line of a scratchpad as numbers: what it says, which one follows it, and its text; on the device."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

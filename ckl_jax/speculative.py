@@ -12,8 +12,6 @@ to be those that follow no draft, are moved to fewer slots. ``generate`` gives u
 the drafts and decodes step by step.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args

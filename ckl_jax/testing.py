@@ -1,7 +1,5 @@
 """Tests of a fine-tuning program's runs on common problems: accuracy, and the first answers as samples."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Adam updates on minibatches, and collect -> update as one pure round, scanned over rounds and vmapped over runs."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ class RunState(NamedTuple):
 
     round: jax.Array
     params: dict[str, Any]
-    opt_state: optax.OptState
+    opt_state: Any
     kl_coefficient: jax.Array
 
 

@@ -52,6 +52,11 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
         task: str = "addition",
         data_dir: str | None = None,
     ):
+        """Prepares nothing yet. ``data_dir``: where the files are; default: TFDS's own directory.
+
+        Raises:
+          ConfigError: an unknown task, no integers from 0, ``max_digits`` above 17, or fewer examples than cells.
+        """
         task_named(task)
         for name, value in (("max_digits", max_digits), ("num_examples", num_examples), ("seed", seed)):
             require(is_integer(value) and value >= 0, name, value, "an integer, 0 or more")

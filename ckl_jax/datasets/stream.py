@@ -1,7 +1,5 @@
 """The dataset read once into one flat token stream, and windows of it as a pure function of a key, on the device."""
 
-from __future__ import annotations
-
 import pathlib
 from typing import NamedTuple
 

@@ -1,0 +1,57 @@
+"""What the API pages are made of: names in docstrings lead somewhere. (``.ci/run`` builds the pages.)"""
+
+import ast
+import re
+
+import pytest
+from names import ROOT, exists, missing_in_docstring
+
+SOURCES = sorted((ROOT / "ckl_jax").rglob("*.py"))
+
+
+def docstrings(source):
+    """All string literals that are statements: docstrings, those of fields included."""
+    statements = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
+    return [
+        node.value.value
+        for node in statements
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_names_in_docstrings_lead_somewhere(path):
+    assert missing_in_docstring("\n".join(docstrings(path.read_text()))) == []
+
+
+def spoiled(text):
+    """What Markdown makes of a docstring that was not meant: an open code span, or tags that a browser swallows."""
+    parts = text.replace("``", "`").split("`")
+    return ["`"] * (len(parts) % 2 == 0) + re.findall(r"</?\w+>", "".join(parts[::2]))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_docstrings_render_as_they_read(path):
+    assert [found for text in docstrings(path.read_text()) for found in spoiled(text)] == []
+
+
+def test_what_would_render_badly_is_found():
+    assert spoiled("``a`` and `<out>/b`, a < b and c > d") == []
+    assert spoiled("``a and b") == ["`"]
+    assert spoiled("in <out>/tensorboard") == ["<out>"]
+
+
+def test_a_name_that_leads_nowhere_is_found():
+    assert missing_in_docstring("`ckl_jax.losses.entropy`, ``losses.entropy`` and `config.json`") == []
+    assert missing_in_docstring("see ckl_jax.losses.entropic") == ["ckl_jax.losses.entropic"]
+    assert missing_in_docstring("``losses.entropic``") == ["ckl_jax.losses.entropic"]
+    assert missing_in_docstring("ckl_jax.no_module") == ["ckl_jax.no_module"]
+    assert exists("ckl_jax.finetune_config.FinetuneConfig.kl_target")
+    assert not exists("ckl_jax.finetune_config.FinetuneConfig.kl_targets")
+
+
+def test_the_first_page_names_every_group_of_modules():
+    import ckl_jax
+
+    for module in ("certainty", "losses", "finetune", "episodes", "updates", "checkpoint", "critical"):
+        assert f"`ckl_jax.{module}" in ckl_jax.__doc__
