@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax.numpy as jnp
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,7 +29,17 @@ def test_the_layout_names_every_module():
     assert all(name in README for name in modules)
 
 
-def test_the_readme_has_no_open_placeholder_and_its_pictures_exist():
-    assert not re.findall(r"@[A-Z_]+@", README)
-    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / picture).is_file(), picture
+@pytest.mark.parametrize("directory", ["", "experiments", "tpu_scripts"])
+def test_a_readme_has_no_open_placeholder_and_what_it_links_to_exists(directory):
+    text = (ROOT / directory / "README.md").read_text()
+    assert not re.findall(r"@[A-Z_]+@", text)
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    assert [target for target in targets if not (ROOT / directory / target).exists()] == []
+
+
+def test_the_readme_links_to_headings_that_exist():
+    linked = re.findall(r"\]\(experiments/README\.md#([^)]+)\)", README)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "experiments" / "README.md").read_text(), re.MULTILINE)
+    names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert linked
+    assert set(linked) <= names
