@@ -42,14 +42,7 @@ score = jax.jit(rollout_lib.score, static_argnums=0)
 def long_trajectory():
     """No padding is drawn, so that every row fills the limit and the cache grows twice."""
     params = policy(MODEL, pad_logit=-50.0)
-    return params, generate(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        2 * rollout_lib.CACHE_BLOCK + 20,
-        0.7,
-    )
+    return params, generate(MODEL, params, pack(), KEY, 2 * rollout_lib.CACHE_BLOCK + 20, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +120,7 @@ def test_an_episode_draws_the_same_characters_under_more_left_padding(short_traj
 
 def test_greedy_answers_are_the_argmax_of_the_teacher_forced_logits():
     params = policy(MODEL, seed=1, pad_logit=-50.0)
-    trajectory = generate(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        40,
-        greedy=True,
-    )
+    trajectory = generate(MODEL, params, pack(), KEY, 40, greedy=True)
     assert trajectory.mask_BxT.all()
     logits, _ = score(MODEL, params, trajectory)
     np.testing.assert_array_equal(trajectory.answers_BxT, logits.argmax(axis=2))
@@ -157,14 +143,7 @@ def steps_taken(monkeypatch, *args, **options):
 
 def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding(monkeypatch):
     params = policy(MODEL, pad_logit=500.0)
-    trajectory, steps = steps_taken(
-        monkeypatch,
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        max_length=60,
-    )
+    trajectory, steps = steps_taken(monkeypatch, MODEL, params, pack(), KEY, max_length=60)
     assert steps == 1
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [1] * len(PAIRS)
     assert not trajectory.reward_B.any()
@@ -217,13 +196,7 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 )
 def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        rollout_lib.rollout(
-            MODEL,
-            None,
-            pack(),
-            KEY,
-            **options,
-        )
+        rollout_lib.rollout(MODEL, None, pack(), KEY, **options)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -281,11 +254,4 @@ def test_a_given_character_changes_the_answer_and_is_judged_with_it():
 @pytest.mark.parametrize("shape", [(len(PAIRS), 31), (len(PAIRS) - 1, 30), (len(PAIRS),)])
 def test_given_characters_of_another_shape_are_refused(shape):
     with pytest.raises(ConfigError, match=rf"^given_BxT: got .*, allowed is \[{len(PAIRS)}, up to 30\]"):
-        rollout_lib.rollout(
-            MODEL,
-            None,
-            pack(),
-            KEY,
-            max_length=30,
-            given_BxT=np.zeros(shape, int),
-        )
+        rollout_lib.rollout(MODEL, None, pack(), KEY, max_length=30, given_BxT=np.zeros(shape, int))

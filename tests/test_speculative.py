@@ -86,59 +86,17 @@ POLICIES = {
     ids=["default", "one slot", "one character", "drafts of nonsense"],
 )
 def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, options):
-    expected = plain(
-        MODEL,
-        POLICIES[name],
-        pack(),
-        KEY,
-    )
-    verified = speculative(
-        MODEL,
-        POLICIES[name],
-        pack(),
-        KEY,
-        **options,
-    )
-    assert_same_characters(
-        MODEL,
-        POLICIES[name],
-        pack(),
-        KEY,
-        expected,
-        verified,
-    )
+    expected = plain(MODEL, POLICIES[name], pack(), KEY)
+    verified = speculative(MODEL, POLICIES[name], pack(), KEY, **options)
+    assert_same_characters(MODEL, POLICIES[name], pack(), KEY, expected, verified)
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.3, False), (1.7, False), (1.0, True)])
 def test_temperatures_and_greedy_draw_the_same_characters(temperature, greedy):
     params = POLICIES["untrained"]
-    expected = plain(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        temperature=temperature,
-        greedy=greedy,
-    )
-    verified = speculative(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        temperature=temperature,
-        greedy=greedy,
-        slots=3,
-    )
-    assert_same_characters(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        expected,
-        verified,
-        temperature,
-        greedy,
-    )
+    expected = plain(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy)
+    verified = speculative(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy, slots=3)
+    assert_same_characters(MODEL, params, pack(), KEY, expected, verified, temperature, greedy)
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +124,7 @@ def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_
 
 
 def test_scores_are_given_only_when_asked_for():
-    verified = speculative(
-        MODEL,
-        POLICIES["ends at once"],
-        pack(),
-        KEY,
-    )
+    verified = speculative(MODEL, POLICIES["ends at once"], pack(), KEY)
     assert verified.logits_BxTxV is None
     assert verified.hidden_BxTxD is None
 
@@ -236,14 +189,7 @@ def test_giving_up_is_told():
 
 def test_an_unknown_way_is_refused():
     with pytest.raises(ConfigError, match=r"^how: got 'fast', allowed is auto \| speculative \| plain"):
-        generate(
-            MODEL,
-            None,
-            pack(),
-            KEY,
-            how="fast",
-            max_length=30,
-        )
+        generate(MODEL, None, pack(), KEY, how="fast", max_length=30)
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
@@ -252,32 +198,14 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 
     def one(params, key):
         options = {"max_length": LENGTH, "slots": 3, "axis_name": "run"}
-        return speculative_rollout(
-            MODEL,
-            params,
-            pack(),
-            key,
-            **options,
-        )
+        return speculative_rollout(MODEL, params, pack(), key, **options)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
     for run in range(2):
-        expected = plain(
-            MODEL,
-            params[run],
-            pack(),
-            keys[run],
-        )
+        expected = plain(MODEL, params[run], pack(), keys[run])
         of_run = jax.tree.map(lambda x, run=run: x[run], together)
-        assert_same_characters(
-            MODEL,
-            params[run],
-            pack(),
-            keys[run],
-            expected,
-            of_run,
-        )
+        assert_same_characters(MODEL, params[run], pack(), keys[run], expected, of_run)
 
 
 @pytest.mark.parametrize(
@@ -291,72 +219,24 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 )
 def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        speculative_rollout(
-            MODEL,
-            None,
-            pack(),
-            KEY,
-            **options,
-        )
+        speculative_rollout(MODEL, None, pack(), KEY, **options)
 
 
 @pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
 def test_given_starts_go_on_as_step_by_step(options):
     params = POLICIES["untrained"]
-    expected = plain(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-    )
+    expected = plain(MODEL, params, pack(), KEY)
     lengths = np.array(expected.mask_BxT.sum(axis=1))
     starts = np.arange(len(PAIRS)) * lengths // (len(PAIRS) - 1)  # From nothing to the whole answer.
     columns = np.broadcast_to(np.arange(LENGTH)[None], (len(PAIRS), LENGTH))
     given = np.where(columns < starts[:, None], expected.answers_BxT, -1)
-    verified = speculative(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        given_BxT=given,
-        **options,
-    )
-    assert_same_characters(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        expected,
-        verified,
-    )
+    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
+    assert_same_characters(MODEL, params, pack(), KEY, expected, verified)
     given[:, :30] = np.where(given[:, :30] >= 0, 30, -1)
-    other = jax.jit(
-        lambda given: rollout(
-            MODEL,
-            params,
-            pack(),
-            KEY,
-            max_length=LENGTH,
-            given_BxT=given,
-        )
-    )(given)
-    verified = speculative(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        given_BxT=given,
-        **options,
-    )
+    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, max_length=LENGTH, given_BxT=given))(given)
+    verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
     assert (np.array(other.answers_BxT) == 30).any()
-    assert_same_characters(
-        MODEL,
-        params,
-        pack(),
-        KEY,
-        other,
-        verified,
-    )
+    assert_same_characters(MODEL, params, pack(), KEY, other, verified)
 
 
 def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(shipped):
