@@ -93,7 +93,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def result_text(self, a: int, b: int) -> str:
-        """The line that decides the reward, without its newline."""
+        """The line that decides the reward, without its newline: at most ``2 * digits + 1`` characters."""
 
     @abc.abstractmethod
     def longest(self, digits: int) -> Problem:
