@@ -36,7 +36,7 @@ def test_every_extra_that_the_readme_or_an_error_asks_for_exists():
     by_errors = re.findall(r'\bextra\([^)]*"(\w+)"\)', sources) + re.findall(r"install the extra (\w+)", sources)
     by_readme = re.findall(r"(?:\bextra `|# extra |'\.\[)(\w+)", README)
     assert {"convert", "logs", "tpu"} <= set(by_errors)
-    assert {"bench", "convert", "logs", "test", "tpu"} <= set(by_readme)
+    assert {"convert", "logs", "test", "tpu"} <= set(by_readme)
     assert {*by_errors, *by_readme} <= EXTRAS
 
 
