@@ -25,3 +25,5 @@ Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, 
 H heads, S cache slots, R runs. A value that cannot work raises `ckl_jax.errors.ConfigError`, a `ValueError` that names
 it and what is allowed.
 """
+
+__version__ = "0.1.0"
