@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ckl_jax.addition import PAD, Problem, answer_text, decode, short_problems
 
 from ckl_jax import cli
 from ckl_jax import problems as problems_lib
+from ckl_jax.alphabet import PAD, decode
 from ckl_jax.checkpoint import Model
 from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, ModelConfig
@@ -22,6 +22,7 @@ from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import rollout
 from ckl_jax.speculative import generate
+from ckl_jax.tasks import Problem
 from experiments import benchmark
 from experiments.benchmarks import against_pytorch, ours, report, speculation, timing, workload
 from experiments.benchmarks.enlarge import enlarge
@@ -63,7 +64,7 @@ def test_the_decoding_steps_of_each_cache_size_add_up_to_every_groups_longest_ep
 
 def test_episodes_of_the_unending_model_run_to_the_limit():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 8, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 8, 1), 1, 1)
     trajectory = rollout(model.config, model.params, packed, jax.random.key(0), max_length=50)
     assert trajectory.mask_BxT.all()
     assert len(np.unique(trajectory.answers_BxT)) > 10
@@ -109,7 +110,7 @@ def test_a_table_of_some_sections_has_those_alone():
 
 def test_all_rollouts_that_are_compared_write_the_same_number_of_characters():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 2, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 2, 1), 1, 1)
     found = against_pytorch._compare_rollouts(model, packed, 6, 2, 1)
     assert found["characters"] == dict.fromkeys(("ours", "transformers", "speculative"), 12)
     assert set(found["speedup"]) == {"ours", "speculative"}
@@ -142,13 +143,13 @@ def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_wr
     packed = problems_lib.pack(ADDITION, [Problem(357, 68), Problem(9, 4)], 3, 2)
     wrong = np.full((2, 160), 5, np.int32)
     got = speculation.first_draft(jnp.asarray(packed.lists_Bx3x2xJ[:, 0]), wrong, jnp.array([7, 30]), 40)
-    expected = [answer_text(357, 68)[7:47], answer_text(9, 4)[30:70]]
+    expected = [ADDITION.answer_text(357, 68)[7:47], ADDITION.answer_text(9, 4)[30:70]]
     assert [decode(row) for row in np.array(got)] == [text.ljust(40, PAD) for text in expected]
 
 
 def test_near_ties_are_where_two_rollouts_begin_to_differ():
     model = workload.unending_model(workload.QUICK, "tiny")
-    packed = problems_lib.pack(ADDITION, short_problems(np.random.default_rng(0), 3, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     key = jax.random.key(0)
     plain = generate(model.config, model.params, packed, key, how="plain", max_length=10)
     assert speculation._near_ties(model, packed, key, 1.0, plain, plain) == {"differing": 0, "widest_gap": None}
