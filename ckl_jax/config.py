@@ -152,6 +152,4 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
     }
     require(scale in tuple(presets), "scale", scale, " | ".join(presets))
-    chosen = dataclasses.replace(presets[scale], task=task)
-    steps = {"subtraction": 1_500, "multiplication": 5_000}
-    return dataclasses.replace(chosen, num_steps=steps[task]) if scale == "tiny" and task in steps else chosen
+    return dataclasses.replace(presets[scale], task=task)
