@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, Params, load_model, shipped, write_json
@@ -198,6 +199,9 @@ def draw(results: Mapping[str, Any], directory: pathlib.Path) -> None:
         before = next(iter(results["arms"].values()))[f"{curve}_before"][0]
         panel.axhline(100 * before, color=plots.SOFT, linewidth=1, linestyle="--", label="before")
         panel.set(xscale="log", xlabel="distance from the pre-trained parameters", title=title)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy after RL (%)")
