@@ -59,7 +59,10 @@ class ColumnTask(Task):
         return made
 
     def draw(self, rng: np.random.Generator, digits_a: int, digits_b: int) -> Problem:
-        a, b = draw_number(rng, digits_a), draw_number(rng, 1 if self.repeats_second else digits_b)
+        a = draw_number(rng, digits_a)
+        if self.repeats_second:
+            return Problem(a, int(rng.integers(1, 10)))  # Times 0 is right whatever the columns say.
+        b = draw_number(rng, digits_b)
         return Problem(max(a, b), min(a, b)) if self.larger_first else Problem(a, b)
 
     def longest(self, digits: int) -> Problem:

@@ -66,7 +66,7 @@ def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
 
 
 def test_transformers_samples_until_the_limit_or_the_end_of_the_episode(small_model):
-    packed = problems_lib.pack(ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
+    packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     answers = baselines.generate(baselines.to_transformers(small_model, random_params(small_model)), packed, 12, 1.0, 3)
     assert answers.shape == (3, 12)
     after = ~np.asarray(answer_mask(jnp.asarray(answers)))
@@ -148,7 +148,7 @@ def test_state_values_equal_ours(round_of):
 
 def test_the_rollout_without_a_cache_gives_our_greedy_characters(small_model):
     params = random_params(small_model)
-    packed = problems_lib.pack(ADDITION.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
+    packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
     ours = greedy(small_model, params, packed, 24)
     model = baselines.GPT.from_params(small_model, params)
     prefixes = [

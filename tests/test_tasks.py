@@ -75,7 +75,7 @@ def test_problems_keep_to_what_the_operation_takes():
         assert all(problem.b <= problem.a for problem in draw(rng(), 200, 3))
     drawn = MULTIPLICATION.rl_problems(rng(), 300, 4, 3)
     assert {len(str(problem.a)) for problem in drawn} == {4}
-    assert {problem.b for problem in drawn} == set(range(10))
+    assert {problem.b for problem in drawn} == set(range(1, 10))
     lengths = [len(str(problem.a)) for problem in MULTIPLICATION.short_problems(rng(), 600, 3)]
     np.testing.assert_allclose(np.bincount(lengths)[1:] / 600, 1 / 3, atol=0.06)
 
