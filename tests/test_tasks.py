@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,7 @@ def test_other_operands_are_refused(task, a, b, said, text):
 
 def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
     assert [task_named(name) for name in columns.TASKS] == [ADDITION, SUBTRACTION, MULTIPLICATION]
+    assert get_args(columns.TaskName) == tuple(columns.TASKS)
     with pytest.raises(
         ConfigError, match=r"^task: got 'division', allowed is addition \| subtraction \| multiplication$"
     ):
