@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
 import numbers
 from typing import Any
@@ -61,7 +62,9 @@ def require_types(config: Any) -> None:
     Python itself would take 2.5 layers, or "no" for a switch that is on.
     """
     for declared in dataclasses.fields(config):
-        name, _, none = str(declared.type).partition(" | ")
+        # A string in modules with postponed annotations.
+        written = declared.type if isinstance(declared.type, str) else inspect.formatannotation(declared.type)
+        name, _, none = written.partition(" | ")
         value = getattr(config, declared.name)
         if name in _KINDS and not (none and value is None):
             kind, allowed = _KINDS[name]
