@@ -136,7 +136,7 @@ print(json.dumps([sorted(files), others, str(SHIPPED_TINY), fingerprint(model.pa
 @pytest.mark.slow
 def test_evaluate_runs_from_the_installed_package(installed):
     said = installed("-m", "ckl_jax.evaluate", "--problems", "20")
-    assert said.startswith("N = 5, 20 problems per cell")
+    assert said.startswith("addition, N = 5, 20 problems per cell")
     accuracy = {row.split()[0]: float(row.split()[1]) for row in said.splitlines()[2:]}
     assert list(accuracy) == ["5", "6", "7", "8"]
     assert accuracy["5"] >= 50 > accuracy["8"]
