@@ -66,13 +66,11 @@ class ColumnTask(Task):
         return Problem(max(a, b), min(a, b)) if self.larger_first else Problem(a, b)
 
     def longest(self, digits: int) -> Problem:
-        nines = 10**digits - 1
-        if self.repeats_second:
-            return Problem(nines, 9)
-        # What borrows in nearly every column, 0-9-1=-10, and whose result has as many digits as the operands.
-        return (
-            Problem(9 * 10 ** (digits - 1), 2 * 10 ** (digits - 1) - 1) if self.larger_first else Problem(nines, nines)
-        )
+        nines, power = 10**digits - 1, 10 ** (digits - 1)
+        if self.larger_first:
+            # It borrows in nearly every column, 0-9-1=-10, and the result has as many digits as the operands.
+            return Problem(9 * power, 2 * power - 1)
+        return Problem(nines, 9 if self.repeats_second else nines)
 
     def outcome(self, x: Any, y: Any, carry: Any) -> tuple[Any, Any, Any]:
         """A column's value, the digit that it yields and what it carries; of integers or arrays."""
