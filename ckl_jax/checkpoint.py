@@ -199,7 +199,7 @@ def load_model(directory: pathlib.Path) -> Model:
         finite = bool(np.isfinite(np.asarray(leaf)).all())
         named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
         require(finite, "checkpoint", named, "finite parameters")
-    return Model(config, max_pretrain_digits, params, task_named(task))
+    return Model(config, max_pretrain_digits, params, task)
 
 
 def fingerprint(params: Params) -> str:
@@ -211,7 +211,7 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, str]:
+def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
     path, params = directory / "model.json", directory / "params"
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
     require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")

@@ -20,6 +20,7 @@ from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.errors import is_integer
 from ckl_jax.paths import in_bucket
+from ckl_jax.tasks import Task
 
 MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
@@ -94,8 +95,8 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, str]:
-    """The shape, N and the task's name of a model.json.
+def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, Task]:
+    """The shape, N and the task of a model.json.
 
     Raises:
       ConfigError: what ``read_object`` refuses; fields that are missing, unknown, or of values that no model has.
@@ -103,7 +104,6 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, str]:
     described = read_object(path, "checkpoint")
     model: Any = described.get("model")
     digits: Any = described.get("max_pretrain_digits")
-    task: Any = described.get("task", ADDITION.name)
     names = {declared.name for declared in dataclasses.fields(ModelConfig)}
     try:
         require(isinstance(model, dict), "model", model, "an object of sizes")
@@ -114,7 +114,7 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, str]:
         fits = alphabet.VOCAB_SIZE <= config.vocab_size <= MOST_TOKENS
         require(fits, "vocab_size", config.vocab_size, f"{alphabet.VOCAB_SIZE}..{MOST_TOKENS}")
         require_digits(digits)
-        task_named(task)
+        task = task_named(described.get("task", ADDITION.name))
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
     return config, digits, task

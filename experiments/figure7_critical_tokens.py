@@ -35,10 +35,10 @@ from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
 from experiments.claims import Claim, as_json, verdict
+from experiments.comparison import COMMA
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")
-COMMA = 0
 FINISHED_RUN = "a finished run of: python -m experiments.figure4_prioritized_kl"
 
 

@@ -30,7 +30,6 @@ import numpy as np
 
 from ckl_jax import cli, foreign, hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
-from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, Scale, require
 from ckl_jax.paths import require_directory
 from ckl_jax.runs import read_json
@@ -108,7 +107,7 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 def _described(command: ReproduceCommand) -> tuple[int, Task]:
     """N and task of the model."""
     _, base, task = foreign.model_description(_model(command) / "model.json")
-    return base, task_named(task)
+    return base, task
 
 
 def _one_problem(command: ReproduceCommand) -> list[str]:
