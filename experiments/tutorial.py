@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import alphabet, critical, finetune, losses, plots, report, token_weights
+from ckl_jax import alphabet, critical, finetune, losses, plots, report, token_weights, xla_cpu
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import SHIPPED_TINY, load_model
@@ -51,6 +51,8 @@ from ckl_jax.rollout import score
 from ckl_jax.speculative import generate
 from ckl_jax.statistics import share_interval
 from ckl_jax.updates import init_run, update
+
+xla_cpu.avoid_wrong_fusions()  # Before JAX computes anything; the commands do this themselves.
 
 OUT = pathlib.Path("runs/tutorial")
 OUT.mkdir(parents=True, exist_ok=True)

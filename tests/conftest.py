@@ -10,7 +10,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Most
 import jax
 import pytest
 
+from ckl_jax import xla_cpu
 from ckl_jax.config import ModelConfig
+
+xla_cpu.avoid_wrong_fusions()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -1,0 +1,239 @@
+"""Compares what XLA computes on this machine's CPU with its default fusions and with the safe flag of ``xla_cpu``.
+
+    python -m ckl_jax.check_xla
+    python -m ckl_jax.check_xla --stages pretraining rollout
+
+First three patterns that jaxlib has computed wrongly, against NumPy; then the programs of this package, with the
+shipped tiny model at its real shapes. Exit code 1: a pattern is wrong with the safe flag too, or a program differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from ckl_jax import alphabet, cli, finetune, pretrain, sharding, speculative, xla_cpu
+from ckl_jax.checkpoint import SHIPPED_TINY, load_model
+from ckl_jax.config import pretrain_preset, require
+from ckl_jax.datasets.stream import TokenStream
+from ckl_jax.errors import require_number
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.testing import test
+from ckl_jax.updates import init_run, train_rounds
+
+Stage = Literal[
+    "pretraining", "rollout", "speculative", "test", "a2c", "reinforce", "ppo", "grpo", "rloo", "transitions", "vmapped"
+]
+ROUNDS: dict[str, dict[str, Any]] = {
+    "a2c": {},
+    "reinforce": {"algorithm": "reinforce"},
+    "ppo": {"algorithm": "ppo", "epochs": 2, "kl": "k2"},
+    "grpo": {"algorithm": "grpo", "group_size": 8, "kl": "k3"},
+    "rloo": {"algorithm": "rloo", "group_size": 8, "kl": "k1", "kl_in": "reward"},
+    "transitions": {"minibatch": "transitions", "episodes": 4, "minibatch_episodes": 4, "diagnostic_episodes": 2},
+    "vmapped": {"runs_at_once": 2},
+}
+TOLERANCE = 1e-2
+"""Greatest difference of an array that counts as equal, relative to its greatest value: far above rounding (below
+1e-3 after a round of updates), far below what a wrong reduction does."""
+
+
+def rows() -> tuple[jax.Array, np.ndarray]:
+    """Squared lengths of 32,769 vectors (jax issue 39103): wrong in a row in jaxlib 0.10.2."""
+    index_N = np.arange(32_769, dtype=np.float32)
+    vectors_Nx3 = np.stack([index_N, 0 * index_N, 0 * index_N], axis=1)
+    lengths_N = jax.jit(jax.vmap(lambda vector: jnp.sum((jnp.eye(3) @ vector) ** 2)))(vectors_Nx3)
+    return lengths_N, np.square(index_N)
+
+
+def products() -> tuple[jax.Array, np.ndarray]:
+    """Sums of a matrix times its product with a constant: 1e28 times too great in 0.10.2, NaN in 0.12.0.1."""
+    matrices_5xNxN = np.random.default_rng(0).random((5, 60, 60)).astype(np.float32)
+
+    def total(matrices_5xNxN, constant):
+        return jnp.sum(jnp.matmul(matrices_5xNxN, jnp.broadcast_to(constant, (5, 60, 60))) * matrices_5xNxN, (1, 2))
+
+    exact_5xNxN = matrices_5xNxN.astype(np.float64)
+    expected = (np.matmul(exact_5xNxN, np.full((5, 60, 60), 0.5)) * exact_5xNxN).sum((1, 2))
+    return jax.jit(total)(matrices_5xNxN, np.float32(0.5)), expected
+
+
+def seven_axes() -> tuple[jax.Array, np.ndarray]:
+    """A sum of products over one of seven axes (jax issue 40412): ends the process in jaxlib 0.10.2."""
+    a, b = np.random.default_rng(0).random((2, 3, 1, 2, 2, 8, 8, 8)).astype(np.float32)
+    return jax.jit(lambda a, b: jnp.sum(a * b, axis=3))(a, b), (a * b).sum(axis=3)
+
+
+PATTERNS: tuple[Callable[[], tuple[jax.Array, np.ndarray]], ...] = (rows, products, seven_axes)
+
+
+def is_right(pattern: int) -> bool:
+    """Whether this process computes a pattern rightly."""
+    got, expected = PATTERNS[pattern]()
+    return bool(np.allclose(got, expected, rtol=1e-3))
+
+
+def values_of(stage: str, episodes: int) -> dict[str, np.ndarray]:
+    """What a program gives here: metrics of updates, or characters and their log-probabilities.
+
+    Args:
+      episodes: of a round, a rollout or a test; a round of transitions has fewer.
+    """
+    if stage == "pretraining":
+        return _pretraining()
+    model = load_model(SHIPPED_TINY)
+    config = dataclasses.replace(finetune_preset("tiny", "ours"), episodes=episodes, final_problems=episodes)
+    if stage in ROUNDS:
+        return _round(dataclasses.replace(config, **ROUNDS[stage]))
+    program = finetune.make_program(config, model)
+    if stage == "test":
+        return test(program, jax.tree.map(lambda x: x[None], model.params), episodes).accuracy
+    generate = functools.partial(
+        speculative.generate,
+        program.model,
+        key=jax.random.key(0),
+        how="plain" if stage == "rollout" else "speculative",
+        batch=config.rollout_batch,
+        max_length=program.max_length,
+        temperature=config.temperature,
+    )
+    problems = finetune.draw_problems(program, 0, 0)
+    trajectory = jax.jit(lambda params, problems: generate(params, problems).trajectory)(model.params, problems)
+    return {"answers": trajectory.answers_BxT, "log_probs": trajectory.log_probs_BxT, "reward": trajectory.reward_B}
+
+
+def _pretraining() -> dict[str, np.ndarray]:
+    config, rng = pretrain_preset("tiny"), np.random.default_rng(0)
+    task = load_model(SHIPPED_TINY).task
+    drawn = task.varying_problems(rng, 500, config.max_digits)
+    documents = [alphabet.encode(task.prompt_text(p.a, p.b) + task.answer_text(p.a, p.b)) for p in drawn]
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    stream = jax.tree.map(jnp.asarray, TokenStream(np.concatenate(documents), starts.astype(np.int32)))
+    state = jax.jit(lambda: pretrain.init_state(config))()
+    found = []
+    with jax.set_mesh(pretrain.make_mesh(config)):
+        for _ in range(3):
+            state, metrics = pretrain.train_step(config, state, stream)
+            found.append(jax.device_get(metrics))
+    return {name: np.array([step[name] for step in found]) for name in found[0]}
+
+
+def _round(config: FinetuneConfig) -> dict[str, np.ndarray]:
+    model = load_model(SHIPPED_TINY)
+    program = finetune.make_program(config, model)
+    runs, hypers = finetune.make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
+    mesh = sharding.make_mesh(len(runs), config.episodes, run_devices=1, data_devices=1)
+    states = jax.jit(jax.vmap(lambda hyper: init_run(program, model.params, hyper)))(hypers)
+    drawn = finetune.draw_problems(program, 0, 0)
+    problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
+    _, metrics = train_rounds(program, mesh, model.params, states, hypers, problems)
+    return sharding.to_host(metrics)
+
+
+def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The greatest difference of two stages' values relative to each array's greatest one, and where it is."""
+    found = []
+    for name in a:
+        x, y = (np.asarray(of[name], np.float64) for of in (a, b))
+        gap = np.abs(x - y).max() / max(np.abs(x).max(), np.abs(y).max(), 1e-6)
+        found.append((float(gap) if np.isfinite(gap) else np.inf, name))
+    return max(found)
+
+
+class _Process:
+    """A process on CPU with given flags of XLA; another one takes its place if it dies."""
+
+    def __init__(self, flag: str):
+        others = [word for word in os.environ.get("XLA_FLAGS", "").split() if xla_cpu.FUSIONS not in word]
+        self._variables = {"XLA_FLAGS": " ".join([*others, flag]), "JAX_PLATFORMS": "cpu"}
+        self._pool: ProcessPoolExecutor | None = None
+
+    def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Calls the function there; what is returned waits for its result, which is None where the process died."""
+        with _environment(self._variables):
+            self._pool = self._pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            future = self._pool.submit(function, *arguments)
+
+        def result() -> Any:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                self.close()
+                return None
+
+        return result
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _on_both(processes: list[_Process], function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    started = [process.start(function, *arguments) for process in processes]
+    return [result() for result in started]
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class CheckXlaCommand:
+    """Checks that XLA's fusions on CPU change nothing in the programs of this package."""
+
+    stages: tuple[Stage, ...] = get_args(Stage)
+    """Programs to compare. The rounds are named by their algorithm, or by `transitions` and `vmapped` (two runs)."""
+    episodes: int = 128
+    """Answers of a rollout, a test, or a round."""
+
+    def __post_init__(self) -> None:
+        require_number(self, "episodes", 16)
+        minibatch = finetune_preset("tiny", "ours").minibatch_episodes
+        whole = self.episodes % minibatch == 0
+        require(whole, "episodes", self.episodes, f"a multiple of the minibatches' {minibatch} episodes")
+
+
+def main(command: CheckXlaCommand) -> None:
+    processes = [_Process(flag) for flag in ("", xla_cpu.SAFE_FLAG)]
+    print(f"jaxlib {jaxlib.__version__}: XLA's default on CPU | with {xla_cpu.SAFE_FLAG}")
+    failed = False
+    for index, pattern in enumerate(PATTERNS):
+        verdicts = _on_both(processes, is_right, index)
+        words = [{None: "CRASHES", False: "WRONG", True: "right"}[verdict] for verdict in verdicts]
+        failed |= verdicts[1] is not True
+        print(f"{pattern.__name__:12s} {words[0]} | {words[1]}", flush=True)
+    print("greatest difference of the two, relative to the array's greatest value")
+    for stage in command.stages:
+        values = _on_both(processes, values_of, stage, command.episodes)
+        gap, where = (np.inf, "a process died") if None in values else difference(*values)
+        failed |= gap > TOLERANCE
+        print(f"{stage:12s} {gap:.1e} ({where}){'' if gap <= TOLERANCE else ': DIFFERS'}", flush=True)
+    for process in processes:
+        process.close()
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, CheckXlaCommand)

@@ -1,0 +1,108 @@
+"""XLA on CPU computes reductions rightly in every command, and keeps the memory that it freed."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from ckl_jax import check_xla, xla_cpu
+
+PAGE = 4096
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (None, xla_cpu.SAFE_FLAG),
+        ("", xla_cpu.SAFE_FLAG),
+        ("--xla_a=1 --xla_b=2", f"--xla_a=1 --xla_b=2 {xla_cpu.SAFE_FLAG}"),
+        (f"--{xla_cpu.FUSIONS}=", f"--{xla_cpu.FUSIONS}="),
+        (f"--xla_a=1 --{xla_cpu.FUSIONS}=-dot", f"--xla_a=1 --{xla_cpu.FUSIONS}=-dot"),
+        (xla_cpu.SAFE_FLAG, xla_cpu.SAFE_FLAG),
+    ],
+)
+def test_the_flag_is_added_once_and_a_choice_of_the_users_stays(monkeypatch, flags, expected):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if flags is not None:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    xla_cpu.avoid_wrong_fusions()
+    assert os.environ["XLA_FLAGS"] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "is_added"),
+    [
+        (b"XLA_FLAGS", False),
+        (b"XLA_FLAGS " + xla_cpu.FUSIONS.encode(), True),
+        (b"no XLA in it", True),
+    ],
+)
+def test_an_xla_that_does_not_know_the_flag_is_not_given_it(monkeypatch, tmp_path, content, is_added):
+    package = tmp_path / "libtpu"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "libtpu.so").write_bytes(content.ljust(xla_cpu._FEW_BYTES + 1))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    xla_cpu.avoid_wrong_fusions()
+    assert (xla_cpu.SAFE_FLAG in os.environ["XLA_FLAGS"]) == is_added
+
+
+def _printed(code, **variables):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_command_computes_every_pattern_rightly():
+    code = """
+import dataclasses
+from ckl_jax import check_xla, cli
+Nothing = dataclasses.make_dataclass("Nothing", ())
+cli.run(lambda _: print(*map(check_xla.is_right, range(len(check_xla.PATTERNS)))), Nothing)
+"""
+    assert _printed(code, XLA_FLAGS="--xla_backend_optimization_level=0") == ["True"] * len(check_xla.PATTERNS)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc alone is told")
+def test_memory_freed_by_a_thread_is_not_mapped_anew():
+    code = """
+import concurrent.futures, ctypes, resource
+from ckl_jax import xla_cpu
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def fill(_):
+    memory = libc.malloc(100_000_000)
+    ctypes.memset(memory, 1, 100_000_000)
+    libc.free(memory)
+for keep in (lambda: None, xla_cpu.keep_freed_memory):
+    keep()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        thread.submit(fill, 0).result()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        list(thread.map(fill, range(5)))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    given_back, kept = map(int, _printed(code))
+    assert kept < 500_000_000 / PAGE / 20 < given_back
+
+
+def test_a_difference_is_measured_against_the_greatest_value():
+    a = {"loss": [1.0, 100.0], "kl": [0.0, 0.0]}
+    assert check_xla.difference(a, a)[0] == 0.0
+    assert check_xla.difference(a, {"loss": [1.0, 90.0], "kl": [0.0, 0.0]}) == (0.1, "loss")
+    assert check_xla.difference(a, {"loss": [1.0, float("nan")], "kl": [0.0, 0.0]}) == (float("inf"), "loss")
+    assert check_xla.difference(a, {"loss": [1.0, 100.0], "kl": [0.0, 1.0]}) == (1.0, "kl")
+
+
+@pytest.mark.slow
+def test_every_program_is_the_same_with_xlas_default_fusions(monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    check_xla.main(check_xla.CheckXlaCommand(episodes=16))
+    printed = capsys.readouterr().out
+    assert "DIFFERS" not in printed
+    for stage in check_xla.CheckXlaCommand().stages:
+        assert f"\n{stage} " in printed
