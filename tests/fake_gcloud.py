@@ -4,8 +4,11 @@ CLOUD names a directory with plan.json and, written by the fake, calls.jsonl and
   lives: one entry per machine that gets created:
     states: what ``describe`` answers in turn, the last one for ever (default: ACTIVE)
     preempted_at: the how-manieth ssh finds the machine gone (SUSPENDED, its processes killed)
+    machine: the machine's state then, while the request stays ACTIVE: ssh fails with 1, as gcloud does
     refused: text with which ``create`` fails; unreachable: ssh fails with 255 while the machine is ACTIVE
+    lingers: the machine outlives its request
   workers: how many; undeletable: ``delete`` fails; slow_create: seconds that ``create`` takes.
+  hangs: verbs that take for ever; says: by "group verb", an error with which that fails.
 Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER.
 """
 
@@ -21,6 +24,14 @@ import time
 
 CLOUD = pathlib.Path(os.environ["CLOUD"])
 PLAN = json.loads((CLOUD / "plan.json").read_text())
+
+
+NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: the resource was not found"
+UNUSABLE = {
+    "PREEMPTED": 'ERROR: (gcloud) This TPU has terminal state "PREEMPTED", so it cannot be used anymore.',
+    "TERMINATED": 'ERROR: (gcloud) This TPU has terminal state "TERMINATED", so it cannot be used anymore.',
+    "STOPPED": 'ERROR: (gcloud) This TPU has state "STOPPED", so it cannot be currently connected to.',
+}
 
 
 def homes(state):
@@ -45,35 +56,53 @@ def queued(verb, state):
         life = PLAN["lives"][state["life"] + 1]
         if "refused" in life:
             end(1, f"ERROR: (gcloud) {life['refused']}")
-        state.update(there=True, life=state["life"] + 1, described=0, ssh=0, preempted=False)
+        state.update(there=True, machine=True, life=state["life"] + 1, described=0, ssh=0, preempted=False)
         for home in homes(state):
             home.mkdir(parents=True)
         time.sleep(PLAN.get("slow_create", 0))
         return
     if not state["there"]:
-        end(1, "ERROR: (gcloud) NOT_FOUND: the resource was not found")
+        end(1, NOT_FOUND)
+    life = PLAN["lives"][state["life"]]
     if verb == "describe":
-        states = PLAN["lives"][state["life"]].get("states", ["ACTIVE"])
-        print("SUSPENDED" if state["preempted"] else states[min(state["described"], len(states) - 1)])
+        states = life.get("states", ["ACTIVE"])
+        gone = state["preempted"] and "machine" not in life
+        print("SUSPENDED" if gone else states[min(state["described"], len(states) - 1)])
         state["described"] += 1
     elif PLAN.get("undeletable"):
         end(1, "ERROR: (gcloud) INTERNAL")
     else:
         kill_processes(state)
-        state["there"] = False
+        state.update(there=False, machine=state["machine"] and bool(life.get("lingers")))
+
+
+def machine(verb, state):
+    if not state.get("machine"):
+        end(1, NOT_FOUND)
+    if verb == "describe":
+        print(PLAN["lives"][max(state["life"], 0)].get("machine", "PREEMPTED") if state.get("preempted") else "READY")
+    elif PLAN.get("undeletable"):
+        end(1, "ERROR: (gcloud) INTERNAL")
+    else:
+        kill_processes(state)
+        state["machine"] = False
 
 
 def reach(state):
     life = PLAN["lives"][max(state["life"], 0)]
-    state["ssh"] += 1
+    state["ssh"] = state.get("ssh", 0) + 1
     if state["ssh"] == life.get("preempted_at"):
         state["preempted"] = True
         kill_processes(state)
-    if not state["there"] or state["preempted"] or life.get("unreachable"):
+    if state.get("preempted") and "machine" in life:
+        end(1, UNUSABLE[life["machine"]])
+    if not state.get("machine") or state["preempted"] or life.get("unreachable"):
         end(255, "ssh: connection timed out")
 
 
 def main(arguments):
+    if arguments[3] in PLAN.get("hangs", ()):
+        time.sleep(600)
     with (CLOUD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with (CLOUD / "calls.jsonl").open("a") as calls:
@@ -81,8 +110,15 @@ def main(arguments):
         path = CLOUD / "state.json"
         state = json.loads(path.read_text()) if path.exists() else {"there": False, "life": -1}
         try:
-            if arguments[2] == "queued-resources":
-                return queued(arguments[3], state)
+            group, verb = arguments[2:4]
+            if error := PLAN.get("says", {}).get(f"{group} {verb}"):
+                end(1, error)
+            if verb not in ("describe", "ssh"):
+                print(f"Request to {verb} issued", file=sys.stderr, flush=True)  # Before it is done, as gcloud does.
+            if group == "queued-resources":
+                return queued(verb, state)
+            if verb not in ("scp", "ssh"):
+                return machine(verb, state)
             reach(state)
         finally:
             path.write_text(json.dumps(state))

@@ -105,7 +105,7 @@ class Cloud:
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def is_there(self):
-        return json.loads((self.path / "state.json").read_text())["there"]
+        return any(json.loads((self.path / "state.json").read_text()).get(kind) for kind in ("there", "machine"))
 
     def wait_for(self, happened):
         end = time.monotonic() + UNTIL
@@ -189,28 +189,31 @@ def test_the_runtime_version_follows_from_the_type_unless_it_is_given(cloud, kin
 def test_a_dry_run_prints_every_command_and_calls_none(cloud):
     done = cloud.run("supervise.sh", "--dry-run", "a.module", "--name", "two words")
     queued = "gcloud compute tpus queued-resources {} t-1 --project=p --zone=z --quiet"
-    describe = queued.format("describe") + " '--format=value(state.state)'"
+    describe = [
+        queued.format("describe") + " '--format=value(state.state)'",
+        queued.format("describe").replace("queued-resources", "tpu-vm") + " '--format=value(state)'",
+    ]
     ssh = (
         "gcloud compute tpus tpu-vm ssh t-1 --project=p --zone=z --quiet --worker=all "
-        "--ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 '--command=bash remote.sh {}'"
+        "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 '--command=bash remote.sh {}'"
     )
     scripts, temporary = cloud.checkout / "tpu_scripts", cloud.environment["TMPDIR"]
     printed = re.sub(r"run-\d+", "run-N", re.sub(r"run-\d+ \d+-\d+", "run-N NOW", done.out))
     assert printed.splitlines() == [
-        describe,
-        describe,
+        *describe,
+        *describe,
         queued.format("create")
         + " --node-id=t-1 --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot",
-        describe,
+        *describe,
         f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
-        "--quiet --worker=all",
+        "--quiet --worker=all --scp-flag=-oBatchMode=yes",
         ssh.format("install"),
         ssh.format(r"start run-N NOW -u -m a.module --name '\''two words'\'' --out gs://bucket/run"),
         "sleep 0.05",
         ssh.format("status run-N"),
-        describe,
+        *describe,
         queued.format("delete") + " --force",
-        describe,
+        *describe,
     ]
     assert done.returncode == 0
     for script in ("create.sh", "setup.sh", "logs.sh", "delete.sh"):

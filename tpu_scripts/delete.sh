@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# delete.sh [--dry-run]: deletes the TPU and its queued resource, and looks whether they are gone.
+# delete.sh [--dry-run]: deletes the TPU and its queued resource, and looks whether both are gone.
 #
-# Exit codes: 0 there is none (any more); 2 bad settings; 7 it is still there, and may be paid for.
+# Exit codes: 0 there is none (any more); 2 bad settings; 7 it is still there, or gcloud does not say, and it may be paid
+# for; 129, 130, 131, 143 interrupted: the same.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -16,16 +17,35 @@ while (($#)); do
 done
 require_settings PROJECT ZONE TPU_NAME
 
+# shellcheck disable=SC2329 # The traps call it.
+warn() {
+  if [[ ${2-} ]]; then say "interrupted; $TPU_NAME may still be there, and be paid for"; fi
+  return "$1"
+}
+at_end warn
+
+# delete GROUP FLAG...: what gcloud prints is held back: it must find somebody who reads it.
+delete() {
+  local answer
+  if answer=$(long cloud "$1" delete "${@:2}" 2>&1); then
+    say "deleted $TPU_NAME"
+  elif [[ $answer != *NOT_FOUND* && $answer != *"was not found"* ]]; then
+    say "could not delete $1 $TPU_NAME: ${answer##*$'\n'}"
+  fi
+}
+
 state=$(state_of ACTIVE)
 for try in 1 2 3 4 5; do
-  if [[ $state == ABSENT ]]; then
-    say "there is no $TPU_NAME; nothing is paid for"
-    exit 0
-  fi
+  if [[ $state == ABSENT ]]; then break; fi
   if ((try > 1)); then pause "$POLL_SECONDS"; fi
-  if queued delete --force; then say "deleted $TPU_NAME"; fi
+  delete queued-resources --force
   state=$(state_of ABSENT)
+  if [[ $state != ABSENT ]]; then
+    delete tpu-vm # Made without a request, or left by it.
+    state=$(state_of ABSENT)
+  fi
 done
 if [[ $state != ABSENT ]]; then
   fail 7 "$TPU_NAME IS STILL THERE ($state) AND MAY BE PAID FOR: run delete.sh again, or delete it in the console"
 fi
+say "there is no $TPU_NAME in $ZONE of $PROJECT; nothing is paid for"

@@ -22,4 +22,6 @@ while (($#)); do
   shift
 done
 require_settings PROJECT ZONE TPU_NAME
+# shellcheck disable=SC2034 # lib.sh reads it.
+unlimited=1
 on_workers "$worker" bash remote.sh log latest "$lines" ${follow[@]+"${follow[@]}"}

@@ -53,7 +53,7 @@ start() {
 # The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between.
 job() {
   local code=0
-  trap : TERM # Outlives the python that it waits for.
+  trap : HUP INT QUIT TERM # Outlives the python that it waits for.
   echo "$$" >group
   (cd "$checkout" && CKL_HOSTS=auto exec .venv/bin/python "$@" 9>&-) || code=$?
   echo "$code" >exit_code.new

@@ -7,7 +7,7 @@
 # When one worker fails, the others are stopped and the ends of their logs shown.
 #
 # Exit codes: the command's own; 2 also for bad settings; 137 where it ended without leaving a code; 255 workers cannot
-# be reached; 129, 130, 143 this script was interrupted (the command goes on).
+# be reached, or there is no machine (any more); 129, 130, 131, 143 this script was interrupted (the command goes on).
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -23,24 +23,19 @@ while [[ ${1-} == -* ]]; do
   shift
 done
 require_settings PROJECT ZONE TPU_NAME
-if ((!$#)); then fail 2 "which module? For example: run.sh experiments.figure4_prioritized_kl --seeds 10"; fi
+check_command "$@"
 arguments=(-u -m "$@")
-if [[ ${OUT-} ]]; then
-  for word in "$@"; do
-    if [[ $word == --out || $word == --out=* ]]; then fail 2 "$word: OUT is set, and says where results go"; fi
-  done
-  arguments+=(--out "$OUT")
-fi
+if [[ ${OUT-} ]]; then arguments+=(--out "$OUT"); fi
 name=run-$(quote "${arguments[@]}" | cksum | cut -d ' ' -f 1)
 
 # shellcheck disable=SC2329 # The traps call it.
 left_alone() {
-  say "interrupted; $name goes on on $TPU_NAME (call this again to attach, delete.sh to end it and the payment)"
-  exit "$1"
+  if [[ ${2-} ]]; then
+    say "interrupted; $name goes on on $TPU_NAME (call this again to attach, delete.sh to end it and the payment)"
+  fi
+  return "$1"
 }
-trap 'left_alone 129' HUP
-trap 'left_alone 130' INT
-trap 'left_alone 143' TERM
+at_end left_alone
 
 code=0
 answer=$(on_workers all bash remote.sh start "$name" "$(date +%s)-$$" "${arguments[@]}" 2>&1) || code=$?
@@ -59,7 +54,7 @@ worst_code() {
       gone) code=137 ;;&
       exit | gone) if ((code)) && { ((!worst)) || is_interruption "$worst"; }; then worst=$code; fi ;;
     esac
-  done < <(sed -n 's/^ckl-status //p' <<<"$1")
+  done < <(printf '%s\n' "$1" | sed -n 's/^ckl-status //p')
   if ((!worst)) && [[ $running ]]; then echo running; else echo "$worst"; fi
 }
 
@@ -79,8 +74,8 @@ while [[ $code == running ]]; do
 done
 if ((code)); then
   say "$name ended with $code"
-  on_workers all bash remote.sh stop "$name" || true
-  on_workers all bash remote.sh log "$name" 30 >&2 || true
+  show "$(on_workers all bash remote.sh stop "$name" 2>&1)"
+  show "$(on_workers all bash remote.sh log "$name" 30 2>&1)"
 else
   say "$name is finished"
 fi

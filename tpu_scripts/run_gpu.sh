@@ -2,7 +2,8 @@
 # run_gpu.sh [--dry-run] SCALE DIRECTORY: one stage of the paper's experiments on this GPU host. SCALE is small or gpt2.
 #
 # A stage ends after STAGE_SECONDS (540) with what it has made in DIRECTORY; the same command is the next stage. Exit code
-# 75: there is more to do. 0: DIRECTORY/report.html is complete. Anything else: what failed.
+# 75: there is more to do. 0: DIRECTORY/report.html is complete. 129, 130, 131, 143: interrupted, what was made is saved. 2:
+# bad arguments. Anything else: what failed.
 #
 #   until tpu_scripts/run_gpu.sh small runs/small; do [ $? -eq 75 ] || break; done
 #
@@ -10,6 +11,9 @@
 # figure4 figure6) with SEEDS (10) seeds. PRETRAIN is more options of pre-training ("--num-steps 200 --warmup-steps 10"),
 # OPTIONS more of reproduce's items, a line each ("figure4: --rounds 2 --test-every 1"), PYTHON the interpreter.
 set -euo pipefail
+trap '' PIPE XFSZ # A log that nobody reads, or that does not fit, ends no stage.
+: >&2 || exec 2>/dev/null
+{ : >&1; } 2>/dev/null || exec >/dev/null
 
 dry_run=
 if [[ ${1-} == --dry-run ]]; then
@@ -30,6 +34,22 @@ read -ra pretrain <<<"--target-accuracy ${ACCURACY:-0.99} ${PRETRAIN-}"
 mapfile -t options <<<"figure2: --digits $digits ${pretrain[*]/#--/--pretrain.}${OPTIONS:+$'\n'$OPTIONS}"
 model=$directory/pretrained/${scale}_N$digits
 
+# stop CODE: ends the stage, which saves its work first.
+stop() {
+  local child
+  trap '' HUP INT QUIT TERM
+  set +eu
+  for child in $(jobs -p); do
+    kill -TERM "$child" 2>/dev/null
+    wait "$child"
+  done
+  exit "$1"
+}
+for signal in 129:HUP 130:INT 131:QUIT 143:TERM; do
+  # shellcheck disable=SC2064
+  trap "stop ${signal%:*}" "${signal#*:}"
+done
+
 # SIGTERM saves the work (exit code 75); what does not end in a minute is killed, and goes on from its last checkpoint.
 stage() {
   local code=0
@@ -38,9 +58,10 @@ stage() {
     echo
     return
   fi
-  timeout --preserve-status --signal=TERM --kill-after=60 "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" || code=$?
+  timeout --preserve-status --signal=TERM --kill-after=60 "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
+  wait "$!" || code=$?
   if ((code == 75 || code == 137)); then
-    echo "run_gpu.sh: this stage is over; the same command goes on"
+    echo "run_gpu.sh: this stage is over; the same command goes on" || true
     exit 75
   fi
   return "$code"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # setup.sh [--dry-run]: copies this checkout to all workers and installs it with the extra `tpu`.
 #
-# What is copied: files that git tracks, and untracked ones that it does not ignore. The versions are those of uv.lock.
-# While a command runs on a worker, that worker is left as it is.
+# What is copied: files that git tracks, and untracked ones that it does not ignore (without .git: all that .gitignore
+# leaves). The versions are those of uv.lock. While a command runs on a worker, that worker is left as it is.
 #
-# Exit codes: 0 installed on every worker; 2 bad settings; 6 copying or installing failed; 255 workers cannot be
-# reached.
+# Exit codes: 0 installed on every worker; 2 bad settings; 6 packing, copying or installing failed; 255 workers cannot be
+# reached, or there is no machine (any more); 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -20,25 +20,31 @@ while (($#)); do
 done
 require_settings PROJECT ZONE TPU_NAME
 
-# checkout_files: names of what is copied, each ended by a zero byte; git also lists files that were deleted.
-checkout_files() {
-  local file
-  git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
-    if [[ -e $file || -L $file ]]; then printf '%s\0' "$file"; fi
-  done
+packed=${TMPDIR:-/tmp}/ckl_jax.tar.gz scratch=
+# shellcheck disable=SC2329 # The traps call it.
+clean_up() {
+  if [[ $scratch ]]; then rm -rf "$scratch"; fi
+  return "$1"
 }
-
-packed=${TMPDIR:-/tmp}/ckl_jax.tar.gz
+at_end clean_up
 if [[ ! $dry_run ]]; then
-  scratch=$(mktemp -d)
-  trap 'rm -rf "$scratch"' EXIT
+  if ! { scratch=$(mktemp -d) && pack "$scratch"; }; then fail 6 "the files of this checkout could not be packed"; fi
   packed=$scratch/ckl_jax.tar.gz
-  (cd "$here/.." && checkout_files | tar -czf "$packed" --null -T -)
 fi
 
-code=0
-call gcloud compute tpus tpu-vm scp "$packed" "$here/remote.sh" "$TPU_NAME:" "--project=$PROJECT" "--zone=$ZONE" \
-  --quiet --worker=all && on_workers all bash remote.sh install || code=$?
-if ((code == 255)); then fail 255 "workers of $TPU_NAME cannot be reached"; fi
-if ((code)); then fail 6 "could not be copied or installed, gcloud ended with $code"; fi
+# attempt COMMAND...: ends with 255 or 6 where it fails.
+attempt() {
+  local code=0 state answer=${scratch:+$scratch/answer}
+  step long "$@" >"${answer:-/dev/null}" 2>&1 || code=$?
+  if [[ $answer ]]; then answer=$(<"$answer"); fi
+  show "$answer"
+  if ((!code)); then return; fi
+  if is_out_of_reach "$code" "$answer"; then fail 255 "workers of $TPU_NAME cannot be reached"; fi
+  state=$(state_of ACTIVE)
+  if is_dead "$state"; then fail 255 "$TPU_NAME is $state"; fi
+  fail 6 "could not be copied or installed, gcloud ended with $code"
+}
+attempt call gcloud compute tpus tpu-vm scp "$packed" "$here/remote.sh" "$TPU_NAME:" "--project=$PROJECT" "--zone=$ZONE" \
+  --quiet --worker=all --scp-flag=-oBatchMode=yes
+attempt on_workers all bash remote.sh install
 say "installed on all workers of $TPU_NAME"

@@ -5,10 +5,10 @@
 # ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
 # taken, and deleted at the end, with --adopt only.
 #
-# Exit codes: 0 the command finished; 2 bad settings or arguments (also where the command says so by its code 2);
-# 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted, lost or
-# refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not finite (its code 3); 7 THE MACHINE
-# COULD NOT BE DELETED; 129, 130, 143 interrupted.
+# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work (also where the command says so by
+# its code 2); 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted,
+# lost or refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not finite (its code 3); 7 THE
+# MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -25,60 +25,43 @@ while [[ ${1-} == -* ]]; do
   shift
 done
 require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
-if ((!$#)); then fail 2 "which module? For example: supervise.sh experiments.figure4_prioritized_kl --seeds 10"; fi
-
-ours='' child=''
-# step COMMAND...: in a process group of its own, which a signal to this script ends, and at once.
-step() {
-  local code=0
-  set -m
-  "$@" </dev/null &
-  child=$!
-  set +m
-  wait "$child" || code=$?
-  child=
-  return "$code"
-}
+check_command "$@"
+check_arguments "$@"
+preflight
 
 # script NAME ARG...: one of this directory.
 script() { step "$here/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
 
+ours=
 clean_up() {
-  local code=$?
-  trap '' INT TERM HUP
-  if [[ $child ]]; then
-    kill -TERM -- "-$child" 2>/dev/null || true
-    wait "$child" || true
-  fi
   if [[ $ours && $keep ]]; then
     say "$TPU_NAME is kept, and paid for until delete.sh"
   elif [[ $ours ]]; then
     say "deleting $TPU_NAME (--keep would leave it)"
-    script delete.sh || code=7
+    script delete.sh || return 7
   fi
-  exit "$code"
+  return "$1"
 }
-trap clean_up EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
+at_end clean_up
 
 state=$(state_of ABSENT)
 if [[ $state == UNKNOWN ]]; then fail 5 "no answer from gcloud; is it logged in?"; fi
-if is_dead "$state"; then
-  if [[ $state != ABSENT ]]; then script delete.sh || exit; fi
-elif [[ $adopt ]]; then
+if [[ $state =~ ^(SUSPEND|FAILED|DELETING|PREEMPTED|TERMINATED) ]]; then
+  script delete.sh || exit
+elif [[ $state != ABSENT && $adopt ]]; then
   say "taking $TPU_NAME, which is $state"
-else
+  ours=1
+elif [[ $state != ABSENT ]]; then
   fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
 fi
 
 retries=0 failures=0 in_place=0 ready='' made=''
 while true; do
-  code=0 at=create
+  code=0 at=create new=()
+  if [[ ! $ours ]]; then new=(--new); fi
   ours=1
-  script create.sh --keep || code=$?
-  if ((code == 2)); then ours=; fi
+  script create.sh --keep ${new[@]+"${new[@]}"} || code=$?
+  if ((code == 2)) && [[ ${new[*]-} ]]; then ours=; fi
   if ((!code)); then made=1; fi
   if ((!code)) && [[ ! $ready ]]; then
     at=setup
@@ -107,7 +90,7 @@ while true; do
   in_place=$((in_place + 1))
   if [[ $state != UNKNOWN ]] && { [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); }; then
     script delete.sh || exit 7
-    ready='' in_place=0
+    ours='' ready='' in_place=0
   fi
-  step sleep "$RETRY_SECONDS"
+  pause "$RETRY_SECONDS"
 done

@@ -1,0 +1,58 @@
+# shellcheck shell=bash
+# What can be wrong here, before a machine is paid for; sourced by lib.sh.
+# shellcheck disable=SC2154 # lib.sh sets $here and the rest.
+set -euo pipefail
+
+# pack DIRECTORY: DIRECTORY/ckl_jax.tar.gz of the files that git tracks here or does not ignore. Without .git (a tarball) all
+# are new to git. git also lists files that were deleted.
+pack() (
+  cd "$here/.." && unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE || return
+  if [[ ! -e .git ]]; then
+    git init --quiet "$1/none" || return
+    export GIT_DIR=$1/none/.git GIT_WORK_TREE=$PWD
+  fi
+  git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+    if [[ -e $file || -L $file ]]; then printf '%s\0' "$file"; fi
+  done | tar -czf "$1/ckl_jax.tar.gz" --null -T -
+)
+
+# preflight: ends with code 2 where something that is missing here would be noticed after the machine is paid for.
+preflight() {
+  local tool missing='' answer
+  for tool in gcloud git tar gzip mktemp; do
+    if [[ $tool != gcloud || ! $dry_run ]] && ! command -v "$tool" >/dev/null; then missing+=" $tool"; fi
+  done
+  if [[ $missing ]]; then fail 2 "not installed, or not on PATH:$missing"; fi
+  if ! answer=$( (scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT && pack "$scratch") 2>&1); then
+    fail 2 "the files of this checkout cannot be packed: ${answer##*$'\n'}"
+  fi
+}
+
+# check_command MODULE ARG...: ends with code 2 where it is none that run.sh takes.
+check_command() {
+  local word
+  if ((!$#)); then fail 2 "which module? For example: ${0##*/} experiments.figure4_prioritized_kl --seeds 10"; fi
+  if [[ ! $1 =~ ^[A-Za-z_][A-Za-z0-9_]*([.][A-Za-z_][A-Za-z0-9_]*)*$ ]]; then
+    fail 2 "MODULE: got $1; allowed is a name as after python -m, for example experiments.figure4_prioritized_kl"
+  fi
+  if [[ ! ${OUT-} ]]; then return; fi
+  for word in "$@"; do
+    if [[ $word == --out || $word == --out=* ]]; then fail 2 "$word: OUT is set, and says where results go"; fi
+  done
+}
+
+# check_arguments MODULE ARG...: ends with code 2 where this checkout has no such module, or, as far as a python with its
+# packages is at hand, the module refuses the arguments.
+check_arguments() {
+  local root=$here/.. file python answer code=0
+  if [[ ! -e $root/pyproject.toml ]]; then return; fi
+  file=$root/${1//.//}
+  if [[ -f $file.py ]]; then file=$file.py; else file=$file/__main__.py; fi
+  if [[ ! -f $file ]]; then fail 2 "MODULE: got $1; this checkout has no ${file#"$root/"}"; fi
+  python=$root/.venv/bin/python
+  if [[ ! -x $python ]]; then python=python3; fi
+  if ! grep -q 'cli\.run(' "$file"; then return; fi
+  answer=$(export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" &&
+    bounded "$python" "$here/parse.py" "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
+  if ((code == 2)) && [[ $answer == *error:* && $answer != *"with the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
+}
