@@ -213,6 +213,7 @@ def fingerprint(params: Params) -> str:
 
 def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
     path, params = directory / "model.json", directory / "params"
+    foreign.require_ours(directory)
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
     require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
     config, max_pretrain_digits, task = foreign.model_description(path)

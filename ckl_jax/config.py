@@ -27,6 +27,8 @@ class ModelConfig:
     vocab_size: int = alphabet.VOCAB_SIZE
     use_bias: bool = True
     """Biases in the dense layers and layer norms (Lee et al. pre-train without)."""
+    activation: Literal["gelu_tanh", "gelu_erf"] = "gelu_tanh"
+    """GELU of the MLP: by tanh as in GPT-2, or exact by the error function as in nanoGPT since June 2023."""
     dropout: float = 0.0
     """Dropout rate in pre-training; reinforcement learning and evaluation run without."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,6 +43,7 @@ class ModelConfig:
         require_number(self, "num_heads width block_size vocab_size attention_chunk", 1)
         require_number(self, "num_layers", 1, high=MOST_LAYERS)
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads = {self.num_heads}")
+        require_choice(self, "activation", ("gelu_tanh", "gelu_erf"))
         require_number(self, "dropout", 0, high=0.99)
         require_choice(self, "dtype", ("float32", "bfloat16"))
         require_choice(self, "precision", ("default", "high", "highest"))

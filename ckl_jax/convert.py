@@ -1,11 +1,13 @@
 """Checkpoints of transformers' GPT-2 and of nanoGPT (the authors' released models) to ours, and ours to transformers.
 
 python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
+python -m ckl_jax.convert --source nanoGPT/out --activation gelu_erf --tokenizer stoi.json --digits 7 --out models/N7
 python -m ckl_jax.convert --source models/N7 --out exported --to transformers
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,11 +20,14 @@ from ckl_jax.checkpoint import load_model, save_model
 from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.errors import extra, require_choice, require_types
-from ckl_jax.gpt2_files import load_foreign, save_transformers
+from ckl_jax.gpt2_files import described, load_foreign, save_transformers
 from ckl_jax.paths import in_bucket, require_directory
-from ckl_jax.tensor_files import WEIGHTS
+from ckl_jax.tensor_files import INDICES, SUFFIXES
+from ckl_jax.token_files import ADDED, VOCABULARIES
 
-HUB_FILES = ["config.json", "vocab.json", "tokenizer.json", "added_tokens.json", *WEIGHTS[:2]]
+HUB_FILES = ["config.json", *VOCABULARIES, *ADDED, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
+AUTHORS = "lecraquito/"
+COMMAND = "python -m ckl_jax.convert"
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,20 @@ class ConvertConfig:
     """Between checkpoints of ours and of transformers or nanoGPT."""
 
     source: str = "lecraquito/gpt2_reduced_vocab_FT_7digits"
-    """A directory; or, where there is a network, a model's name on the hub (owner/name)."""
+    """A directory, or a file of weights with config.json and vocabulary beside it; or, where there is a network, a
+    model's name on the hub (owner/name)."""
     out: pathlib.Path = pathlib.Path("runs/converted")
-    """Directory to write to."""
+    """Directory to write to: a new or empty one, or what the same command made before."""
     to: Literal["ours", "transformers"] = "ours"
     """`transformers`: the source is a checkpoint of ours."""
     vocabulary: Literal["whole", "ours"] = "whole"
     """`ours`: of the source's tokens only our 41 characters are kept, as from the stock GPT-2 with its 50,257."""
+    tokenizer: str | None = None
+    """Where the vocabulary is, if not beside the weights: a directory or a name on the hub, of which vocab.json or
+    tokenizer.json is read, or a JSON file of ids by token."""
+    activation: Literal["gelu_tanh", "gelu_erf"] | None = None
+    """The GELU of a model whose files do not say it. nanoGPT's do not: `gelu_tanh` is its new_gelu until 14 June 2023
+    and that of the paper's authors, `gelu_erf` its nn.GELU() since then."""
     task: TaskName | None = None
     """What the model was pre-trained on; default: what config.json says, else addition."""
     digits: int | None = None
@@ -46,49 +58,89 @@ class ConvertConfig:
         require_types(self)
         require_choice(self, "to", ("ours", "transformers"))
         require_choice(self, "vocabulary", ("whole", "ours"))
+        if self.activation is not None:
+            require_choice(self, "activation", ("gelu_tanh", "gelu_erf"))
         require(not in_bucket(self.out), "out", str(self.out), "a local directory")
-        require(self.source != "" and self.source.isprintable(), "source", self.source, "a directory or owner/name")
+        for name in ("source", "tokenizer"):
+            value = getattr(self, name)
+            fits = value is None or (value != "" and value.isprintable())
+            require(fits, name, value, "a directory, a file or owner/name")
         require_directory(self.out, "out")
         require(
             os.path.realpath(self.out) != os.path.realpath(self.source), "out", str(self.out), "another than source"
         )
 
 
-def _local(source: str) -> pathlib.Path:
-    path = pathlib.Path(source)
-    if path.is_dir():
-        return path
-    require(
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None, "source", source, "a directory or owner/name"
-    )
-    hub = extra("huggingface_hub", "source", "convert")
+def _local(source: str, field: str) -> pathlib.Path:
+    """The path that a word means, of a snapshot of the hub if it is no path and can be a name there."""
+    path = pathlib.Path(os.path.expanduser(source))
     try:
-        return pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        if path.exists():
+            return path
+    except OSError as error:
+        raise ConfigError(f"{field}: got {source}, allowed is a directory, a file or owner/name ({error})") from error
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
+    is_name = is_name and path.suffix not in (*SUFFIXES, ".json") and not path.parent.exists()
+    allowed = "a directory or file that exists, or owner/name on the hub where no directory here is named owner"
+    require(is_name, field, source, allowed)
+    hub = extra("huggingface_hub", field, "convert")
+    try:
+        snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
     except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.
         said = " ".join(f"{type(error).__name__}: {error}".split())[: foreign.MOST_SAID]
         raise ConfigError(
-            f"source: {source} is no directory here and could not be had from the hub ({said})"
+            f"{field}: {source} is no directory here and could not be had from the hub ({said})"
         ) from error
+    print(f"took {source} from the hub")
+    return snapshot
+
+
+def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) -> None:
+    """Raises a ConfigError if something would be lost: if anything is there that the same command did not make."""
+    if out.is_dir() and any(out.iterdir()):
+        earlier = foreign.read_object(out / description, "out") if (out / description).exists() else {}
+        same = earlier.get("made_by") == made_by
+        require(same, "out", f"{out}, which is not empty", "a new or empty directory, or what this command made before")
+
+
+def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
+    _require_free(config.out, "config.json", made_by)
+    source = pathlib.Path(os.path.expanduser(config.source))
+    found = (source / "model.json").is_file()
+    require(found, "source", config.source, "a checkpoint of ours (a directory with model.json), for --to transformers")
+    save_transformers(config.out, load_model(source), made_by)
+
+
+def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
+    _require_free(config.out, "model.json", made_by)
+    source = _local(config.source, "source")
+    allowed = "another's model: this is a checkpoint of ours already, for --checkpoint, or for --to transformers"
+    require(not (source / "model.json").is_file(), "source", config.source, allowed)
+    said = described(source)
+    task = task_named(config.task or said.get("task", "addition"))
+    digits: Any = config.digits
+    if digits is None:
+        digits = said.get("max_pretrain_digits")
+    if digits is None:
+        named = re.search(r"_(\d{1,2})digits", config.source)
+        require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
+        digits = int(named[1]) if named else None
+    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer")
+    activation = config.activation
+    if activation is None and config.source.startswith(AUTHORS) and "activation_function" not in said:
+        activation = "gelu_tanh"  # new_gelu in their src/model_teaching_arithmetic.py.
+    model = load_foreign(source, task, digits, config.vocabulary == "ours", activation, tokenizer)
+    save_model(config.out, model, made_by)
+    sizes = {"weights": model.config.num_weights, "vocabulary": model.config.vocab_size}
+    print(json.dumps({"task": task.name, "N": digits, **sizes, "activation": model.config.activation}))
 
 
 def main(config: ConvertConfig) -> None:
+    made_by = {"command": COMMAND, **{name: x for name, x in dataclasses.asdict(config).items() if name != "out"}}
     if config.to == "transformers":
-        save_transformers(config.out, load_model(pathlib.Path(config.source)))
+        _to_transformers(config, made_by)
     else:
-        directory = _local(config.source)
-        described = foreign.read_object(directory / "config.json", "source")
-        task = task_named(config.task or described.get("task", "addition"))
-        digits: Any = config.digits
-        if digits is None:
-            digits = described.get("max_pretrain_digits")
-        if digits is None:
-            named = re.search(r"_(\d{1,2})digits", config.source)
-            require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
-            digits = int(named[1]) if named else None
-        model = load_foreign(directory, task, digits, config.vocabulary == "ours")
-        save_model(config.out, model, {"command": "python -m ckl_jax.convert", "source": config.source})
-        sizes = {"weights": model.config.num_weights, "vocabulary": model.config.vocab_size}
-        print(json.dumps({"task": task.name, "N": digits, **sizes}))
+        _to_ours(config, made_by)
     print(f"wrote {config.out}")
 
 

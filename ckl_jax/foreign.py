@@ -26,6 +26,7 @@ MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
 MOST_SAID = 200
 MOST_TOKENS = 256  # Tokens are kept as uint8.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
 
 
@@ -118,6 +119,16 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, Task]:
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {path} is no model description ({error})") from error
     return config, digits, task
+
+
+def require_ours(directory: pathlib.Path) -> None:
+    """Raises a ConfigError if it is a model of transformers or nanoGPT: a directory, or a file of weights in one."""
+    files = directory.iterdir() if directory.is_dir() and not (directory / "model.json").exists() else [directory]
+    is_theirs = any(path.suffix in WEIGHTS and path.is_file() for path in files)
+    allowed = (
+        f"a checkpoint of ours, which `python -m ckl_jax.convert --source {directory} --out DIRECTORY` makes of it"
+    )
+    require(not is_theirs, "checkpoint", f"{directory}, weights of transformers or nanoGPT", allowed)
 
 
 def require_digits(digits: Any) -> None:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ckl_jax import alphabet, foreign, tensor_files
+from ckl_jax import alphabet, foreign, gpt2_config, tensor_files, tensor_names, token_files
 from ckl_jax.checkpoint import Model, write_json
 from ckl_jax.config import ModelConfig, require
-from ckl_jax.errors import extra, is_integer
+from ckl_jax.errors import extra
 from ckl_jax.model import LAYER_NORM_EPSILON
 from ckl_jax.paths import require_directory, writing
 from ckl_jax.tasks import Task
 from ckl_jax.tensor_files import Stored
+from ckl_jax.tensor_names import EMBEDDING, HEAD
 
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 LAYER = {
     "ln_1": "ln_1",
     "c_attn": "attn.c_attn",
@@ -34,99 +33,65 @@ LAYER = {
 }
 
 
-def load_foreign(source: pathlib.Path, task: Task, digits: int, reduced: bool = False) -> Model:
-    """The model in a directory with config.json, a tokenizer's vocabulary, and the weights.
+def described(source: pathlib.Path) -> dict[str, Any]:
+    """config.json in a directory or beside a file; {} where there is none, as beside nanoGPT's ckpt.pt."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    return foreign.read_object(path, "source") if path.exists() else {}
+
+
+def load_foreign(
+    source: pathlib.Path,
+    task: Task,
+    digits: int,
+    reduced: bool = False,
+    activation: str | None = None,
+    tokenizer: pathlib.Path | None = None,
+) -> Model:
+    """The model in a directory with config.json (which nanoGPT has in its file), a vocabulary, and the weights.
 
     The vocabulary keeps its size, which J's normalization by log V needs: our characters come first in our order, then
     the rows that are none of ours.
 
     Args:
+      source: the directory, or the file of weights in it.
       task: what it was pre-trained on.
       digits: N, the digits that it was pre-trained on.
       reduced: only the rows of our characters are kept; of what the model knows beside, nothing.
+      activation: ``ModelConfig.activation``; needed where the files do not say.
+      tokenizer: as ``token_files.rows``; default: where the weights are.
 
     Raises:
       ConfigError: a file is missing or damaged; a setting that our model lacks; tensors that are missing, unknown or of
         wrong shape; one of our characters is unknown to it.
     """
     foreign.require_digits(digits)
-    found = foreign.read_object(source / "config.json", "source")
-    path = tensor_files.weights(source)
-    tensors = {_name(name): tensor for name, tensor in tensor_files.stored(path, skip=BUFFERS).items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
-    config = _model_config(found, tensors)
+    contents = tensor_files.contents(source)
+    tensors = tensor_names.canonical(contents)
+    found = gpt2_config.settings(described(source), contents.settings)
+    config = gpt2_config.model_config(
+        found,
+        is_linear=_is_linear(found, tensors),
+        biased="h.0.attn.c_attn.bias" in tensors,
+        activation=activation,
+    )
     most_tokens = config.vocab_size if reduced else foreign.MOST_TOKENS
     fits = alphabet.VOCAB_SIZE <= config.vocab_size <= most_tokens
     allowed = f"{alphabet.VOCAB_SIZE}..{foreign.MOST_TOKENS}; --vocabulary ours keeps only our characters"
     require(fits, "config.json vocab_size", config.vocab_size, allowed)
-    most = path.stat().st_size // 2
-    require(
-        config.num_weights <= most, "config.json", f"{config.num_weights} weights", f"at most {most}, by {path}'s size"
-    )
-    rows_V = _rows(_characters(source), config.vocab_size)
-    params = _params(config, tensors, rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V, found.get("bias"))
+    few = config.num_weights <= contents.size  # One byte at least for each.
+    allowed = f"at most {contents.size}, by the size of the files of weights"
+    require(few, "config.json", f"{config.num_weights} weights", allowed)
+    place = tokenizer or (source if source.is_dir() else source.parent)
+    rows_V = token_files.rows(place, config.vocab_size)
+    params = _params(config, tensors, rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V, found)
     kept = alphabet.VOCAB_SIZE if reduced else config.vocab_size
     return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params}, task)
 
 
-def _name(name: str) -> str:
-    for prefix in ("_orig_mod.", "transformer."):
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _model_config(found: dict[str, Any], tensors: Mapping[str, Stored]) -> ModelConfig:
-    block = "block_size" if "block_size" in found else "n_positions"
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", block):
-        require(is_integer(found.get(name)), f"config.json {name}", found.get(name), "an integer")
-    allowed: dict[str, tuple[Any, ...]] = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-        "n_inner": (None, 4 * found["n_embd"]),
-        "bias": (True, False),
-    }
-    for name, values in allowed.items():
-        require(name not in found or found[name] in values, f"config.json {name}", found.get(name), f"one of {values}")
-    return ModelConfig(
-        num_layers=found["n_layer"],
-        num_heads=found["n_head"],
-        width=found["n_embd"],
-        block_size=found[block],
-        vocab_size=found["vocab_size"],
-        use_bias=found.get("bias", "h.0.attn.c_attn.bias" in tensors),
-    )
-
-
-def _characters(source: pathlib.Path) -> dict[str, int]:
-    """Token ids by token, of vocab.json or tokenizer.json; byte-level names of newline and space are undone."""
-    if (source / "vocab.json").is_file():
-        ids = foreign.read_object(source / "vocab.json", "source")
-    else:
-        whole = foreign.read_object(source / "tokenizer.json", "source")
-        model, added = whole.get("model"), whole.get("added_tokens") or []
-        named = isinstance(model, dict) and isinstance(model.get("vocab"), dict) and isinstance(added, list)
-        require(named, "tokenizer.json", sorted(whole), "an object with model.vocab, ids by token")
-        ids = dict(model["vocab"]) if isinstance(model, dict) else {}
-        ids |= {str(token.get("content")): token.get("id") for token in added if isinstance(token, dict)}
-    if (source / "added_tokens.json").is_file():
-        ids |= foreign.read_object(source / "added_tokens.json", "source")
-    for name, character in (("Ċ", "\n"), ("Ġ", " ")):
-        if name in ids:
-            ids.setdefault(character, ids[name])
-    return ids
-
-
-def _rows(ids: Mapping[str, Any], size: int) -> np.ndarray:
-    missing = [character for character in alphabet.VOCABULARY if character not in ids]
-    require(not missing, "source", f"a vocabulary without {missing}", f"one that has all of {alphabet.VOCABULARY!r}")
-    ours = [ids[character] for character in alphabet.VOCABULARY]
-    whole = all(is_integer(row) and 0 <= row < size for row in ours) and len(set(ours)) == len(ours)
-    require(whole, "source", f"token ids {ours}", f"different ones of 0..{size - 1}")
-    return np.array(ours + sorted(set(range(size)) - set(ours)))
+def _is_linear(found: Mapping[str, Any], tensors: Mapping[str, Stored]) -> bool:
+    """Whether matrices are [out, in]."""
+    first, width = tensors.get("h.0.attn.c_attn.weight"), found.get("n_embd")
+    return first is not None and len(first.shape) == 2 and first.shape[1] == width
 
 
 def _shapes(config: ModelConfig, is_linear: bool) -> dict[str, tuple[int, ...]]:
@@ -150,27 +115,27 @@ def _shapes(config: ModelConfig, is_linear: bool) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _params(config: ModelConfig, tensors: Mapping[str, Stored], rows_V: np.ndarray, biased: bool | None) -> Any:
-    width, first = config.width, tensors.get("h.0.attn.c_attn.weight")
-    is_linear = first is not None and first.shape == (3 * width, width)
+def _params(config: ModelConfig, tensors: Mapping[str, Stored], rows_V: np.ndarray, found: Mapping[str, Any]) -> Any:
+    is_linear = _is_linear(found, tensors)
     shapes = _shapes(config, is_linear)
-    zero = {name for name in tensors if name.endswith(".bias")} if biased is False else set()
+    whole = _shapes(dataclasses.replace(config, use_bias=True), is_linear)
+    zero = (whole.keys() - shapes.keys()) & tensors.keys() if found.get("bias") is False else set()
     missing = sorted(shapes.keys() - tensors.keys())
-    unknown = sorted(tensors.keys() - shapes.keys() - zero - {"lm_head.weight"})
+    unknown = sorted(tensors.keys() - shapes.keys() - zero - {HEAD})
     require(not missing, "source", f"no tensors {', '.join(missing[:5])}", f"all {len(shapes)} of config.json's model")
     require(not unknown, "source", f"tensors {', '.join(unknown[:5])}", "those of config.json's GPT-2 alone")
-    for name, shape in shapes.items():
-        require(tensors[name].shape == shape, name, tensors[name].shape, f"{shape}, by config.json")
+    for name in (*shapes, *sorted(zero)):
+        require(tensors[name].shape == whole[name], name, tensors[name].shape, f"{whole[name]}, by config.json")
     for name in sorted(zero):
         # Transformers' GPT-2 always has biases: without any, ours are exported as zeros.
         require(not np.any(tensors[name].read()), name, "other numbers than 0", "0, for bias is false in config.json")
     arrays = {name: tensors[name].read() for name in shapes}
     for name, array in arrays.items():
         require(bool(np.isfinite(array).all()), name, "NaN or infinity", "finite parameters")
-    if "lm_head.weight" in tensors:
-        head = tensors["lm_head.weight"]
-        tied = head.shape == shapes["wte.weight"] and np.array_equal(head.read(), arrays["wte.weight"])
-        require(tied, "lm_head.weight", "other values than wte.weight", "a tied head")
+    if HEAD in tensors:
+        head = tensors[HEAD]
+        tied = head.shape == shapes[EMBEDDING] and np.array_equal(head.read(), arrays[EMBEDDING])
+        require(tied, HEAD, f"other values than {EMBEDDING} (an untied head)", "the same: our model's head is tied")
 
     def module(name: str, ours: str) -> dict[str, np.ndarray]:
         weight = arrays[f"{name}.weight"]
@@ -194,10 +159,13 @@ def _contiguous(tree: Any) -> Any:
     return np.ascontiguousarray(tree)
 
 
-def save_transformers(directory: pathlib.Path, model: Model) -> None:
+def save_transformers(directory: pathlib.Path, model: Model, made_by: Mapping[str, Any]) -> None:
     """Writes a directory that ``transformers.GPT2LMHeadModel.from_pretrained`` loads, and ``load_foreign`` exactly.
 
     Its files are config.json, model.safetensors and vocab.json (ids by character).
+
+    Args:
+      made_by: what a reader needs to make it again.
     """
     config, params = model.config, model.params["params"]
     arrays = {"wte.weight": params["wte"]["embedding"], "wpe.weight": params["wpe"]["embedding"]}
@@ -224,10 +192,11 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
         "n_positions": config.block_size,
         "vocab_size": config.vocab_size,
         "bias": config.use_bias,
-        "activation_function": "gelu_new",
+        "activation_function": gpt2_config.EXPORTED[config.activation],
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "tie_word_embeddings": True,
         "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
+        "made_by": dict(made_by),
     } | {f"{name}_token_id": alphabet.PAD_ID for name in ("bos", "eos", "pad")}
     write_json(directory / "config.json", described)

@@ -138,7 +138,7 @@ class Block(nn.Module):
         x_BTxD = x_BxTxD.reshape(batch * num_outputs, config.width)
         x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
         h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)
-        h_BTx4D = nn.gelu(dense(4 * config.width, "c_fc")(h_BTxD), approximate=True)
+        h_BTx4D = nn.gelu(dense(4 * config.width, "c_fc")(h_BTxD), approximate=config.activation == "gelu_tanh")
         x_BTxD = x_BTxD + dropout(dense(config.width, "mlp_c_proj", scale)(h_BTx4D))
         return x_BTxD, layer_cache
 

@@ -53,6 +53,7 @@ class _Block(nn.Module):
         super().__init__()
         width, bias = config.width, config.use_bias
         self.num_heads = config.num_heads
+        self.gelu = nn.GELU("tanh" if config.activation == "gelu_tanh" else "none")
         self.ln_1 = nn.LayerNorm(width, LAYER_NORM_EPSILON, bias=bias)
         self.c_attn = nn.Linear(width, 3 * width, bias)
         self.c_proj = nn.Linear(width, width, bias)
@@ -67,7 +68,7 @@ class _Block(nn.Module):
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv_3xBxHxTxK.unbind(0)
         attended_BxHxTxK = functional.scaled_dot_product_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, is_causal=True)
         x_BxTxD = x_BxTxD + self.c_proj(attended_BxHxTxK.transpose(1, 2).reshape(x_BxTxD.shape))
-        h_BxTx4D = functional.gelu(self.c_fc(self.ln_2(x_BxTxD)), approximate="tanh")
+        h_BxTx4D = self.gelu(self.c_fc(self.ln_2(x_BxTxD)))
         return x_BxTxD + self.mlp_c_proj(h_BxTx4D)
 
 
@@ -138,7 +139,7 @@ def to_transformers(config: ModelConfig, params: Any) -> transformers.GPT2LMHead
             n_embd=config.width,
             n_layer=config.num_layers,
             n_head=config.num_heads,
-            activation_function="gelu_new",
+            activation_function="gelu_new" if config.activation == "gelu_tanh" else "gelu",
             layer_norm_epsilon=LAYER_NORM_EPSILON,
             bos_token_id=alphabet.PAD_ID,
             eos_token_id=alphabet.PAD_ID,

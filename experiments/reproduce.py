@@ -226,6 +226,7 @@ def main(command: ReproduceCommand) -> None:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
     else:
         model = _model(command)
+        foreign.require_ours(model)
         complete = (model / "model.json").exists()
         require(complete, "checkpoint", str(model), "a directory with params/, params.sha256.json and model.json")
         foreign.model_description(model / "model.json")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hostile import CANARY, PICKLE
+from foreign_models import COLUMNS, SIZES, THEIRS, WIDTH, to_theirs, write_nano, write_transformers
+from hostile import CANARY, PICKLE, refused_command, saved_model
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.nn import functional
+from test_hostile_commands import WITH_CHECKPOINT
 
-from ckl_jax import alphabet, critical, discovery, tasks
+from ckl_jax import alphabet, cli, critical, discovery, tasks
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint import fingerprint, load_model, save_model
 from ckl_jax.columns import ADDITION, SUBTRACTION
@@ -31,85 +31,6 @@ from ckl_jax.model import forward
 from experiments import figure1_scratchpad as figure1
 from experiments import figure5_certainty_colors as figure5
 
-WIDTH, HEADS, BLOCK, EXTRA = 16, 2, 300, 7
-THEIRS = "".join(reversed(alphabet.VOCABULARY))
-SIZES = {"n_layer": 2, "n_head": HEADS, "n_embd": WIDTH, "vocab_size": len(THEIRS) + EXTRA}
-
-
-class NanoBlock(nn.Module):
-    def __init__(self, bias):
-        super().__init__()
-        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH, bias=bias), nn.LayerNorm(WIDTH, bias=bias)
-        self.attn, self.mlp = nn.Module(), nn.Module()
-        self.attn.c_attn = nn.Linear(WIDTH, 3 * WIDTH, bias=bias)
-        self.attn.c_proj = nn.Linear(WIDTH, WIDTH, bias=bias)
-        self.attn.register_buffer("bias", torch.ones(1, 1, BLOCK, BLOCK).tril())
-        self.mlp.c_fc = nn.Linear(WIDTH, 4 * WIDTH, bias=bias)
-        self.mlp.c_proj = nn.Linear(4 * WIDTH, WIDTH, bias=bias)
-
-    def forward(self, x):
-        heads = [
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.attn.c_attn(self.ln_1(x)).chunk(3, -1)
-        ]
-        attended = functional.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.attn.c_proj(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp.c_proj(functional.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
-
-
-class NanoGPT(nn.Module):
-    def __init__(self, bias):
-        super().__init__()
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(SIZES["vocab_size"], WIDTH),
-                "wpe": nn.Embedding(BLOCK, WIDTH),
-                "h": nn.ModuleList([NanoBlock(bias) for _ in range(2)]),
-                "ln_f": nn.LayerNorm(WIDTH, bias=bias),
-            }
-        )
-        self.lm_head = nn.Linear(WIDTH, SIZES["vocab_size"], bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
-
-    def forward(self, tokens):
-        x = self.transformer["wte"](tokens) + self.transformer["wpe"](torch.arange(tokens.shape[1]))
-        for block in self.transformer["h"]:
-            x = block(x)
-        return self.lm_head(self.transformer["ln_f"](x))
-
-
-def randomize(model):
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, std=3 if "wpe" in name else 0.5)
-    return model.eval()
-
-
-def write_tokenizer(directory):
-    ids = {{"\n": "Ċ", " ": "Ġ"}.get(character, character): row for row, character in enumerate(THEIRS)}
-    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": ids}, "added_tokens": []}))
-
-
-def write_nano(directory, bias=True, pytorch=False):
-    directory.mkdir(parents=True)
-    model = randomize(NanoGPT(bias))
-    state = {f"_orig_mod.{name}": x.clone() for name, x in model.state_dict().items()}
-    if pytorch:
-        torch.save({"model": state}, directory / "ckpt.pt")
-    else:
-        save_file(state, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps({**SIZES, "block_size": BLOCK, "bias": bias, "dropout": 0.2}))
-    write_tokenizer(directory)
-    return lambda tokens: model(tokens)
-
-
-def write_transformers(directory):
-    directory.mkdir(parents=True)
-    model = randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, n_positions=BLOCK)))
-    model.save_pretrained(directory)
-    write_tokenizer(directory)
-    return lambda tokens: model(tokens).logits
-
-
 WRITERS = {
     "transformers": write_transformers,
     "nanoGPT": write_nano,
@@ -118,17 +39,12 @@ WRITERS = {
 }
 
 
-def to_theirs(tokens):
-    return torch.tensor([[THEIRS.index(alphabet.VOCABULARY[token]) for token in row] for row in tokens])
-
-
 @pytest.mark.parametrize("kind", WRITERS)
 def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character(kind, tmp_path):
     reference = WRITERS[kind](tmp_path / "source")
     model = load_foreign(tmp_path / "source", ADDITION, 7)
     assert model.config.use_bias == ("without" not in kind and "PyTorch" not in kind)
-    columns = [THEIRS.index(character) for character in alphabet.VOCABULARY]
-    columns += range(len(THEIRS), SIZES["vocab_size"])
+    columns = COLUMNS
     run = jax.jit(lambda tokens: forward(model.config, model.params, tokens).logits_BxTxV)
     tokens = np.random.default_rng(0).integers(0, alphabet.VOCAB_SIZE, (2, 50))
     with torch.no_grad():
@@ -161,9 +77,11 @@ def test_the_certainty_and_the_rollout_are_those_of_the_whole_vocabulary(tmp_pat
     assert judge(model, [tasks.Problem(1, 2)], 1).tolist() == [0.0]
 
 
-@pytest.mark.parametrize(("use_bias", "task"), [(True, ADDITION), (False, SUBTRACTION)])
-def test_ours_to_transformers_and_back_is_exact(use_bias, task, tmp_path):
-    write_nano(tmp_path / "source", bias=use_bias)
+@pytest.mark.parametrize(
+    ("use_bias", "task", "activation"), [(True, ADDITION, "gelu_new"), (False, SUBTRACTION, "gelu")]
+)
+def test_ours_to_transformers_and_back_is_exact(use_bias, task, activation, tmp_path):
+    write_nano(tmp_path / "source", bias=use_bias, activation_function=activation)
     model = load_foreign(tmp_path / "source", task, 5)
     save_model(tmp_path / "ours", model, {})
     main(ConvertConfig(str(tmp_path / "ours"), tmp_path / "exported", to="transformers"))
@@ -312,6 +230,10 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
 def test_a_model_is_had_by_name_from_a_stand_in_of_the_hub(tmp_path):
     write_nano(tmp_path / "source", bias=False)
+    config = tmp_path / "source" / "config.json"
+    described = json.loads(config.read_text())
+    del described["activation_function"]
+    config.write_text(json.dumps(described))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.source = tmp_path / "source"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -328,4 +250,151 @@ def test_a_model_is_had_by_name_from_a_stand_in_of_the_hub(tmp_path):
     assert done.returncode == 0, done.stderr
     model = load_model(tmp_path / "ours")
     assert model.max_pretrain_digits == 7
-    assert fingerprint(model.params) == fingerprint(load_foreign(tmp_path / "source", ADDITION, 7).params)
+    assert model.config.activation == "gelu_tanh"
+    source = load_foreign(tmp_path / "source", ADDITION, 7, activation="gelu_tanh")
+    assert fingerprint(model.params) == fingerprint(source.params)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a model of nanoGPT in ``theirs`` and one of ours in ``model``."""
+    monkeypatch.chdir(tmp_path)
+    write_nano(tmp_path / "theirs")
+    saved_model(tmp_path / "model")
+    return tmp_path
+
+
+THEIRS_GIVEN = r"checkpoint: got '\S+, weights of transformers or nanoGPT', allowed is a checkpoint of ours, which "
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt.pt", "shards", "file"])
+@pytest.mark.parametrize("name", [*WITH_CHECKPOINT, "experiments.table1_certainty_gap", "experiments.reproduce"])
+def test_a_model_of_others_as_checkpoint_is_told_which_command_converts_it(here, capsys, monkeypatch, name, form):
+    if form in ("ckpt.pt", "shards"):
+        (here / "theirs/model.safetensors").rename(
+            here / "theirs" / {"shards": "model-1-of-1.safetensors"}.get(form, form)
+        )
+    option = "--checkpoints" if name.endswith("table1_certainty_gap") else "--checkpoint"
+    given = "theirs/model.safetensors" if form == "file" else "theirs"
+    expected = rf"{THEIRS_GIVEN}`python -m ckl_jax\.convert --source \S*{given} --out DIRECTORY` makes of it"
+    refused_command(here, capsys, monkeypatch, name, [option, given], expected)
+
+
+def convert_refused(here, capsys, monkeypatch, arguments, expected):
+    refused_command(here, capsys, monkeypatch, "ckl_jax.convert", arguments.split(), expected)
+
+
+NOT_HERE = "allowed is a directory or file that exists, or owner/name on the hub where no directory here is named owner"
+
+
+@pytest.mark.parametrize("source", ["./their", "../their", "~/their", "~nobody/a", "/nowhere/their", "theirs/modle"])
+@pytest.mark.parametrize("option", ["source", "tokenizer"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(here, capsys, monkeypatch, option, source):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("looked up"))
+    arguments = f"--source theirs --digits 1 --out new --{option} {source}"
+    convert_refused(here, capsys, monkeypatch, arguments, rf"{option}: got '{re.escape(source)}', {NOT_HERE}")
+
+
+@pytest.mark.parametrize("source", ["theirs/x.safetensors", "their/model.bin", "their/ckpt.pt", "a/b.pth", "a/b.json"])
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(here, capsys, monkeypatch, source):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("looked up"))
+    convert_refused(here, capsys, monkeypatch, f"--source {source}", rf"source: got '{re.escape(source)}', {NOT_HERE}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gpt.safetensors", "a.bin", "ckpt.pt", "b.pth", "last.ckpt"])
+def test_a_file_of_weights_is_taken_with_what_is_beside_it(here, name):
+    path = here / "theirs" / "model.safetensors"
+    expected = fingerprint(load_foreign(here / "theirs", ADDITION, 1).params)
+    if name.endswith("safetensors"):
+        path.rename(here / "theirs" / name)
+    else:
+        torch.save(load_file(path), here / "theirs" / name)
+        path.unlink()
+    main(ConvertConfig(f"theirs/{name}", here / "ours", digits=1))
+    assert fingerprint(load_model(here / "ours").params) == expected
+
+
+FILES = r"allowed is a directory with one of model\.safetensors, .*; or the file of weights itself \(\.safetensors .*\)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "--source model --digits 1",
+            r"source: got 'model', allowed is another's model: this is a .*",
+        ),
+        (
+            "--source theirs --to transformers",
+            r"source: got 'theirs', allowed is a checkpoint of ours .* for --to .*",
+        ),
+        ("--source theirs/config.json --digits 1", rf"source: got '\S*config\.json', {FILES}"),
+        ("--source theirs/tokenizer.json --digits 1", rf"source: got '\S*tokenizer\.json', {FILES}"),
+        ("--source model/params --digits 1", rf"source: got '\S*params', {FILES}"),
+        ("--source theirs", r"digits: got None, allowed is a number, .*"),
+        (
+            "--source theirs --activation gelu_erf --digits 1",
+            r"activation: got 'gelu_erf', allowed is gelu_tanh, .*",
+        ),
+        ("--source theirs --activation relu", r".*--activation.*"),
+        ("--source theirs --tokenizer model --digits 1", r"source: got 'no vocabulary in model', allowed is .*"),
+    ],
+)
+def test_sources_that_cannot_be_converted_are_refused(here, capsys, monkeypatch, arguments, expected):
+    convert_refused(here, capsys, monkeypatch, f"{arguments} --out new", expected)
+
+
+@pytest.mark.parametrize("arguments", ["--source theirs --digits 1", "--source model --to transformers"])
+@pytest.mark.parametrize("out", ["model", "theirs", "model/params", "notes", "theirs/../theirs"])
+def test_nothing_that_is_there_is_overwritten(here, capsys, monkeypatch, arguments, out):
+    (here / "notes").mkdir()
+    (here / "notes" / "params").write_text("mine")
+    said = r"which is not empty', allowed is a new or empty directory, or what this command made before"
+    convert_refused(
+        here, capsys, monkeypatch, f"{arguments} --out {out}", rf"out: got '\S+(, {said}|', .* than source)"
+    )
+
+
+def test_the_same_command_may_write_again_and_another_may_not(here, capsys, monkeypatch):
+    (here / "empty").mkdir()
+    for arguments in ("--source theirs --digits 1 --out empty", "--source model --to transformers --out exported"):
+        for _ in range(2):
+            monkeypatch.setattr(sys, "argv", ["convert", *arguments.split()])
+            cli.run(main, ConvertConfig)
+    capsys.readouterr()
+    for arguments in (
+        "--source theirs --digits 2 --out empty",
+        "--source theirs --digits 1 --out exported",
+        "--source empty --to transformers --out exported",
+    ):
+        convert_refused(here, capsys, monkeypatch, arguments, r"out: got '\S+, which is not empty', .*")
+
+
+def test_nanogpts_directory_is_converted_by_what_the_messages_ask_for(here, capsys, monkeypatch):
+    torch.save(
+        {"model": load_file("theirs/model.safetensors"), "model_args": {**SIZES, "block_size": 300, "bias": True}},
+        "ckpt.pt",
+    )
+    (here / "meta.pkl").write_bytes(PICKLE)
+    arguments = "--source ckpt.pt --out ours"
+    convert_refused(here, capsys, monkeypatch, arguments, "digits: .*")
+    convert_refused(here, capsys, monkeypatch, f"{arguments} --digits 3", r"activation: .* gelu_tanh \(.*gelu_erf \(.*")
+    arguments += " --digits 3 --activation gelu_erf"
+    convert_refused(
+        here, capsys, monkeypatch, arguments, r"source: got 'no vocabulary in \.', .* --tokenizer .* stoi .*"
+    )
+    (here / "stoi.json").write_text(json.dumps({character: row for row, character in enumerate(THEIRS)}))
+    main(ConvertConfig("ckpt.pt", here / "ours", digits=3, activation="gelu_erf", tokenizer="stoi.json"))
+    model = load_model(here / "ours")
+    assert (model.config.activation, model.max_pretrain_digits) == ("gelu_erf", 3)
+    assert fingerprint(model.params) == fingerprint(load_foreign(here / "theirs", ADDITION, 3).params)
+    main(ConvertConfig("ours", here / "exported", to="transformers"))
+    assert json.loads((here / "exported" / "config.json").read_text())["activation_function"] == "gelu"
+
+
+def test_a_model_of_ours_from_before_the_activation_was_a_field_is_one_by_tanh(here):
+    path = here / "model" / "model.json"
+    description = json.loads(path.read_text())
+    del description["model"]["activation"]
+    path.write_text(json.dumps(description))
+    assert load_model(here / "model").config.activation == "gelu_tanh"
