@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.advantages import standardized
+from ckl_jax.advantages import centered, standardized
+from ckl_jax.arrays import as_mask
 from ckl_jax.config import require
-from ckl_jax.losses import masked_mean
 from ckl_jax.token_weights import lowest_share
 
 
@@ -78,10 +78,12 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
 
 
 def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """(A - mean A) * (log pi - mean log pi), token by token: where it is great, entropy falls (arXiv 2505.22617)."""
+    """(A - mean A) * (log pi - mean log pi), token by token: where it is great, entropy falls (arXiv 2505.22617).
+
+    Exactly 0 where all A, or all log pi, are equal.
+    """
     mask_BxT, log_probs_BxT, advantages_BxT = _finite(mask_BxT, log_probs_BxT, advantages_BxT)
-    centered = [x - masked_mean(x, mask_BxT) for x in (advantages_BxT, log_probs_BxT)]
-    return jnp.where(mask_BxT, centered[0] * centered[1], 0.0)
+    return centered(advantages_BxT, mask_BxT) * centered(log_probs_BxT, mask_BxT)
 
 
 def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
@@ -93,7 +95,6 @@ def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.A
 def _finite(mask_BxT: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
     """The mask as bool, and the values as float32 without gradient, 0 outside it."""
     for value in values:
-        require(value.shape == mask_BxT.shape, "mask", mask_BxT.shape, f"the shape of the values, {value.shape}")
-    mask_BxT = mask_BxT.astype(bool)
+        mask_BxT = as_mask(mask_BxT, value.shape)
     cleaned = (jnp.where(mask_BxT, jax.lax.stop_gradient(x.astype(jnp.float32)), 0.0) for x in values)
     return mask_BxT, *cleaned

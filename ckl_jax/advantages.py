@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ckl_jax.arrays import as_mask
 from ckl_jax.config import require
-from ckl_jax.losses import masked_mean
 
 EPSILON = 1e-8
 
@@ -30,7 +30,7 @@ def gae(
     Returns:
       float32 [B, T], 0 after the end. Returns (value targets) are these plus ``values_BxT``.
     """
-    mask_BxT = mask_BxT.astype(bool)
+    mask_BxT = as_mask(as_mask(mask_BxT, values_BxT.shape), rewards_BxT.shape)
     values_BxT = jnp.where(mask_BxT, values_BxT.astype(jnp.float32), 0.0)
     rewards_BxT = jnp.where(mask_BxT, rewards_BxT.astype(jnp.float32), 0.0)
     next_values_BxT = jnp.pad(values_BxT[:, 1:], ((0, 0), (0, 1)))
@@ -51,12 +51,13 @@ def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
     episode, so the gradient has no bias.
 
     Returns:
-      float32 [B].
+      float32 [B]; exactly 0 in a group of equal rewards.
 
     Raises:
       ConfigError: ``group_size`` is below 2 or does not divide B.
     """
     rewards_GxK = _groups(rewards_B, group_size)
+    rewards_GxK = rewards_GxK - rewards_GxK.min(axis=1, keepdims=True)
     others_GxK = (rewards_GxK.sum(axis=1, keepdims=True) - rewards_GxK) / (group_size - 1)
     return (rewards_GxK - others_GxK).reshape(-1)
 
@@ -64,20 +65,32 @@ def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
 def standardized_in_group(rewards_B: jax.Array, group_size: int) -> jax.Array:
     """(R - mean) / (standard deviation + epsilon) over a group's answers: GRPO (Shao et al. 2024).
 
-    0 where all answers of a group have the same reward. Returns and raises as ``leave_one_out``.
+    Returns and raises as ``leave_one_out``.
     """
     rewards_GxK = _groups(rewards_B, group_size)
-    centered_GxK = rewards_GxK - rewards_GxK.mean(axis=1, keepdims=True)
-    return (centered_GxK / (rewards_GxK.std(axis=1, keepdims=True) + EPSILON)).reshape(-1)
+    return jax.vmap(standardized)(rewards_GxK, jnp.ones(rewards_GxK.shape, bool)).reshape(-1)
 
 
 def standardized(advantages_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """(A - mean) / standard deviation over the mask, 0 outside it."""
-    mask_BxT = mask_BxT.astype(bool)
-    advantages_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, advantages_BxT.astype(jnp.float32), 0.0))
-    mean = masked_mean(advantages_BxT, mask_BxT)
-    variance = masked_mean(jnp.square(advantages_BxT - mean), mask_BxT)
-    return jnp.where(mask_BxT, (advantages_BxT - mean) * jax.lax.rsqrt(variance + EPSILON), 0.0)
+    """(A - mean) / (standard deviation + epsilon) over the mask, 0 outside it; exactly 0 where all A are equal."""
+    centered_BxT = centered(advantages_BxT, mask_BxT)
+    largest = jnp.abs(centered_BxT).max()
+    shares_BxT = centered_BxT / jnp.where(largest > 0, largest, 1.0)
+    deviation = largest * jnp.sqrt(jnp.square(shares_BxT).sum() / jnp.maximum(mask_BxT.astype(bool).sum(), 1))
+    return centered_BxT / (deviation + EPSILON)
+
+
+def centered(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """A - mean over the mask, 0 outside it; exactly 0 where all A are equal: their mean may be rounded off them.
+
+    Returns:
+      float32 [B, T], as ``standardized`` does.
+    """
+    mask_BxT = as_mask(mask_BxT, values_BxT.shape)
+    values_BxT = jax.lax.stop_gradient(values_BxT.astype(jnp.float32))
+    least = jnp.where(mask_BxT, values_BxT, jnp.inf).min()
+    above_BxT = jnp.where(mask_BxT, values_BxT - least, 0.0)
+    return jnp.where(mask_BxT, above_BxT - above_BxT.sum() / jnp.maximum(mask_BxT.sum(), 1), 0.0)
 
 
 def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -85,16 +98,20 @@ def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
     With kl = log pi(a|s) - log ref(a|s) of the sampled tokens, -alpha times this is what a KL in the reward adds to the
     advantage: the gradient then has each token's effect on later states, which a KL in the loss leaves out. The mean is
-    a baseline and adds no bias.
+    a baseline and adds no bias. Episodes that are equal from there on have exactly 0, if there are several.
 
     Returns:
       float32 [B, T], 0 outside the mask.
     """
-    mask_BxT = mask_BxT.astype(bool)
+    mask_BxT = as_mask(mask_BxT, kl_BxT.shape)
     kl_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, kl_BxT.astype(jnp.float32), 0.0))
     to_go_BxT = jnp.where(mask_BxT, jnp.flip(jnp.cumsum(jnp.flip(kl_BxT, 1), axis=1), 1), 0.0)
-    others_BxT = (to_go_BxT.sum(axis=0, keepdims=True) - to_go_BxT) / jnp.maximum(mask_BxT.sum(axis=0) - 1, 1)[None]
-    return jnp.where(mask_BxT, to_go_BxT - others_BxT, 0.0)
+    # Above the least of their column: equal ones are then no advantage, whatever their sum is rounded to.
+    least_T = jnp.where(mask_BxT, to_go_BxT, jnp.inf).min(axis=0)
+    above_BxT = jnp.where(mask_BxT, to_go_BxT - least_T[None], 0.0)
+    counts_T = mask_BxT.sum(axis=0)
+    others_BxT = (above_BxT.sum(axis=0)[None] - above_BxT) / jnp.maximum(counts_T - 1, 1)[None]
+    return jnp.where(mask_BxT, jnp.where(counts_T[None] > 1, above_BxT - others_BxT, to_go_BxT), 0.0)
 
 
 def _groups(rewards_B: jax.Array, group_size: int) -> jax.Array:

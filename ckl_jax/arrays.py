@@ -33,6 +33,20 @@ def require_array(array: Any, name: str) -> None:
     require(isinstance(array, (np.ndarray, np.generic, jax.Array)), name, type(array).__name__, "an array")
 
 
+def as_mask(mask: Any, shape: tuple[int, ...], name: str = "mask", of: str = "the shape of the values") -> Any:
+    """The mask as booleans, from an array of booleans or of zeros and ones of any type.
+
+    Raises a ConfigError for another shape or another number. The numbers of a traced mask are not known: there every
+    one but 0 is True.
+    """
+    require_array(mask, name)
+    require(mask.shape == shape, name, mask.shape, f"{of}, {shape}")
+    if mask.dtype != bool and not isinstance(mask, jax.core.Tracer):
+        others = np.setdiff1d(np.asarray(mask).astype(np.float32), (0, 1))
+        require(len(others) == 0, name, float(others[0]) if len(others) else None, "booleans, or 0 and 1 alone")
+    return mask.astype(bool)
+
+
 def _require_kind(array: Any, name: str, kind: Any, allowed: str) -> None:
     require_array(array, name)
     require(jnp.issubdtype(array.dtype, kind), name, str(array.dtype), allowed)
@@ -45,8 +59,9 @@ def require_logits(logits: Any, name: str = "logits") -> None:
 
 
 def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
-    """Raises a ConfigError unless it is a finite number from ``low`` on."""
+    """Raises a ConfigError unless it is a finite number from ``low`` on; of a traced one, unless it is one number."""
     if isinstance(value, jax.core.Tracer):
+        require(value.ndim == 0, name, f"an array {list(value.shape)}", f"one number, {allowed}")
         return
     number = isinstance(value, (int, float, np.number)) or (
         isinstance(value, (np.ndarray, jax.Array)) and not value.ndim

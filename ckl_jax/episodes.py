@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import advantage_shaping, advantages, losses, sharding, token_weights
+from ckl_jax import advantage_shaping, advantages, losses, overflow, sharding, token_weights
 from ckl_jax import problems as problems_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.config import ModelConfig
@@ -71,6 +71,9 @@ def collect(
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out the policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
 
+    Log-probabilities, KL and entropy are those of one teacher-forced pass of each, as the loss makes it. The rollout's
+    own numbers are rounded otherwise: in bfloat16 they would make a KL of a policy that is the reference.
+
     Args:
       keys: for sampling, and for weights that are shuffled.
     """
@@ -87,14 +90,16 @@ def collect(
             batch=config.rollout_batch,
             max_length=program.max_length,
             temperature=config.temperature,
-            with_scores=True,
             axis_name=axis_name,
-        )[:3]
+        ).trajectory
 
-    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
-    assert logits_BxTxV is not None
-    assert hidden_BxTxD is not None
+    trajectory = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
+    logits_BxTxV, hidden_BxTxD = score(program.model, params["policy"], trajectory)
     ref_logits_BxTxV, _ = score(program.model, ref_params, trajectory)
+    log_probs_BxT = losses.token_log_probs(
+        logits_BxTxV, trajectory.answers_BxT, config.temperature, trajectory.mask_BxT
+    )
+    trajectory = trajectory._replace(log_probs_BxT=log_probs_BxT)
     values_BxT = values(params["value"], hidden_BxTxD)
     episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
     return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
@@ -121,7 +126,7 @@ def assessed(
     ones_BxT, none_BxT = token_weights.uniform(mask_BxT), jnp.zeros_like(mask_BxT)
     episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, outcome_BxT, returns_BxT, ones_BxT, none_BxT)
     episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
-    return _credited(config, episodes, hyper.kl_coefficient, losses.entropy(logits_BxTxV, config.temperature))
+    return _credited(config, episodes, hyper.kl_coefficient, losses.entropy(logits_BxTxV, config.temperature, mask_BxT))
 
 
 def _final_rewards(config: FinetuneConfig, trajectory: Trajectory) -> jax.Array:
@@ -171,16 +176,16 @@ def _credited(
     if config.kl_in == "reward":
         # After the normalization, which would rescale alpha.
         ref_log_probs_BxT = losses.token_log_probs(
-            episodes.ref_logits_BxTxV, trajectory.answers_BxT, config.temperature
+            episodes.ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT
         )
         k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
-        to_go_BxT = advantages.kl_to_go(episodes.kl_weights_BxT * k1_BxT, mask_BxT)
-        advantages_BxT = advantages_BxT - kl_coefficient * to_go_BxT
+        to_go_BxT = advantages.kl_to_go(overflow.product(episodes.kl_weights_BxT, k1_BxT), mask_BxT)
+        advantages_BxT = advantages_BxT - overflow.product(kl_coefficient, to_go_BxT)
     episodes = episodes._replace(advantages_BxT=advantages_BxT)
     if config.kl_cov > 0:
         covariance_BxT = advantage_shaping.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
         held_BxT = advantage_shaping.top_share(covariance_BxT, mask_BxT, config.kl_cov_share)
-        episodes = episodes._replace(kl_cov_BxT=held_BxT)
+        episodes = episodes._replace(kl_cov_BxT=held_BxT & (covariance_BxT > 0))
     return episodes
 
 
@@ -202,7 +207,7 @@ def weighed(
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:
     config, mask_BxT = program.config, episodes.trajectory.mask_BxT
     mean = functools.partial(losses.masked_mean, mask=mask_BxT)
-    kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
+    kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature, mask_BxT)
     indices, recorded = problems_lib.critical_indices(episodes.trajectory.answers_BxT, problems)
     batch = indices.shape[0]
 
@@ -218,14 +223,14 @@ def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> d
         "success": episodes.trajectory.reward_B.mean(),
         "reward": _final_rewards(config, episodes.trajectory).mean(),
         "length": mask_BxT.sum(axis=1).mean(),
-        "entropy": mean(losses.entropy(logits_BxTxV, config.temperature)),
+        "entropy": mean(losses.entropy(logits_BxTxV, config.temperature, mask_BxT)),
         "kl": mean(kl_BxT),
         "kl_weight": mean(episodes.kl_weights_BxT),
         "certainty_mean": mean(episodes.certainty_BxT),
         "certainty_min": jnp.where(mask_BxT, episodes.certainty_BxT, 1.0).min(),
         "critical_advantage": losses.masked_mean(at_critical(episodes.advantages_BxT), recorded),
         "critical_certainty": losses.masked_mean(at_critical(episodes.certainty_BxT), recorded),
-        "critical_probability_3x2xC": (probability * recorded).sum(axis=0) / jnp.maximum(counts, 1),
+        "critical_probability_3x2xC": jnp.where(recorded, probability, 0.0).sum(axis=0) / jnp.maximum(counts, 1),
         "critical_count_3x2xC": counts,
     }
     if config.has_critic:

@@ -13,8 +13,9 @@ import numpy as np
 from ckl_jax import sharding
 
 EXIT_CODE = 3
-# Causes come before effects: a policy's own numbers, the critic's, each term's gradient, and last the updates' means.
-_ORDER = ("loss", "grad_norm", "entropy", "kl", "explained_variance", "grad_norm/", "loss/")
+# Causes come before effects: a policy's own numbers, the critic's, each term's gradient, and last the updates' means,
+# of which those of the first update that is not finite are (see ``updates.update``).
+_ORDER = ("loss", "entropy", "kl", "explained_variance", "grad_norm/", "loss/", "grad_norm", "param_norm")
 
 
 class NotFiniteError(FloatingPointError):

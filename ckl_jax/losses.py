@@ -1,7 +1,9 @@
 """The terms of the fine-tuning loss: small pure functions of log-probs, certainty, advantages and a mask.
 
 Shapes are [...] for per-token values and [..., V] for logits; any batch layout works. Every mean is over the tokens
-whose mask is True, and what stands at the others (NaN and infinity included) has no influence on value or gradient.
+whose mask is True, and what stands at the others (NaN and infinity included) has no influence on value or gradient. A
+mask has booleans, or zeros and ones. A token whose weight or advantage is 0 counts 0 in value and gradient, whatever
+its KL or ratio is; one whose loss overflows makes the mean infinite (see ``overflow``).
 
 Per-token values are not finite where logits are not, and then the gradient of their masked mean is NaN even where the
 mask is False: a zero cotangent times an infinite derivative. So the functions that make them take the mask too; where
@@ -15,8 +17,8 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import token_weights
-from ckl_jax.arrays import require_array, require_integers, require_logits, require_temperature
+from ckl_jax import overflow, token_weights
+from ckl_jax.arrays import as_mask, require_array, require_integers, require_logits, require_temperature
 from ckl_jax.certainty import entropy_of
 from ckl_jax.config import require
 
@@ -25,10 +27,8 @@ KLKind = Literal["k1", "k2", "k3"]
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean of ``values`` [...] over ``mask`` [...] in float32; 0 where no token is selected."""
-    for name, array in (("values", values), ("mask", mask)):
-        require_array(array, name)
-    require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
-    mask = mask.astype(bool)
+    require_array(values, "values")
+    mask = as_mask(mask, values.shape)
     selected = jnp.where(mask, values.astype(jnp.float32), 0.0)
     return selected.sum() / jnp.maximum(mask.sum(), 1)
 
@@ -83,8 +83,8 @@ def kl_estimate(
     if kind == "k1":
         return log_ratio
     if kind == "k2":
-        return 0.5 * jnp.square(log_ratio)
-    return jnp.expm1(-log_ratio) + log_ratio
+        return 0.5 * overflow.product(log_ratio, log_ratio)
+    return overflow.k3(log_ratio)
 
 
 def exact_kl(
@@ -100,14 +100,14 @@ def exact_kl(
       mask: bool [...]; 0 and without gradient outside it.
 
     Returns:
-      float32 [...]. A token that pi excludes (-inf) counts 0.
+      float32 [...]. A token whose probability under pi is 0 in float32 counts 0.
     """
     require(logits.shape == ref_logits.shape, "ref_logits", ref_logits.shape, f"the shape of logits, {logits.shape}")
     log_p = _log_softmax(logits, temperature, mask)
     log_q = jax.lax.stop_gradient(_log_softmax(ref_logits, temperature, mask))
     impossible = jnp.isneginf(log_p)
     difference = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
-    return _only(mask, (jnp.exp(log_p) * difference).sum(axis=-1))
+    return _only(mask, overflow.product(jnp.exp(log_p), difference).sum(axis=-1))
 
 
 def weighted_kl(kl: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def weighted_kl(kl: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array
     """
     require(kl.shape == weights.shape, "weights", weights.shape, f"the shape of kl, {kl.shape}")
     weights = jax.lax.stop_gradient(_only(mask, weights.astype(jnp.float32)))
-    return masked_mean(weights * _only(mask, kl), mask)
+    return masked_mean(overflow.product(weights, _only(mask, kl.astype(jnp.float32))), mask)
 
 
 def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array, mask: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array,
 def policy_gradient_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
     """A2C: -mean over the masked tokens of advantage * log pi(a|s); advantages take no gradient."""
     advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
-    return -masked_mean(advantages * _only(mask, log_probs.astype(jnp.float32)), mask)
+    return -masked_mean(overflow.product(advantages, _only(mask, log_probs.astype(jnp.float32))), mask)
 
 
 def clipped_policy_loss(
@@ -169,7 +169,8 @@ def clipped_policy_loss(
     ratio = _ratio(log_probs, old_log_probs, mask)
     advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
     bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
-    return -masked_mean(jnp.minimum(ratio * advantages, bounded * advantages), mask)
+    both = overflow.product(ratio, advantages), overflow.product(bounded, advantages)
+    return -masked_mean(jnp.minimum(*both), mask)
 
 
 def off_policy_kl(
@@ -184,7 +185,8 @@ def off_policy_kl(
       kl: from ``kl_estimate`` of that ``kind``, [...] as all others. ``old_log_probs`` take no gradient.
     """
     ratio = _ratio(log_probs, old_log_probs, mask)
-    return _only(mask, kl) * (jax.lax.stop_gradient(ratio) if kind == "k2" else ratio)
+    ratio = jax.lax.stop_gradient(ratio) if kind == "k2" else ratio
+    return overflow.product(_only(mask, kl.astype(jnp.float32)), ratio)
 
 
 def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, mask: jax.Array) -> jax.Array:
@@ -193,8 +195,8 @@ def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, ma
     ``old_log_probs`` are those of the rollout, without gradient; ``chosen`` bool [...] marks the greatest covariances
     of advantage and log-probability. In that work they are chosen in each minibatch, here by the caller, over a round.
     """
-    log_ratio = _log_ratio(log_probs, old_log_probs, mask)
-    return masked_mean(jnp.where(chosen, jnp.abs(log_ratio), 0.0), mask)
+    chosen = as_mask(chosen, log_probs.shape, "chosen") & as_mask(mask, log_probs.shape)
+    return masked_mean(jnp.abs(_log_ratio(log_probs, old_log_probs, chosen)), mask)
 
 
 def adapted_coefficient(
@@ -217,9 +219,7 @@ def _only(mask: jax.Array | None, values: jax.Array) -> jax.Array:
     """``values`` [...] where the mask is True, else 0; all of them without a mask."""
     if mask is None:
         return values
-    require_array(mask, "mask")
-    require(values.shape == mask.shape, "mask", mask.shape, f"the shape of the values, {values.shape}")
-    return jnp.where(mask.astype(bool), values, 0)
+    return jnp.where(as_mask(mask, values.shape), values, 0)
 
 
 def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -230,7 +230,7 @@ def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array |
 
 
 def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jnp.exp(_log_ratio(log_probs, old_log_probs, mask))
+    return overflow.exp(_log_ratio(log_probs, old_log_probs, mask))
 
 
 def _log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -238,7 +238,5 @@ def _log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Ar
     require_logits(logits)
     require_temperature(temperature)
     if mask is not None:
-        require_array(mask, "mask")
-        require(logits.shape[:-1] == mask.shape, "mask", mask.shape, f"one entry per token, {logits.shape[:-1]}")
-        logits = jnp.where(mask.astype(bool)[..., None], logits, 0)
+        logits = jnp.where(as_mask(mask, logits.shape[:-1], of="one entry per token")[..., None], logits, 0)
     return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ckl_jax import losses
+from ckl_jax import losses, overflow
 from ckl_jax.episodes import Episodes, Hyper, Program
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import values
@@ -32,10 +32,18 @@ def term_names(config: FinetuneConfig) -> tuple[str, ...]:
 
 def loss_terms(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
     """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
+    outputs = score(program.model, params["policy"], episodes.trajectory)
+    return _terms(program, hyper, params["value"], outputs, episodes)
+
+
+def _terms(
+    program: Program, hyper: Hyper, value_params: Any, outputs: tuple[jax.Array, jax.Array], episodes: Episodes
+) -> dict[str, jax.Array]:
+    """The terms as functions of the policy's ``outputs``: logits and hidden states of ``score``."""
     config, trajectory, advantages_BxT = program.config, episodes.trajectory, episodes.advantages_BxT
     actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
-    logits_BxTxV, hidden_BxTxD = score(program.model, params["policy"], trajectory)
-    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature)
+    logits_BxTxV, hidden_BxTxD = outputs
+    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
 
     def policy():
         if config.has_ratio:
@@ -43,29 +51,36 @@ def loss_terms(program: Program, hyper: Hyper, params: dict[str, Any], episodes:
         return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
 
     def value():
-        hidden = jax.lax.stop_gradient(hidden_BxTxD) if config.detach_critic else hidden_BxTxD
-        values_BxT = values(params["value"], hidden)
-        return config.value_coefficient * losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
+        hidden = jnp.where(mask_BxT[..., None], hidden_BxTxD, 0.0)
+        values_BxT = values(value_params, jax.lax.stop_gradient(hidden) if config.detach_critic else hidden)
+        return losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
 
     def entropy():
-        entropy_BxT = losses.entropy(logits_BxTxV, config.temperature)
-        return -config.entropy_coefficient * losses.masked_mean(entropy_BxT, mask_BxT)
+        return -losses.masked_mean(losses.entropy(logits_BxTxV, config.temperature, mask_BxT), mask_BxT)
 
     def kl():
         if config.kl == "exact":
-            kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature)
+            kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature, mask_BxT)
         else:
-            ref_log_probs_BxT = losses.token_log_probs(episodes.ref_logits_BxTxV, actions_BxT, config.temperature)
-            kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl)
+            ref_logits_BxTxV = episodes.ref_logits_BxTxV
+            ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+            kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
             if config.has_ratio:
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
-        return hyper.kl_coefficient * losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
+        return losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
 
     def kl_cov():
-        return config.kl_cov * losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
+        return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
 
-    terms = {"policy": policy, "value": value, "entropy": entropy, "kl": kl, "kl_cov": kl_cov}
-    return {name: terms[name]() for name in term_names(config)}
+    weighted = {
+        "policy": (1.0, policy),
+        "value": (config.value_coefficient, value),
+        "entropy": (config.entropy_coefficient, entropy),
+        "kl": (hyper.kl_coefficient, kl),
+        "kl_cov": (config.kl_cov, kl_cov),
+    }
+    there = [(name, *weighted[name]) for name in term_names(config)]
+    return {name: overflow.product(jnp.float32(coefficient), term()) for name, coefficient, term in there}
 
 
 def loss_gradient(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
@@ -82,13 +97,10 @@ def gradient_norms(program: Program, hyper: Hyper, params: dict[str, Any], episo
     """Norm of each term's gradient in the policy's parameters, on the first ``diagnostic_episodes`` episodes."""
     few = jax.tree.map(lambda x: x[: program.config.diagnostic_episodes], episodes)
 
-    def terms_of(policy):
-        return loss_terms(program, hyper, {**params, "policy": policy}, few)
-
-    terms, pullback = jax.vjp(terms_of, params["policy"])
+    outputs, pullback = jax.vjp(lambda policy: score(program.model, policy, few.trajectory), params["policy"])
 
     def norm(name):
-        cotangent = {other: jnp.asarray(float(other == name)) for other in terms}
-        return optax.global_norm(pullback(cotangent)[0])
+        cotangents = jax.grad(lambda outputs: _terms(program, hyper, params["value"], outputs, few)[name])(outputs)
+        return optax.global_norm(pullback(cotangents)[0])
 
-    return {f"grad_norm/{name}": norm(name) for name in terms}
+    return {f"grad_norm/{name}": norm(name) for name in term_names(program.config)}

@@ -29,6 +29,7 @@ from ckl_jax.config import PretrainConfig, pretrain_preset
 from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
 from ckl_jax.evaluate import judge
 from ckl_jax.logs import LogOptions
+from ckl_jax.losses import masked_mean
 from ckl_jax.model import GPT2, forward
 from ckl_jax.paths import require_directory
 from ckl_jax.progress import Status, display
@@ -94,8 +95,9 @@ def next_token_loss(config: PretrainConfig, params: Any, windows: Windows, dropo
         deterministic=config.model.dropout == 0,
         rngs={"dropout": dropout_key},
     ).logits_BxTxV
+    logits_BxTxV = jnp.where(windows.mask_BxT[..., None], logits_BxTxV, 0.0)
     losses_BxT = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, windows.targets_BxT)
-    return (losses_BxT * windows.mask_BxT).sum() / windows.mask_BxT.sum()
+    return masked_mean(losses_BxT, windows.mask_BxT)
 
 
 def window_length(config: PretrainConfig) -> int:

@@ -13,7 +13,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.arrays import require_array, require_at_least, require_floats
+from ckl_jax.arrays import as_mask, require_at_least, require_floats
 from ckl_jax.config import require
 from ckl_jax.finetune_config import KLWeights
 
@@ -22,8 +22,8 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
     """w = J^beta: the paper's (section 4). ``beta`` 0 is ``uniform``.
 
     Args:
-      certainty_BxT: J in [0, 1].
-      beta: 0 or more; the paper's main run has 150.
+      certainty_BxT: J in [0, 1]; what rounding has put beyond is cut off, as a large beta would blow it up.
+      beta: 0 or more; the paper's main run has 150. J^0 is 1, that of J = 0 too.
       mask_BxT: True on generated tokens.
 
     Returns:
@@ -35,12 +35,12 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
     require_at_least(beta, "beta", 0, "0 or more, and finite")
     mask_BxT = _checked(certainty_BxT, mask_BxT)
     certainty_BxT, beta = jax.lax.stop_gradient((certainty_BxT.astype(jnp.float32), jnp.float32(beta)))
-    return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT, 1.0), beta), 0.0)
+    return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT.clip(0, 1), 1.0), beta), 0.0)
 
 
 def uniform(mask_BxT: jax.Array) -> jax.Array:
     """w = 1: the standard KL penalty."""
-    return mask_BxT.astype(bool).astype(jnp.float32)
+    return jnp.asarray(as_mask(mask_BxT, mask_BxT.shape), jnp.float32)
 
 
 def matched(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -135,9 +135,7 @@ def index_of(word: str) -> int:
 
 def _checked(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     require_floats(values_BxT, "values")
-    require_array(mask_BxT, "mask")
-    require(values_BxT.shape == mask_BxT.shape, "mask", mask_BxT.shape, f"the shape of the values, {values_BxT.shape}")
-    return mask_BxT.astype(bool)
+    return as_mask(mask_BxT, values_BxT.shape)
 
 
 def _mean(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:

@@ -54,7 +54,9 @@ def update(
       axis_name: name of the vmapped axis of runs, if any.
 
     Returns:
-      the next state, and ``loss/<term>`` as means over the updates and ``updates``, their number.
+      the next state, and as means over the updates ``loss/<term>``, ``grad_norm`` of the whole loss in all parameters
+      and ``param_norm`` after them; and ``updates``, their number. Where an update is not finite, so is what was not
+      finite in the first such update, and nothing else of it.
     """
     config = program.config
     optimizer = _optimizer(config)
@@ -70,7 +72,7 @@ def update(
         updates, gradient = plan(program, hyper, episodes, key, axis_name)
 
         def step(index, carry):
-            params, opt_state, sums = carry
+            params, opt_state, sums, sound = carry
             grads, terms = gradient(params, index)
             directions, opt_state = optimizer.update(grads, opt_state, params)
             params = {
@@ -79,15 +81,20 @@ def update(
             }
             if config.shard_state:
                 params, opt_state = sharding.split_state((params, opt_state))
-            return params, opt_state, jax.tree.map(jnp.add, sums, terms)
+            found = {f"loss/{name}": term for name, term in terms.items()}
+            found |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+            # From the first update on that is not finite nothing is added: its cause stays the only thing to be named.
+            sums = jax.tree.map(lambda total, new: jnp.where(sound, total + new, total), sums, found)
+            return params, opt_state, sums, sound & jnp.isfinite(jnp.stack(jax.tree.leaves(found))).all()
 
         return jax.lax.fori_loop(0, updates, step, carry), updates
 
-    zeros = dict.fromkeys(term_names(config), jnp.zeros(()))
+    names = [*(f"loss/{name}" for name in term_names(config)), "grad_norm", "param_norm"]
+    start = state.params, state.opt_state, dict.fromkeys(names, jnp.zeros(())), jnp.ones((), bool)
     keys = jax.random.split(key, config.epochs)
-    (params, opt_state, sums), updates = jax.lax.scan(epoch, (state.params, state.opt_state, zeros), keys)
+    (params, opt_state, sums, _), updates = jax.lax.scan(epoch, start, keys)
     updates = updates.sum()
-    metrics = {f"loss/{name}": total / updates for name, total in sums.items()}
+    metrics = {name: total / updates for name, total in sums.items()}
     state = state._replace(round=state.round + 1, params=params, opt_state=opt_state)
     return state, metrics | {"updates": updates}
 

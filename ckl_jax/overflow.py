@@ -1,0 +1,41 @@
+"""Exponentials and products whose values overflow as they truly do and whose derivatives stay finite.
+
+Where float32 cannot hold a derivative it is float32's largest number instead of infinity; every other is exact. So the
+value says that a loss has overflown, and a weight of 0 takes a token out of value and gradient, whatever stands there:
+plain exponentials and products would make NaN of 0 times infinity.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
+@jax.custom_jvp
+def exp(x: jax.Array) -> jax.Array:
+    """e^x."""
+    return jnp.exp(x)
+
+
+@jax.custom_jvp
+def k3(log_ratio: jax.Array) -> jax.Array:
+    """exp(-d) - 1 + d of d = ``log_ratio``, accurate near 0."""
+    ratio_less_1 = jnp.expm1(-log_ratio)
+    return jnp.where(jnp.isposinf(ratio_less_1), ratio_less_1, ratio_less_1 + log_ratio)
+
+
+@jax.custom_jvp
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, and 0 where either is 0, even if the other is infinite or NaN."""
+    return jnp.where((x == 0) | (y == 0), 0.0, x * y)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.clip(x, -LARGEST, LARGEST)
+
+
+exp.defjvps(lambda t, value, x: t * _finite(value))
+k3.defjvps(lambda t, value, log_ratio: t * _finite(-jnp.expm1(-log_ratio)))
+product.defjvps(lambda t, value, x, y: t * _finite(y), lambda t, value, x, y: t * _finite(x))
