@@ -121,7 +121,7 @@ class StateCheckpoints:
     def restore_history(self, step: int) -> Any:
         """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
         path = self.directory / str(step) / HISTORY_NAME
-        return hosts.of_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        return hosts.of_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
 
     def close(self) -> None:
         self.manager.close()
@@ -167,7 +167,7 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
 
     def describe() -> None:
         # Orbax asks for this file in a bucket, where models may be copied; its own would hold the directory's path.
-        (path / "commit_success.txt").write_text("complete\n")
+        (path / "commit_success.txt").write_text("complete\n", encoding="utf-8")
         write_json(_manifest_path(path), _manifest(path))
         write_json(directory / "model.json", description)
 

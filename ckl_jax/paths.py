@@ -6,35 +6,72 @@ What epath lacks in a bucket is here: ``resolve``, ``rglob`` and appending. Chec
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
 import pathlib
+import posixpath
 import re
+import urllib.parse
 from collections.abc import Iterator
 from typing import cast
 
 import fsspec
 from etils import epath
 
-from ckl_jax.config import ConfigError, require
+from ckl_jax.errors import ConfigError, require
+
+SCHEMES = "allowed are local paths and gs://bucket/directory (a local name with a colon: ./name:/...)"
 
 
-def parse(text: str) -> pathlib.Path:
-    """A path as an option gives it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
+def parse(text: str | os.PathLike[str]) -> pathlib.Path:
+    """A path as people write it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
+
+    ``~`` and ``~user`` are home directories, and ``file:///directory`` is a local one. Variables are the shell's.
 
     Raises:
       ConfigError: nothing, or a newline or another character that is not printed; a path that the system refuses to
-        look at (too long, a loop of links); another scheme than gs, no bucket, or gcsfs or google-cloud-storage is not
-        installed.
+        look at (too long, a loop of links); another scheme, or half of one (``gs:/bucket``); no bucket, or gcsfs or
+        google-cloud-storage is not installed; no such user's home; a variable that no shell has replaced.
     """
+    if isinstance(text, epath.Path) and not isinstance(text, pathlib.Path):
+        return cast(pathlib.Path, text)
+    text = os.fspath(text)
     require(text != "" and text.isprintable(), "path", text, "one or more printable characters")
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        _require_reachable(pathlib.Path(text))
-        return pathlib.Path(text)
-    if scheme != "gs" or not rest.strip("/"):
-        raise ConfigError(f"path: got {text}, allowed are local paths and gs://bucket/directory")
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    if scheme and scheme[1].lower() == "gs":
+        return _bucket(text)
+    if scheme and scheme[1].lower() == "file":
+        text = _of_url(text)
+    elif scheme:
+        raise ConfigError(f"path: got {text}, {SCHEMES}")
+    path = _at_home(pathlib.Path(text))
+    _require_reachable(path)
+    replaced = re.search(r"\$[A-Za-z_{(]", text) is None or path.exists()
+    require(replaced, "path", text, "a path without variables: no shell has replaced them")
+    return path
+
+
+def _at_home(path: pathlib.Path) -> pathlib.Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"path: got {path}, allowed is ~ only where that user has a home directory") from error
+
+
+def _of_url(text: str) -> str:
+    url = urllib.parse.urlsplit(text)
+    local = url.netloc in ("", "localhost") and url.path.startswith("/") and not (url.query or url.fragment)
+    require(local, "path", text, "file:///directory, absolute and on this machine")
+    return urllib.parse.unquote(url.path)
+
+
+def _bucket(text: str) -> pathlib.Path:
+    found = re.fullmatch(r"(?i:gs)://([a-z0-9][a-z0-9._-]+[a-z0-9])((?:/.*)?)", text)
+    key = posixpath.normpath("/" + found[2]).strip("/") if found else ""
+    if found is None or ".." in found[2].split("/"):
+        raise ConfigError(f"path: got {text}, {SCHEMES}")
     try:
         fsspec.get_filesystem_class("gcs")
         importlib.import_module("google.cloud.storage")  # Orbax looks at the bucket by it.
@@ -42,7 +79,21 @@ def parse(text: str) -> pathlib.Path:
         raise ConfigError(
             f"path: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
         ) from error
-    return cast(pathlib.Path, epath.Path(text))
+    return cast(pathlib.Path, epath.Path(f"gs://{found[1]}/{key}".rstrip("/")))
+
+
+def cache_home() -> pathlib.Path:
+    """Where the user's caches are, by the XDG base directory specification.
+
+    Raises:
+      FileNotFoundError: the user has no home directory.
+    """
+    named = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        given = named.expanduser()
+        return given if given.is_absolute() else pathlib.Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory", "~") from error
 
 
 def _require_reachable(path: pathlib.Path) -> None:
@@ -85,9 +136,9 @@ def append(path: pathlib.Path, text: str) -> None:
     """Adds text to the end of a file. An object in a bucket cannot grow: it is written anew, which happens whole."""
     with writing(path):
         if in_bucket(path):
-            path.write_text((path.read_text() if path.exists() else "") + text)
+            path.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + text, encoding="utf-8")
         else:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
 
@@ -95,7 +146,7 @@ def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 

@@ -192,7 +192,7 @@ def _whole_records(text: str) -> list[dict[str, Any]]:
 
 def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text())
+        return parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         allowed = f"allowed is a {path.name} as the run wrote it"
         raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error

@@ -210,7 +210,7 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
     title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {command.scale} scale"
     text = summary_page.page(title, cards)
     temporary = command.out / "report.html.tmp"
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(command.out / "report.html")
     return cards
 
