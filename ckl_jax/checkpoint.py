@@ -20,7 +20,7 @@ from ckl_jax import foreign, hosts
 from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, replace, require_directory, resolved, writing
+from ckl_jax.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.tasks import Task
 
 Params = Any
@@ -59,7 +59,7 @@ class StateCheckpoints:
     What an earlier process left half-written is removed, so one process at a time may have the directory.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: AnyPath):
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
@@ -141,7 +141,7 @@ def shipped(task: str = "addition") -> pathlib.Path:
     return SHIPPED_TINY if task_named(task) is ADDITION else PRETRAINED / f"tiny_{task}"
 
 
-def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
+def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> None:
     """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
     Args:
@@ -174,13 +174,13 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
     hosts.of_first(describe)
 
 
-def load_model(directory: pathlib.Path) -> Model:
+def load_model(directory: AnyPath) -> Model:
     """Reads what ``save_model`` wrote.
 
     Raises:
       ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
     """
-    directory = resolved(directory)
+    directory = resolved(directory, "checkpoint")
     path = directory / "params"
     config, max_pretrain_digits, task = hosts.together(lambda: _read_description(directory))
     with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:

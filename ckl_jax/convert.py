@@ -7,7 +7,6 @@ python -m ckl_jax.convert --source models/N7 --out exported --to transformers
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import re
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.errors import extra, require_choice, require_types
 from ckl_jax.gpt2_files import load_foreign, save_transformers
-from ckl_jax.paths import in_bucket, require_directory
+from ckl_jax.paths import in_bucket, require_directory, resolved
 from ckl_jax.tensor_files import WEIGHTS
 
 HUB_FILES = ["config.json", "vocab.json", "tokenizer.json", "added_tokens.json", *WEIGHTS[:2]]
@@ -46,16 +45,15 @@ class ConvertConfig:
         require_types(self)
         require_choice(self, "to", ("ours", "transformers"))
         require_choice(self, "vocabulary", ("whole", "ours"))
-        require(not in_bucket(self.out), "out", str(self.out), "a local directory")
-        require(self.source != "" and self.source.isprintable(), "source", self.source, "a directory or owner/name")
+        for name in ("out", "source"):
+            require(not in_bucket(getattr(self, name)), name, str(getattr(self, name)), "a local directory")
         require_directory(self.out, "out")
-        require(
-            os.path.realpath(self.out) != os.path.realpath(self.source), "out", str(self.out), "another than source"
-        )
+        other = resolved(self.out, "out") != resolved(self.source, "source")
+        require(other, "out", str(self.out), "another than source")
 
 
 def _local(source: str) -> pathlib.Path:
-    path = pathlib.Path(source)
+    path = resolved(source, "source")
     if path.is_dir():
         return path
     require(
@@ -73,7 +71,7 @@ def _local(source: str) -> pathlib.Path:
 
 def main(config: ConvertConfig) -> None:
     if config.to == "transformers":
-        save_transformers(config.out, load_model(pathlib.Path(config.source)))
+        save_transformers(config.out, load_model(config.source))
     else:
         directory = _local(config.source)
         described = foreign.read_object(directory / "config.json", "source")

@@ -19,7 +19,7 @@ from ckl_jax.checkpoint import Model, write_json
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.errors import extra, is_integer
 from ckl_jax.model import LAYER_NORM_EPSILON
-from ckl_jax.paths import require_directory, writing
+from ckl_jax.paths import AnyPath, require_directory, resolved, writing
 from ckl_jax.tasks import Task
 from ckl_jax.tensor_files import Stored
 
@@ -34,7 +34,7 @@ LAYER = {
 }
 
 
-def load_foreign(source: pathlib.Path, task: Task, digits: int, reduced: bool = False) -> Model:
+def load_foreign(source: AnyPath, task: Task, digits: int, reduced: bool = False) -> Model:
     """The model in a directory with config.json, a tokenizer's vocabulary, and the weights.
 
     The vocabulary keeps its size, which J's normalization by log V needs: our characters come first in our order, then
@@ -50,6 +50,7 @@ def load_foreign(source: pathlib.Path, task: Task, digits: int, reduced: bool = 
         wrong shape; one of our characters is unknown to it.
     """
     foreign.require_digits(digits)
+    source = resolved(source, "source")
     found = foreign.read_object(source / "config.json", "source")
     path = tensor_files.weights(source)
     tensors = {_name(name): tensor for name, tensor in tensor_files.stored(path, skip=BUFFERS).items()}
@@ -194,7 +195,7 @@ def _contiguous(tree: Any) -> Any:
     return np.ascontiguousarray(tree)
 
 
-def save_transformers(directory: pathlib.Path, model: Model) -> None:
+def save_transformers(directory: AnyPath, model: Model) -> None:
     """Writes a directory that ``transformers.GPT2LMHeadModel.from_pretrained`` loads, and ``load_foreign`` exactly.
 
     Its files are config.json, model.safetensors and vocab.json (ids by character).
@@ -209,6 +210,7 @@ def save_transformers(directory: pathlib.Path, model: Model) -> None:
         arrays |= {f"{name}.weight": weight, f"{name}.bias": module.get("bias", np.zeros(weight.shape[-1], np.float32))}
     save_file = extra("safetensors.numpy", "source", "convert").save_file
     require_directory(directory, "out")
+    directory = resolved(directory, "out")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"
     stored = {f"transformer.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}

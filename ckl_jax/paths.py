@@ -15,69 +15,69 @@ import posixpath
 import re
 import urllib.parse
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeAlias, cast
 
 import fsspec
 from etils import epath
 
 from ckl_jax.errors import ConfigError, require
 
+AnyPath: TypeAlias = str | os.PathLike[str]
 SCHEMES = "allowed are local paths and gs://bucket/directory (a local name with a colon: ./name:/...)"
 
 
-def parse(text: str | os.PathLike[str]) -> pathlib.Path:
-    """A path as people write it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
+def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
+    """A path as people write it, of the option ``field``.
 
-    ``~`` and ``~user`` are home directories, and ``file:///directory`` is a local one. Variables are the shell's.
+    ``~`` and ``~user`` are home directories, ``file:///directory`` is a local one, and variables are the shell's. For
+    ``gs://bucket/directory`` it is an epath.Path, which pathlib's type stands for here.
 
     Raises:
       ConfigError: nothing, or a newline or another character that is not printed; a path that the system refuses to
         look at (too long, a loop of links); another scheme, or half of one (``gs:/bucket``); no bucket, or gcsfs or
         google-cloud-storage is not installed; no such user's home; a variable that no shell has replaced.
     """
-    if isinstance(text, epath.Path) and not isinstance(text, pathlib.Path):
-        return cast(pathlib.Path, text)
     text = os.fspath(text)
-    require(text != "" and text.isprintable(), "path", text, "one or more printable characters")
+    require(text != "" and text.isprintable(), field, text, "one or more printable characters")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     if scheme and scheme[1].lower() == "gs":
-        return _bucket(text)
+        return _bucket(text, field)
     if scheme and scheme[1].lower() == "file":
-        text = _of_url(text)
+        text = _of_url(text, field)
     elif scheme:
-        raise ConfigError(f"path: got {text}, {SCHEMES}")
-    path = _at_home(pathlib.Path(text))
-    _require_reachable(path)
+        raise ConfigError(f"{field}: got {text}, {SCHEMES}")
+    path = _at_home(pathlib.Path(text), field)
+    _require_reachable(path, field)
     replaced = re.search(r"\$[A-Za-z_{(]", text) is None or path.exists()
-    require(replaced, "path", text, "a path without variables: no shell has replaced them")
+    require(replaced, field, text, "a path without variables: no shell has replaced them")
     return path
 
 
-def _at_home(path: pathlib.Path) -> pathlib.Path:
+def _at_home(path: pathlib.Path, field: str) -> pathlib.Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"path: got {path}, allowed is ~ only where that user has a home directory") from error
+        raise ConfigError(f"{field}: got {path}, allowed is ~ only where that user has a home directory") from error
 
 
-def _of_url(text: str) -> str:
+def _of_url(text: str, field: str) -> str:
     url = urllib.parse.urlsplit(text)
     local = url.netloc in ("", "localhost") and url.path.startswith("/") and not (url.query or url.fragment)
-    require(local, "path", text, "file:///directory, absolute and on this machine")
+    require(local, field, text, "file:///directory, absolute and on this machine")
     return urllib.parse.unquote(url.path)
 
 
-def _bucket(text: str) -> pathlib.Path:
+def _bucket(text: str, field: str) -> pathlib.Path:
     found = re.fullmatch(r"(?i:gs)://([a-z0-9][a-z0-9._-]+[a-z0-9])((?:/.*)?)", text)
     key = posixpath.normpath("/" + found[2]).strip("/") if found else ""
     if found is None or ".." in found[2].split("/"):
-        raise ConfigError(f"path: got {text}, {SCHEMES}")
+        raise ConfigError(f"{field}: got {text}, {SCHEMES}")
     try:
         fsspec.get_filesystem_class("gcs")
         importlib.import_module("google.cloud.storage")  # Orbax looks at the bucket by it.
     except ImportError as error:
         raise ConfigError(
-            f"path: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
+            f"{field}: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
         ) from error
     return cast(pathlib.Path, epath.Path(f"gs://{found[1]}/{key}".rstrip("/")))
 
@@ -96,31 +96,46 @@ def cache_home() -> pathlib.Path:
         raise FileNotFoundError(errno.ENOENT, "this user has no home directory", "~") from error
 
 
-def _require_reachable(path: pathlib.Path) -> None:
+def _require_reachable(path: pathlib.Path, field: str) -> None:
     try:
         path.stat()
     except OSError as error:
         is_new = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        require(is_new, "path", str(path), f"a path that the system can look at ({error.strerror})")
+        require(is_new, field, str(path), f"a path that the system can look at ({error.strerror})")
 
 
-def require_directory(path: pathlib.Path, field: str) -> None:
-    """Raises a ConfigError, under the name of the option ``field``, where no directory is nor can be made."""
-    if in_bucket(path):
+def require_directory(path: AnyPath, field: str, *, may_be_read_only: bool = False) -> None:
+    """Raises a ConfigError, under the name of the option ``field``, where no directory is nor can be made.
+
+    Args:
+      may_be_read_only: one that is there may be one that cannot be written.
+    """
+    place = resolved(path, field)
+    if in_bucket(place):
         return
-    nearest = next(place for place in (path, *resolved(path).parents) if place.exists())
-    fits = nearest.is_dir() and (nearest == path or os.access(nearest, os.W_OK | os.X_OK))
-    require(fits, field, str(path), f"a directory, or a place for a new one, which {nearest} is not")
+    nearest = next(found for found in (place, *place.parents) if found.exists())
+    writable = (may_be_read_only and nearest == place) or os.access(nearest, os.W_OK | os.X_OK)
+    why = ": it cannot be written" if nearest.is_dir() else ""
+    allowed = f"a directory, or a place for a new one, which {nearest} is not{why}"
+    require(nearest.is_dir() and writable, field, os.fspath(path), allowed)
 
 
-def in_bucket(path: pathlib.Path) -> bool:
+def in_bucket(path: AnyPath) -> bool:
     """Whether the path is one of a bucket."""
     return "://" in os.fspath(path)
 
 
-def resolved(path: pathlib.Path) -> pathlib.Path:
-    """The absolute path; epath would put this machine's directory before a bucket's."""
-    return path if in_bucket(path) else path.resolve()
+def resolved(path: AnyPath, field: str = "path") -> pathlib.Path:
+    """``parse``, and absolute; a bucket's path is, and epath would put this machine's directory before it.
+
+    Raises:
+      ConfigError: as ``parse``; a relative path in a directory that is gone.
+    """
+    path = parse(path, field)
+    try:
+        return path if in_bucket(path) else path.resolve()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{field}: got {path}, allowed is an absolute path: this directory is gone") from error
 
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import hosts, report
+from ckl_jax.paths import AnyPath, resolved
 from ckl_jax.report import Character, Scratchpad
 from ckl_jax.statistics import mean_intervals
 
@@ -66,12 +66,12 @@ def points(
             axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
 
 
-def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
+def save(figure: Figure, directory: AnyPath, name: str) -> None:
     """Writes ``name.png`` and ``name.svg``, of several processes 0 does."""
     for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
-        (directory / f"{name}.{suffix}").write_bytes(drawn.getvalue())
+        (resolved(directory) / f"{name}.{suffix}").write_bytes(drawn.getvalue())
 
 
 def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:

@@ -24,7 +24,7 @@ DEVICES, THREADS, CACHE = "JAX_NUM_CPU_DEVICES", "NPROC", "JAX_COMPILATION_CACHE
 FORCED = "--xla_force_host_platform_device_count"
 READ_BY = {"jax": ("JAX_",), "matplotlib": ("MATPLOTLIBRC", "MPLCONFIGDIR", "TMPDIR", "XDG_CONFIG_HOME")}
 OTHERWISE = "with other values a seed gives other numbers, or none"
-NARROWEST = 20  # Columns; tyro's help never ends in 5.
+NARROWEST = 60  # Columns; tyro's help never ends in 5.
 WHOLE = "a whole number of at least 1, or unset"
 FIXED = {
     "jax_default_prng_impl": "threefry2x32",
@@ -86,6 +86,7 @@ def require_same_numbers() -> None:
 
     for name, value in FIXED.items():
         found = getattr(jax.config, name, value)
+        found = getattr(found, "value", found)  # Of an enumeration.
         require(found == value, name.upper(), found, f"{value}: {OTHERWISE}")
 
 
@@ -158,7 +159,8 @@ def use_all_cores() -> None:
     if threads is None:
         os.environ[THREADS] = str(2 * (devices or cores()))
     elif devices is not None:
-        require(devices == 1 or threads >= 2 * devices, THREADS, threads, f"twice the {devices} devices, or unset")
+        enough = devices == 1 or threads >= 2 * devices
+        require(enough, THREADS, threads, f"at least twice the {devices} devices, or unset")
     chosen = devices or max(1, min(cores(), int(os.environ[THREADS]) // 2))
     if not forced:
         with contextlib.suppress(RuntimeError):
@@ -176,13 +178,11 @@ def keep_compiled_programs() -> None:
 
     named = os.environ.get(CACHE)
     try:
-        directory = paths.parse(named) if named else paths.cache_home() / "ckl_jax" / "compiled"
+        directory = paths.resolved(named, CACHE) if named else paths.cache_home() / "ckl_jax" / "compiled"
         if not paths.in_bucket(directory):
             directory.mkdir(parents=True, exist_ok=True)
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
-    except ConfigError as error:
-        raise ConfigError(f"{CACHE if named else 'HOME'}: {error}") from error
     except OSError as error:
         print(f"compiled programs are not kept ({error.filename}: {error.strerror})", file=sys.stderr)
         jax.config.update("jax_enable_compilation_cache", False)
