@@ -31,6 +31,14 @@ _PATHS = tyro.constructors.ConstructorRegistry()
 def _path_or_bucket(
     kind: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if kind.type == tuple[pathlib.Path, ...]:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[PATH [PATH ...]]",
+            instance_from_str=lambda words: tuple(map(paths.parse, words)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda found: [str(path) for path in found],
+        )
     if kind.type is not pathlib.Path:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(

@@ -46,7 +46,9 @@ class ConvertConfig:
         require_choice(self, "to", ("ours", "transformers"))
         require_choice(self, "vocabulary", ("whole", "ours"))
         for name in ("out", "source"):
-            require(not in_bucket(getattr(self, name)), name, str(getattr(self, name)), "a local directory")
+            require(
+                not in_bucket(resolved(getattr(self, name), name)), name, str(getattr(self, name)), "a local directory"
+            )
         require_directory(self.out, "out")
         other = resolved(self.out, "out") != resolved(self.source, "source")
         require(other, "out", str(self.out), "another than source")

@@ -22,8 +22,9 @@ from etils import epath
 
 from ckl_jax.errors import ConfigError, require
 
+MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|~")
 AnyPath: TypeAlias = str | os.PathLike[str]
-SCHEMES = "allowed are local paths and gs://bucket/directory (a local name with a colon: ./name:/...)"
+SCHEMES = "allowed are local paths and gs://bucket/directory"
 
 
 def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
@@ -39,25 +40,29 @@ def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
     """
     text = os.fspath(text)
     require(text != "" and text.isprintable(), field, text, "one or more printable characters")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
-    if scheme and scheme[1].lower() == "gs":
+    found = MEANS_MORE.match(text)
+    scheme = found and found[1] and found[1].lower()
+    if scheme == "gs":
         return _bucket(text, field)
-    if scheme and scheme[1].lower() == "file":
+    if scheme == "file":
         text = _of_url(text, field)
     elif scheme:
         raise ConfigError(f"{field}: got {text}, {SCHEMES}")
-    path = _at_home(pathlib.Path(text), field)
+    path = _local(text, field)
     _require_reachable(path, field)
     replaced = re.search(r"\$[A-Za-z_{(]", text) is None or path.exists()
     require(replaced, field, text, "a path without variables: no shell has replaced them")
     return path
 
 
-def _at_home(path: pathlib.Path, field: str) -> pathlib.Path:
+def _local(text: str, field: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    if text.startswith("./") and MEANS_MORE.match(str(path)):
+        return pathlib.Path.cwd() / path  # Without the dot it would mean something else when it is read again.
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{field}: got {path}, allowed is ~ only where that user has a home directory") from error
+        raise ConfigError(f"{field}: got {text}, allowed is ~ only where that user has a home directory") from error
 
 
 def _of_url(text: str, field: str) -> str:

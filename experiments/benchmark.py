@@ -3,7 +3,7 @@
     pip install '.[bench]'
     python -m experiments.benchmark --out runs/benchmark
     python -m experiments.benchmark --sections rollout,round        # some sections only
-    python -m experiments.benchmark --quick True                    # checks the code, measures nothing of interest
+    python -m experiments.benchmark --quick                         # checks the code, measures nothing of interest
 
 Sections: ``rollout`` (against transformers' generate), ``speculation`` (speculative against plain rollout, by policy),
 ``round`` (against the authors' procedure), ``pretraining`` (against a plain PyTorch step), ``scaling`` (cost of a round

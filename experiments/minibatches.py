@@ -1,7 +1,7 @@
 """Whole episodes against the authors' single transitions, at equal samples and at equal displacement.
 
     python -m experiments.minibatches
-    python -m experiments.minibatches --plot-only True      # table and figure again from results.json
+    python -m experiments.minibatches --plot-only      # table and figure again from results.json
 
 The authors make thousands of tiny Adam steps a round, each on a few single characters; ours are a handful of larger
 steps on whole episodes, hundreds of times faster. These are two algorithms. Both fine-tune the same model here on the
