@@ -26,4 +26,11 @@ H heads, S cache slots, R runs. A value that cannot work raises `ckl_jax.errors.
 it and what is allowed.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # Python has found the package of a command, and not yet its module.
+    from ckl_jax import startup
+
+    startup.before_imports("jax")

@@ -20,7 +20,7 @@ from ckl_jax import foreign, hosts
 from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
-from ckl_jax.paths import files_below, replace, require_directory, resolved, writing
+from ckl_jax.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.tasks import Task
 
 Params = Any
@@ -59,7 +59,7 @@ class StateCheckpoints:
     What an earlier process left half-written is removed, so one process at a time may have the directory.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: AnyPath):
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
@@ -121,7 +121,7 @@ class StateCheckpoints:
     def restore_history(self, step: int) -> Any:
         """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
         path = self.directory / str(step) / HISTORY_NAME
-        return hosts.of_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+        return hosts.of_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
 
     def close(self) -> None:
         self.manager.close()
@@ -141,7 +141,7 @@ def shipped(task: str = "addition") -> pathlib.Path:
     return SHIPPED_TINY if task_named(task) is ADDITION else PRETRAINED / f"tiny_{task}"
 
 
-def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -> None:
+def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> None:
     """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
     Args:
@@ -167,20 +167,20 @@ def save_model(directory: pathlib.Path, model: Model, made_by: dict[str, Any]) -
 
     def describe() -> None:
         # Orbax asks for this file in a bucket, where models may be copied; its own would hold the directory's path.
-        (path / "commit_success.txt").write_text("complete\n")
+        (path / "commit_success.txt").write_text("complete\n", encoding="utf-8")
         write_json(_manifest_path(path), _manifest(path))
         write_json(directory / "model.json", description)
 
     hosts.of_first(describe)
 
 
-def load_model(directory: pathlib.Path) -> Model:
+def load_model(directory: AnyPath) -> Model:
     """Reads what ``save_model`` wrote.
 
     Raises:
       ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
     """
-    directory = resolved(directory)
+    directory = resolved(directory, "checkpoint")
     path = directory / "params"
     config, max_pretrain_digits, task = hosts.together(lambda: _read_description(directory))
     with foreign.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import io
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import tyro
 
-from ckl_jax import finite, hosts, paths, preemption, xla_cpu
-from ckl_jax.config import ConfigError
+from ckl_jax import finite, hosts, paths, preemption, startup, xla_cpu
+from ckl_jax.errors import ConfigError, require
 
 _PATHS = tyro.constructors.ConstructorRegistry()
 
@@ -26,6 +27,14 @@ _PATHS = tyro.constructors.ConstructorRegistry()
 def _path_or_bucket(
     kind: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if kind.type == tuple[pathlib.Path, ...]:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[PATH [PATH ...]]",
+            instance_from_str=lambda words: tuple(map(paths.parse, words)),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda found: [str(path) for path in found],
+        )
     if kind.type is not pathlib.Path:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -56,8 +65,44 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
             finder.add_argument(f"--{name}", default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
-    flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(config_type, default=default, args=list(arguments), config=flags, registry=_PATHS)
+    return tyro.cli(config_type, default=default, args=_as_flags(arguments, _switches(config_type)), registry=_PATHS)
+
+
+def _switches(config_type: Any, prefix: str = "--") -> dict[str, bool]:
+    """The options of bool fields, those of nested dataclasses too, and whether each may also be None."""
+    found: dict[str, bool] = {}
+    for name, kind in typing.get_type_hints(config_type, include_extras=True).items():
+        unnamed = any(getattr(marker, "name", None) == "" for marker in getattr(kind, "__metadata__", ()))
+        kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+        option = prefix if unnamed else prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            found |= _switches(kind, option if unnamed else option + ".")
+        elif kind in (bool, bool | None):
+            found[option] = kind is not bool
+    return found
+
+
+def _as_flags(arguments: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
+    """``--quiet True`` becomes ``--quiet``, ``--quiet False`` ``--no-quiet``: recorded commands have them so."""
+    flags: list[str] = []
+    words = list(arguments)
+    while words:
+        option, equals, value = words[0].partition("=")
+        option = option.replace("_", "-")
+        positive = re.sub(r"^--(.*\.)?no-", r"--\1", option)
+        if positive not in switches:
+            flags.append(words.pop(0))
+            continue
+        del words[0]
+        if option != positive:
+            value = f"={value}" if equals else "False"
+        elif not equals:
+            value = words.pop(0) if words and not words[0].startswith("-") else "True"
+        negative = re.sub(r"^--(.*\.)?", r"--\1no-", positive)
+        known = ("True", "False", "None") if switches[positive] else ("True", "False")
+        require(value in known, positive, value, f"{positive} or {negative}" + " or None" * switches[positive])
+        flags += [positive, value] if switches[positive] else [positive if value == "True" else negative]
+    return flags
 
 
 @contextlib.contextmanager
@@ -86,24 +131,6 @@ def _as_raised(line: str, error: BaseException | None) -> str:
     return re.sub(broken, lambda found: said, line) if said else line
 
 
-def _use_all_cores() -> None:
-    """One device per core where JAX has no accelerator, so that runs are computed side by side.
-
-    XLA gets twice as many threads (it reads NPROC): with one a device, pre-training on two devices stood still in its
-    first all-reduce until XLA aborted, as if the thread that waited there was one that the other device needed. Where
-    JAX has computed something already (in a notebook, say), its devices stay what they are.
-    """
-    devices = int(os.environ.get("JAX_NUM_CPU_DEVICES") or os.cpu_count() or 1)
-    os.environ.setdefault("NPROC", str(2 * devices))
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def _keep_compiled_programs() -> None:
-    """Starting again skips the compilation. JAX's own variable JAX_COMPILATION_CACHE_DIR names another directory."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "ckl_jax" / "compiled"))
 
 
 def run(
@@ -123,23 +150,42 @@ def run(
     """
     xla_cpu.keep_freed_memory()
     xla_cpu.avoid_wrong_fusions()
-    _use_all_cores()
-    _keep_compiled_programs()
     try:
-        command = parse(config_type, preset, sys.argv[1:])
-        if joins_hosts:
-            hosts.start()
-        main(command)
+        try:
+            startup.use_all_cores()
+            command = parse(config_type, preset, sys.argv[1:])
+            startup.require_same_numbers()
+            startup.keep_compiled_programs()
+            if joins_hosts:
+                hosts.start()
+                startup.require_devices()
+            main(command)
+        finally:
+            sys.stdout.flush()
     except ConfigError as error:
         _stop(f"error: {error}", 2)
     except finite.NotFiniteError as error:
         _stop(f"error: {error}", finite.EXIT_CODE)
     except preemption.PreemptedError as stop:
         _stop(f"stopped by SIGTERM: {stop}; the same command goes on from there", preemption.EXIT_CODE)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+    except BrokenPipeError:
+        _drop_output()
+        _stop("error: nobody reads the standard output any more", 1)
     except OSError as error:
         _stop(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 1)
 
 
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, and fails no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _stop(line: str, code: int) -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
     print(line, file=sys.stderr)
     sys.exit(code)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.errors import extra, require_choice, require_types
 from ckl_jax.gpt2_files import described, load_foreign, save_transformers
-from ckl_jax.paths import in_bucket, require_directory
+from ckl_jax.paths import in_bucket, require_directory, resolved
 from ckl_jax.tensor_files import INDICES, SUFFIXES
 from ckl_jax.token_files import ADDED, VOCABULARIES
 
@@ -60,20 +59,18 @@ class ConvertConfig:
         require_choice(self, "vocabulary", ("whole", "ours"))
         if self.activation is not None:
             require_choice(self, "activation", ("gelu_tanh", "gelu_erf"))
-        require(not in_bucket(self.out), "out", str(self.out), "a local directory")
-        for name in ("source", "tokenizer"):
+        for name in ("out", "source", "tokenizer"):
             value = getattr(self, name)
-            fits = value is None or (value != "" and value.isprintable())
-            require(fits, name, value, "a directory, a file or owner/name")
+            local = value is None or not in_bucket(resolved(value, name))
+            require(local, name, str(value), "a path of this machine" + ("" if name == "out" else " or owner/name"))
         require_directory(self.out, "out")
-        require(
-            os.path.realpath(self.out) != os.path.realpath(self.source), "out", str(self.out), "another than source"
-        )
+        other = resolved(self.out, "out") != resolved(self.source, "source")
+        require(other, "out", str(self.out), "another than source")
 
 
 def _local(source: str, field: str) -> pathlib.Path:
     """The path that a word means, of a snapshot of the hub if it is no path and can be a name there."""
-    path = pathlib.Path(os.path.expanduser(source))
+    path = resolved(source, field)
     try:
         if path.exists():
             return path
@@ -105,7 +102,7 @@ def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) 
 
 def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
     _require_free(config.out, "config.json", made_by)
-    source = pathlib.Path(os.path.expanduser(config.source))
+    source = resolved(config.source, "source")
     found = (source / "model.json").is_file()
     require(found, "source", config.source, "a checkpoint of ours (a directory with model.json), for --to transformers")
     save_transformers(config.out, load_model(source), made_by)

@@ -43,7 +43,9 @@ def read_object(path: pathlib.Path, field: str) -> dict[str, Any]:
         size = path.stat().st_size
         require(size <= MOST_JSON_BYTES, field, f"{path} of {size} bytes", allowed)
     with damaged(path, field):
-        found = json.loads(path.read_text(), object_pairs_hook=_without_repeats, parse_constant=_no_number)
+        found = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats, parse_constant=_no_number
+        )
     require(isinstance(found, dict), field, f"{path} with a {type(found).__name__}", allowed)
     return found
 

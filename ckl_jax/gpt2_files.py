@@ -18,7 +18,7 @@ from ckl_jax.checkpoint import Model, write_json
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.errors import extra
 from ckl_jax.model import LAYER_NORM_EPSILON
-from ckl_jax.paths import require_directory, writing
+from ckl_jax.paths import AnyPath, require_directory, resolved, writing
 from ckl_jax.tasks import Task
 from ckl_jax.tensor_files import Stored
 from ckl_jax.tensor_names import EMBEDDING, HEAD
@@ -40,7 +40,7 @@ def described(source: pathlib.Path) -> dict[str, Any]:
 
 
 def load_foreign(
-    source: pathlib.Path,
+    source: AnyPath,
     task: Task,
     digits: int,
     reduced: bool = False,
@@ -65,6 +65,7 @@ def load_foreign(
         wrong shape; one of our characters is unknown to it.
     """
     foreign.require_digits(digits)
+    source = resolved(source, "source")
     contents = tensor_files.contents(source)
     tensors = tensor_names.canonical(contents)
     found = gpt2_config.settings(described(source), contents.settings)
@@ -159,7 +160,7 @@ def _contiguous(tree: Any) -> Any:
     return np.ascontiguousarray(tree)
 
 
-def save_transformers(directory: pathlib.Path, model: Model, made_by: Mapping[str, Any]) -> None:
+def save_transformers(directory: AnyPath, model: Model, made_by: Mapping[str, Any]) -> None:
     """Writes a directory that ``transformers.GPT2LMHeadModel.from_pretrained`` loads, and ``load_foreign`` exactly.
 
     Its files are config.json, model.safetensors and vocab.json (ids by character).
@@ -177,6 +178,7 @@ def save_transformers(directory: pathlib.Path, model: Model, made_by: Mapping[st
         arrays |= {f"{name}.weight": weight, f"{name}.bias": module.get("bias", np.zeros(weight.shape[-1], np.float32))}
     save_file = extra("safetensors.numpy", "source", "convert").save_file
     require_directory(directory, "out")
+    directory = resolved(directory, "out")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.safetensors"
     stored = {f"transformer.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}

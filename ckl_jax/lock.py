@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import pathlib
@@ -11,20 +12,23 @@ import weakref
 from ckl_jax.config import ConfigError
 
 LOCK_NAME = ".lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class DirectoryLock:
     """Keeps other processes out of a local directory until it is released or its process ends, by kill -9 too.
 
     It is a lock of the operating system (flock) on the file ``.lock``; what the file says is for the error message
-    alone, and a file that is left behind locks nothing. Buckets have no such locks.
+    alone, and a file that is left behind locks nothing. Buckets have no such locks, nor have the file systems of some
+    clusters.
 
     Raises:
       ConfigError: a running process holds the directory. OSError: the file cannot be written.
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._file = (directory / LOCK_NAME).open("a+")
+        self._file = (directory / LOCK_NAME).open("a+", encoding="utf-8", errors="replace")
+        weakref.finalize(self, self._file.close)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -34,6 +38,9 @@ class DirectoryLock:
             raise ConfigError(
                 f"out: {directory} is in use by process {holder}; allowed is a directory that no running process has"
             ) from error
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
         self._file.truncate(0)
         self._file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()

@@ -108,7 +108,7 @@ class WandB:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "ckl_jax"),
                 name=out.name,
-                id=id_file.read_text(),
+                id=id_file.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=None if in_bucket(out) else str(out),
                 config=dict(config),

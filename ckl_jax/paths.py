@@ -6,70 +6,141 @@ What epath lacks in a bucket is here: ``resolve``, ``rglob`` and appending. Chec
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
 import pathlib
+import posixpath
 import re
+import urllib.parse
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeAlias, cast
 
 import fsspec
 from etils import epath
 
-from ckl_jax.config import ConfigError, require
+from ckl_jax.errors import ConfigError, require
+
+MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|~")
+AnyPath: TypeAlias = str | os.PathLike[str]
+SCHEMES = "allowed are local paths and gs://bucket/directory"
 
 
-def parse(text: str) -> pathlib.Path:
-    """A path as an option gives it; for ``gs://bucket/directory`` an epath.Path, which pathlib's type stands for here.
+def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
+    """A path as people write it, of the option ``field``.
+
+    ``~`` and ``~user`` are home directories, ``file:///directory`` is a local one, and variables are the shell's. For
+    ``gs://bucket/directory`` it is an epath.Path, which pathlib's type stands for here.
 
     Raises:
       ConfigError: nothing, or a newline or another character that is not printed; a path that the system refuses to
-        look at (too long, a loop of links); another scheme than gs, no bucket, or gcsfs or google-cloud-storage is not
-        installed.
+        look at (too long, a loop of links); another scheme, or half of one (``gs:/bucket``); no bucket, or gcsfs or
+        google-cloud-storage is not installed; no such user's home; a variable that no shell has replaced.
     """
-    require(text != "" and text.isprintable(), "path", text, "one or more printable characters")
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        _require_reachable(pathlib.Path(text))
-        return pathlib.Path(text)
-    if scheme != "gs" or not rest.strip("/"):
-        raise ConfigError(f"path: got {text}, allowed are local paths and gs://bucket/directory")
+    text = os.fspath(text)
+    require(text != "" and text.isprintable(), field, text, "one or more printable characters")
+    found = MEANS_MORE.match(text)
+    scheme = found and found[1] and found[1].lower()
+    if scheme == "gs":
+        return _bucket(text, field)
+    if scheme == "file":
+        text = _of_url(text, field)
+    elif scheme:
+        raise ConfigError(f"{field}: got {text}, {SCHEMES}")
+    path = _local(text, field)
+    _require_reachable(path, field)
+    replaced = re.search(r"\$[A-Za-z_{(]", text) is None or path.exists()
+    require(replaced, field, text, "a path without variables: no shell has replaced them")
+    return path
+
+
+def _local(text: str, field: str) -> pathlib.Path:
+    path = pathlib.Path(text)
+    if text.startswith("./") and MEANS_MORE.match(str(path)):
+        return pathlib.Path.cwd() / path  # Without the dot it would mean something else when it is read again.
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{field}: got {text}, allowed is ~ only where that user has a home directory") from error
+
+
+def _of_url(text: str, field: str) -> str:
+    url = urllib.parse.urlsplit(text)
+    local = url.netloc in ("", "localhost") and url.path.startswith("/") and not (url.query or url.fragment)
+    require(local, field, text, "file:///directory, absolute and on this machine")
+    return urllib.parse.unquote(url.path)
+
+
+def _bucket(text: str, field: str) -> pathlib.Path:
+    found = re.fullmatch(r"(?i:gs)://([a-z0-9][a-z0-9._-]+[a-z0-9])((?:/.*)?)", text)
+    key = posixpath.normpath("/" + found[2]).strip("/") if found else ""
+    if found is None or ".." in found[2].split("/"):
+        raise ConfigError(f"{field}: got {text}, {SCHEMES}")
     try:
         fsspec.get_filesystem_class("gcs")
         importlib.import_module("google.cloud.storage")  # Orbax looks at the bucket by it.
     except ImportError as error:
         raise ConfigError(
-            f"path: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
+            f"{field}: got {text}, allowed with gcsfs and google-cloud-storage only: install the extra tpu ({error})"
         ) from error
-    return cast(pathlib.Path, epath.Path(text))
+    return cast(pathlib.Path, epath.Path(f"gs://{found[1]}/{key}".rstrip("/")))
 
 
-def _require_reachable(path: pathlib.Path) -> None:
+def cache_home() -> pathlib.Path:
+    """Where the user's caches are, by the XDG base directory specification.
+
+    Raises:
+      FileNotFoundError: the user has no home directory.
+    """
+    named = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        given = named.expanduser()
+        return given if given.is_absolute() else pathlib.Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory", "~") from error
+
+
+def _require_reachable(path: pathlib.Path, field: str) -> None:
     try:
         path.stat()
     except OSError as error:
         is_new = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        require(is_new, "path", str(path), f"a path that the system can look at ({error.strerror})")
+        require(is_new, field, str(path), f"a path that the system can look at ({error.strerror})")
 
 
-def require_directory(path: pathlib.Path, field: str) -> None:
-    """Raises a ConfigError, under the name of the option ``field``, where no directory is nor can be made."""
-    if in_bucket(path):
+def require_directory(path: AnyPath, field: str, *, may_be_read_only: bool = False) -> None:
+    """Raises a ConfigError, under the name of the option ``field``, where no directory is nor can be made.
+
+    Args:
+      may_be_read_only: one that is there may be one that cannot be written.
+    """
+    place = resolved(path, field)
+    if in_bucket(place):
         return
-    nearest = next(place for place in (path, *resolved(path).parents) if place.exists())
-    fits = nearest.is_dir() and (nearest == path or os.access(nearest, os.W_OK | os.X_OK))
-    require(fits, field, str(path), f"a directory, or a place for a new one, which {nearest} is not")
+    nearest = next(found for found in (place, *place.parents) if found.exists())
+    writable = (may_be_read_only and nearest == place) or os.access(nearest, os.W_OK | os.X_OK)
+    why = ": it cannot be written" if nearest.is_dir() else ""
+    allowed = f"a directory, or a place for a new one, which {nearest} is not{why}"
+    require(nearest.is_dir() and writable, field, os.fspath(path), allowed)
 
 
-def in_bucket(path: pathlib.Path) -> bool:
+def in_bucket(path: AnyPath) -> bool:
     """Whether the path is one of a bucket."""
     return "://" in os.fspath(path)
 
 
-def resolved(path: pathlib.Path) -> pathlib.Path:
-    """The absolute path; epath would put this machine's directory before a bucket's."""
-    return path if in_bucket(path) else path.resolve()
+def resolved(path: AnyPath, field: str = "path") -> pathlib.Path:
+    """``parse``, and absolute; a bucket's path is, and epath would put this machine's directory before it.
+
+    Raises:
+      ConfigError: as ``parse``; a relative path in a directory that is gone.
+    """
+    path = parse(path, field)
+    try:
+        return path if in_bucket(path) else path.resolve()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{field}: got {path}, allowed is an absolute path: this directory is gone") from error
 
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -85,9 +156,9 @@ def append(path: pathlib.Path, text: str) -> None:
     """Adds text to the end of a file. An object in a bucket cannot grow: it is written anew, which happens whole."""
     with writing(path):
         if in_bucket(path):
-            path.write_text((path.read_text() if path.exists() else "") + text)
+            path.write_text((path.read_text(encoding="utf-8") if path.exists() else "") + text, encoding="utf-8")
         else:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(text)
 
 
@@ -95,7 +166,7 @@ def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
 
 

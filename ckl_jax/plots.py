@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import io
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -20,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import hosts, report
+from ckl_jax.paths import AnyPath, resolved
 from ckl_jax.report import Character, Scratchpad
 from ckl_jax.statistics import mean_intervals
 
@@ -71,13 +66,12 @@ def points(
             axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
 
 
-def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
-    """Writes ``name.png`` and ``name.svg``, of several processes 0 does, and closes the figure."""
+def save(figure: Figure, directory: AnyPath, name: str) -> None:
+    """Writes ``name.png`` and ``name.svg``, of several processes 0 does."""
     for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
-        (directory / f"{name}.{suffix}").write_bytes(drawn.getvalue())
-    plt.close(figure)
+        (resolved(directory) / f"{name}.{suffix}").write_bytes(drawn.getvalue())
 
 
 def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:
@@ -89,7 +83,7 @@ def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:
     across = max(len(row) for _, row in rows)
     width = across * panel + (across - 1) * GAP
     height = sum(HEAD + lines * line_inch for lines in heights) + FOOT
-    figure = plt.figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height))
 
     def place(left: float, bottom: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))

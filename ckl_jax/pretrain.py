@@ -26,7 +26,14 @@ from ckl_jax import cli, finite, preemption, sharding
 from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import PretrainConfig, pretrain_preset
-from ckl_jax.datasets.stream import TokenStream, Windows, load_stream, sample_documents, sample_stream
+from ckl_jax.datasets.stream import (
+    TokenStream,
+    Windows,
+    dataset_directory,
+    load_stream,
+    sample_documents,
+    sample_stream,
+)
 from ckl_jax.evaluate import judge
 from ckl_jax.logs import LogOptions
 from ckl_jax.losses import masked_mean
@@ -218,7 +225,7 @@ class PretrainCommand:
 
     def __post_init__(self) -> None:
         if self.data_dir is not None:
-            require_directory(self.data_dir, "data_dir")
+            require_directory(self.data_dir, "data_dir", may_be_read_only=True)
 
 
 def preset(scale: str = "tiny", task: TaskName = "addition") -> PretrainCommand:
@@ -226,6 +233,7 @@ def preset(scale: str = "tiny", task: TaskName = "addition") -> PretrainCommand:
 
 
 def main(command: PretrainCommand) -> None:
+    dataset_directory(command.data_dir)  # Refuses here what would be refused after the run's directory is made.
     config = {"command": "pretrain", **dataclasses.asdict(command.config)}
     with (
         contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,

@@ -150,7 +150,7 @@ def _short(value: float) -> float:
 
 def document(title: str, body: str, *, style: str = "", images: bool = False) -> str:
     """A whole HTML document that may load nothing: report.css, then ``style``; ``images`` allows those in data URIs."""
-    base = _HERE.joinpath("report.css").read_text()
+    base = _HERE.joinpath("report.css").read_text(encoding="utf-8")
     policy = _POLICY + ("; img-src data:" if images else "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -167,7 +167,7 @@ def page(title: str, introduction: Sequence[str], sections: Sequence[Section]) -
     Args:
       introduction: paragraphs under the title.
     """
-    script = _HERE.joinpath("report.js").read_text()
+    script = _HERE.joinpath("report.js").read_text(encoding="utf-8")
     paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in introduction)
     data = characters_json([scratchpad for section in sections for scratchpad in section.scratchpads])
     return document(

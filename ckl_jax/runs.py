@@ -18,7 +18,7 @@ from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.logs import Copy, LogOptions
-from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
+from ckl_jax.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
 
 
 class RunDirectory:
@@ -34,8 +34,8 @@ class RunDirectory:
         records cannot go there; then nothing is touched. Or it cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path, config: Mapping[str, Any], logs: LogOptions | None = None):
-        self.path, self._logs = resolved(path), logs or LogOptions()
+    def __init__(self, path: AnyPath, config: Mapping[str, Any], logs: LogOptions | None = None):
+        self.path, self._logs = resolved(path, "out"), logs or LogOptions()
         self._logs.require_possible(self.path)
         self.metrics_path, self.samples_path = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self._seconds_path = self.path / "seconds.jsonl"
@@ -192,7 +192,7 @@ def _whole_records(text: str) -> list[dict[str, Any]]:
 
 def _parse(path: pathlib.Path, field: str, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text())
+        return parse(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         allowed = f"allowed is a {path.name} as the run wrote it"
         raise ConfigError(f"{field}: {path} is damaged ({error}); {allowed}") from error
@@ -222,14 +222,14 @@ def critical_probability(record: Mapping[str, Any], step: int, operand: int, slo
     return record["critical_probability_3x2xC"][step - 1][operand - 1][slot]
 
 
-def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | None:
+def earlier_results(directory: AnyPath, command: str) -> dict[str, Any] | None:
     """results.json of an earlier call of ``command``, None where there is none yet.
 
     Raises:
       ConfigError: ``directory`` is a file or holds a results.json that is damaged or of another command.
     """
     require_directory(directory, "out")
-    path = directory / "results.json"
+    path = resolved(directory, "out") / "results.json"
     if not path.exists():
         return None
     results = read_json(path, "out")

@@ -3,7 +3,7 @@
     pip install '.[bench]'
     python -m experiments.benchmark --out runs/benchmark
     python -m experiments.benchmark --sections rollout,round        # some sections only
-    python -m experiments.benchmark --quick True                    # checks the code, measures nothing of interest
+    python -m experiments.benchmark --quick                         # checks the code, measures nothing of interest
 
 Sections: ``rollout`` (against transformers' generate), ``speculation`` (speculative against plain rollout, by policy),
 ``round`` (against the authors' procedure), ``pretraining`` (against a plain PyTorch step), ``scaling`` (cost of a round
@@ -32,7 +32,7 @@ from typing import Any
 
 import jax
 
-from ckl_jax import cli
+from ckl_jax import cli, startup
 from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import require_directory
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
 def environment() -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     threads = None
     with contextlib.suppress(ImportError):
@@ -99,7 +99,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": startup.cores(),
         "torch_threads": threads,
         "python": platform.python_version(),
         **{package: _version(package) for package in ("jax", "flax", "torch", "transformers")},
@@ -111,7 +111,7 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
         same = earlier["settings"] == settings
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -122,7 +122,6 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(command: BenchmarkCommand) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the rest of a GPU's memory.
     measure = _measurements(command.names)
     plan = choose_plan(command.quick)
     plan = dataclasses.replace(plan, policies=tuple(str(path) for path in command.policies))
@@ -155,12 +154,13 @@ def main(command: BenchmarkCommand) -> None:
         write_json(path, {"settings": settings, "environment": environment(), "sections": sections})
         print(f"{name}: {sections[name]['seconds']:.0f} s", flush=True)
         jax.clear_caches()
-    results = json.loads(path.read_text())
-    (command.out / "table.md").write_text(report.table(results))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    (command.out / "table.md").write_text(report.table(results), encoding="utf-8")
     if "scaling" in sections:
         report.draw(results, command.out)
     print(report.table(results))
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the rest of a GPU's memory.
     cli.run(main, BenchmarkCommand)

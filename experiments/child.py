@@ -26,7 +26,12 @@ def run_process(name: str, words: list[str], log: pathlib.Path) -> tuple[int, st
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    style: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    style: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
     style["env"] = {**os.environ, "PYTHONUNBUFFERED": "1"}
     started: list[subprocess.Popen] = []
 

@@ -42,8 +42,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import shipped, write_json
@@ -135,7 +135,8 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     names = list(results["arms"])
     others = [arm for arm in names if arm not in plots.COLORS]
     colors = plots.COLORS | {arm: PALETTE[index % len(PALETTE)] for index, arm in enumerate(others)}
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained", height_ratios=(1.2, 1))
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
     before = np.array(results["round_episodes"]) - results["round_episodes"][0]
     less = tuple(arm for arm in names if arm not in SAME_WEIGHTS[2:])

@@ -46,9 +46,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, critical, discovery, foreign, plots, tasks
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
@@ -162,7 +162,8 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     bars = [kind for kind in reversed(results["types"]) if kind["verdict"] != "too few"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.5, 0.4 * len(bars))), layout="constrained")
+    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))), layout="constrained")
+    (left, right) = figure.subplots(1, 2)
     probes = [probe for probe in results["probes"] if probe["open"]]
     groups = (
         ("random other character", CONTROL, [p for p in probes if not p["candidate"]]),

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import alphabet, cli, foreign, plots, tasks
@@ -226,12 +227,12 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     table_lines = 2 + max(sum(t["operand"] == operand for t in results["critical"]) for operand in (1, 2))
     table_top = heights[-1] - 1.2
     top, bottom = 3.2, table_top - 0.57 * table_lines
-    figure = plt.figure(figsize=(CELL_WIDTH * (columns + 1), CELL_HEIGHT * (top - bottom)))
+    figure = Figure(figsize=(CELL_WIDTH * (columns + 1), CELL_HEIGHT * (top - bottom)))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.5, columns + 0.5), ylim=(bottom, top))
     axes.set_axis_off()
 
-    palette = ScalarMappable(Normalize(math.floor(10 * min(results["certainty"])) / 10, 1), plt.get_cmap(COLORMAP))
+    palette = ScalarMappable(Normalize(math.floor(10 * min(results["certainty"])) / 10, 1), colormaps[COLORMAP])
     _draw_characters(axes, corners, prompt + text, [palette.to_rgba(value) for value in results["certainty"]])
     for number, token in enumerate(results["critical"], 1):
         x, y = corners[len(prompt) + token["index"]]

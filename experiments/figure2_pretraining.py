@@ -34,9 +34,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots, tasks
 from ckl_jax.checkpoint import Model, fingerprint, write_json
@@ -178,7 +178,8 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     bases = sorted({cell["max_pretrain_digits"] for cell in results["cells"]})
     colors = colors_of(bases)
     for panel, operands in zip(panels, DRAWS, strict=True):

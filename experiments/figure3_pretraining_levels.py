@@ -31,9 +31,9 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import Model, fingerprint, write_json
@@ -175,7 +175,8 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     extras = sorted({run["extra_digits"] for run in runs})
     colors = colors_of(sorted({run["max_pretrain_digits"] for run in runs}))
     size = (5.2 * len(extras), 4.4)
-    figure, panels = plt.subplots(1, len(extras), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(extras), sharey=True, squeeze=False)
     for panel, extra in zip(panels[0], extras, strict=True):
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"

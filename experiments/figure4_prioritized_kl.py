@@ -17,8 +17,8 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import shipped, write_json
@@ -99,7 +99,7 @@ def table(results: dict[str, Any], digits: int) -> str:
 
 def draw(results: dict[str, Any], run: arms_lib.Run, directory: pathlib.Path) -> None:
     digits, operand = run.digits, run.task.long_operands[-1]
-    figure = plt.figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top = figure.add_subplot(grid[0, :])
     collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}

@@ -2,7 +2,7 @@
 
     python -m experiments.figure5_certainty_colors
     python -m experiments.figure5_certainty_colors --finetuned runs/figure4/prioritized/seed_0     # before and after RL
-    python -m experiments.figure5_certainty_colors --plot-only True                                # from results.json
+    python -m experiments.figure5_certainty_colors --plot-only                                # from results.json
 
 Writes figure5.html (one file, no network: point at a character for certainty, entropy, probabilities and the five
 likeliest characters), figure5.png, figure5.svg and results.json. The policy before and after RL answers the same

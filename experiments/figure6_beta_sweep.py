@@ -33,8 +33,9 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import shipped, write_json
@@ -150,9 +151,9 @@ def _interval(interval: tuple[float, float, float]) -> str:
 
 def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     betas = results["betas"]
-    shades = plt.get_cmap("plasma_r")(np.linspace(0.12, 0.95, len(betas)))
+    shades = colormaps["plasma_r"](np.linspace(0.12, 0.95, len(betas)))
     colors: dict[str, Any] = {STANDARD: STANDARD_COLOR} | dict(zip(map(arm_name, betas), shades, strict=True))
-    figure = plt.figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     before = np.array(results["round_episodes"]) - results["round_episodes"][0]

@@ -25,8 +25,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ckl_jax import cli, foreign, plots
 from ckl_jax.checkpoint import write_json
@@ -161,7 +161,8 @@ def table(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     operands = sorted({token["operand"] for token in results["tokens"]})
     size: dict[str, Any] = {"figsize": (11, 3.2 * len(operands)), "layout": "constrained"}
-    figure, panels = plt.subplots(len(operands), 3, sharex=True, sharey=True, squeeze=False, **size)
+    figure = Figure(**size)
+    panels = figure.subplots(len(operands), 3, sharex=True, sharey=True, squeeze=False)
     for token in results["tokens"]:
         panel = panels[operands.index(token["operand"]), token["step"] - 1]
         by_arm = {arm: np.array(values["curves"], float) for arm, values in token["arms"].items()}

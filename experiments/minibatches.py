@@ -1,7 +1,7 @@
 """Whole episodes against the authors' single transitions, at equal samples and at equal displacement.
 
     python -m experiments.minibatches
-    python -m experiments.minibatches --plot-only True      # table and figure again from results.json
+    python -m experiments.minibatches --plot-only      # table and figure again from results.json
 
 The authors make thousands of tiny Adam steps a round, each on a few single characters; ours are a handful of larger
 steps on whole episodes, hundreds of times faster. These are two algorithms. Both fine-tune the same model here on the
@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ckl_jax import cli, foreign, plots
@@ -186,7 +186,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def draw(results: Mapping[str, Any], directory: pathlib.Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
     names = {"target": f"{results['digits']} digits", "old": "the lengths of pre-training"}
     for panel, (curve, title) in zip(panels, names.items(), strict=True):
         for kind in KINDS:

@@ -47,9 +47,9 @@ class Models:
         ascending = all(low < high for low, high in itertools.pairwise(self.digits))
         require(len(self.digits) >= 1 and ascending, "digits", self.digits, "1 or more numbers of digits, ascending")
         require(self.pretrain.scale == self.scale, "pretrain.scale", self.pretrain.scale, f"scale = {self.scale}")
-        require_directory(self.pretrained, "pretrained")
+        require_directory(self.pretrained, "pretrained", may_be_read_only=True)
         if self.data_dir is not None:
-            require_directory(self.data_dir, "data_dir")
+            require_directory(self.data_dir, "data_dir", may_be_read_only=True)
         _ = self.configs  # Refuses here what the block cannot hold.
 
     @property

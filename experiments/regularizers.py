@@ -1,7 +1,7 @@
 """The loss laboratory: every regularizer on one harness, screened, and the leaders confirmed on other seeds.
 
     python -m experiments.regularizers
-    python -m experiments.regularizers --screen-only True    # then the same command without it goes on
+    python -m experiments.regularizers --screen-only         # then the same command without it goes on
 
 ``experiments.methods`` lists the methods: the standard and the prioritized KL with their controls, peers' weights of
 the KL, estimators, an adapted coefficient, KL-Cov, peers' weights of the policy gradient, and other algorithms. All

@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ckl_jax import plots
 from ckl_jax.runs import by_run
@@ -138,11 +139,13 @@ def answers(found: dict[str, Any]) -> list[str]:
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     """The screen, and where it was run the confirmation: curves, paired differences, accuracy against KL."""
     if "confirmation" in results:
-        figure, panels = plt.subplots(2, 2, figsize=(12, 10.5), layout="constrained", height_ratios=(1.15, 1))
+        figure = Figure(figsize=(12, 10.5), layout="constrained")
+        panels = figure.subplots(2, 2, height_ratios=(1.15, 1))
         _draw_screen(panels[0, 0], results)
         _draw_confirmation(panels[0, 1], panels[1, 0], panels[1, 1], results)
     else:
-        figure, axes = plt.subplots(figsize=(7, 6.5), layout="constrained")
+        figure = Figure(figsize=(7, 6.5), layout="constrained")
+        axes = figure.subplots()
         _draw_screen(axes, results)
     figure.suptitle(f"Regularizers in RL on {results['digits']} digits")
     plots.save(figure, directory, "regularizers")
@@ -150,7 +153,7 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
 
 def _draw_screen(axes: Axes, results: dict[str, Any]) -> None:
     grid = sorted(results["config"]["grid"])
-    shades = dict(zip(grid, plt.get_cmap("viridis_r")(np.linspace(0.15, 0.95, len(grid))), strict=True))
+    shades = dict(zip(grid, colormaps["viridis_r"](np.linspace(0.15, 0.95, len(grid))), strict=True))
     cells, row = results["screen"].values(), {name: number for number, name in enumerate(results["best"])}
     for share in grid:
         shown = [cell for cell in cells if cell["share"] == share and BY_NAME[cell["method"]].strength]
@@ -169,7 +172,7 @@ def _draw_screen(axes: Axes, results: dict[str, Any]) -> None:
 
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: dict[str, Any]) -> None:
     found = results["confirmation"]
-    palette = iter(plt.get_cmap("tab20")([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3]))
+    palette = iter(colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3]))
     colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(palette) for arm in found["arms"]}
     before = np.array(found["round_episodes"]) - found["round_episodes"][0]
     curves.set_prop_cycle(color=[color for arm, color in colors.items() if arm not in plots.COLORS])

@@ -3,7 +3,7 @@
     python -m experiments.reproduce
     python -m experiments.reproduce --scale small --checkpoint runs/small_N7 --out runs/reproduce_small
     python -m experiments.reproduce --items figure4 table1 --seeds 10
-    python -m experiments.reproduce --report-only True              # the page again from what is on disk
+    python -m experiments.reproduce --report-only                   # the page again from what is on disk
 
 Each item is a process of its own, so one that fails loses nothing but what reads it: its error is on the page and the
 exit code is 1. Called again with the same options, it skips the items that are done and goes on with the others, each
@@ -210,7 +210,7 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
     title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {command.scale} scale"
     text = summary_page.page(title, cards)
     temporary = command.out / "report.html.tmp"
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(command.out / "report.html")
     return cards
 

@@ -93,7 +93,7 @@ def picture(directory: pathlib.Path, name: str) -> str:
 
 def page(title: str, cards: Sequence[Card]) -> str:
     """The whole document."""
-    style = pathlib.Path(__file__).with_suffix(".css").read_text()
+    style = pathlib.Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in INTRODUCTION)
     body = (
         f"<main><h1>{html.escape(title)}</h1>{paragraphs}{contents_html(cards)}\n"

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("NPROC", "16")  # Twice the devices, as cli does.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Most of the suite's time is compilation.
 

@@ -161,7 +161,7 @@ def test_near_ties_are_where_two_rollouts_begin_to_differ():
 
 
 def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
-    quick = command("--quick", "True", "--sections", "rollout", "--out", str(tmp_path))
+    quick = command("--quick", "--sections", "rollout", "--out", str(tmp_path))
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in ("pytorch_baselines", "authors_round", "benchmarks.against_pytorch"):
         monkeypatch.delitem(sys.modules, f"experiments.{name}")
@@ -184,24 +184,24 @@ def test_finished_sections_are_kept_and_other_settings_refused(tmp_path, monkeyp
     names = ("memory", "limit")
     monkeypatch.setattr(ours, "SECTIONS", {name: section(name) for name in names})
     monkeypatch.setattr(report, "table", lambda results: " ".join(results["sections"]))
-    benchmark.main(command("--quick", "True", "--sections", "memory", "--out", str(tmp_path / "out")))
+    benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "results.json").read_text())["sections"]["memory"]["found"] == {
         "peak_bytes": 1
     }
-    benchmark.main(command("--quick", "True", "--sections", "memory,limit", "--out", str(tmp_path / "out")))
+    benchmark.main(command("--quick", "--sections", "memory,limit", "--out", str(tmp_path / "out")))
     assert measured == ["memory", "limit"]
     assert "memory: done before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="out: "):
         benchmark.main(command("--repeats", "7", "--sections", "memory", "--out", str(tmp_path / "out")))
     (tmp_path / "out" / "results.json").write_text("{")
     with pytest.raises(ConfigError, match="damaged"):
-        benchmark.main(command("--quick", "True", "--sections", "memory", "--out", str(tmp_path / "out")))
+        benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
 
 
 @pytest.mark.slow
 def test_the_quick_benchmark_measures_every_section(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    arguments = ["-m", "experiments.benchmark", "--quick", "True", "--out", str(tmp_path / "out")]
+    arguments = ["-m", "experiments.benchmark", "--quick", "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     sections = json.loads((tmp_path / "out" / "results.json").read_text())["sections"]

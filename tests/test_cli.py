@@ -1,11 +1,14 @@
 """Command lines: help names every field, and bad input ends as one line that says what is allowed."""
 
 import dataclasses
+import importlib
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from hostile import TYPES
 
 from ckl_jax import cli, evaluate, finetune, pretrain
 from ckl_jax.checkpoint import Model, save_model
@@ -63,7 +66,9 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--model.dtype float64", ["--model.dtype", "float32", "bfloat16"]),
         (PRETRAIN, "--log-to mlflow", ["--log-to", "'mlflow'", "tensorboard", "wandb"]),
         (FINETUNE, "--log-to tensorboard csv", ["--log-to", "'csv'", "tensorboard", "wandb"]),
-        (FINETUNE, "--quiet", ["--quiet", "Expected 1 values"]),
+        (FINETUNE, "--quiet yes", ["--quiet: got 'yes'", "--quiet or --no-quiet"]),
+        (FINETUNE, "--no-quiet=True", ["--quiet: got '=True'", "--quiet or --no-quiet"]),
+        (PRETRAIN, "--model.use-bias=", ["--model.use-bias: got ''", "--model.use-bias or --model.no-use-bias"]),
         (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
         (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
@@ -150,7 +155,7 @@ def test_help_names_every_field(capsys, command, options):
     with pytest.raises(SystemExit) as stop:
         cli.parse(*command[1:], ["--help"])
     assert stop.value.code == 0
-    assert options - set(capsys.readouterr().out.split()) == set()
+    assert options - set(capsys.readouterr().out.replace(",", " ").split()) == set()
 
 
 def test_a_preset_gives_the_defaults_and_options_override_them():
@@ -160,3 +165,66 @@ def test_a_preset_gives_the_defaults_and_options_override_them():
     command = cli.parse(finetune.FinetuneCommand, finetune.preset, ["--normalize-advantages", "False", "--beta", "0"])
     expected = finetune.preset("tiny").config
     assert command.config == dataclasses.replace(expected, normalize_advantages=False, beta=0.0)
+
+
+def _switched(value, config_type, prefix="--"):
+    """Every bool field of a command, by its option, with its value in ``value``."""
+    for field in dataclasses.fields(config_type):
+        found = getattr(value, field.name)
+        unnamed = field.name in ("config", "logs", "models", "sampling", "rule")
+        option = prefix if unnamed else prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(found):
+            yield from _switched(found, type(found), option if unnamed else option + ".")
+        elif isinstance(found, bool):
+            yield option, found
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_switch_is_a_switch_and_may_be_written_with_its_value(name):
+    module = importlib.import_module(name)
+    config_type, preset = getattr(module, TYPES[name]), getattr(module, "preset", None)
+    on = preset() if preset else config_type()
+    switches = dict(_switched(on, config_type))
+    assert switches.keys() == cli._switches(config_type).keys()
+    negative = [re.sub(r"^--(.*\.)?", r"--\1no-", option) for option in switches]
+    ways = {
+        True: [[*switches], [word for option in switches for word in (option, "True")]],
+        False: [
+            negative,
+            [f"--no-{option[2:]}" for option in switches],
+            [word for option in switches for word in (option, "False")],
+            ["--" + option[2:].replace("-", "_") + "=False" for option in switches],
+        ],
+    }
+    for value, forms in ways.items():
+        for words in forms:
+            parsed = cli.parse(config_type, preset, words)
+            assert dict(_switched(parsed, config_type)) == dict.fromkeys(switches, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe:
+    """Switches that nothing here has yet.
+
+    Args:
+      maybe: or neither.
+      plain: on by default.
+    """
+
+    maybe: bool | None = None
+    plain: bool = True
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", Maybe()),
+        ("--maybe --no-plain", Maybe(True, False)),
+        ("--no-maybe --plain", Maybe(False)),
+        ("--maybe None --plain False", Maybe(None, False)),
+        ("--maybe=False", Maybe(False)),
+        ("--maybe True", Maybe(True)),
+    ],
+)
+def test_a_switch_may_have_a_third_state(words, expected):
+    assert cli.parse(Maybe, None, words.split()) == expected

@@ -73,7 +73,7 @@ def test_results_have_every_arm_and_pair(finished):
 def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
     metrics = (finished / "metrics.jsonl").read_bytes()
     (finished / "controls.png").unlink()
-    controls.main(command(finished.parent, "--plot-only", "True"))
+    controls.main(command(finished.parent, "--plot-only"))
     assert (finished / "controls.png").exists()
     assert (finished / "metrics.jsonl").read_bytes() == metrics
     printed = capsys.readouterr().out

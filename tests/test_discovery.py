@@ -200,7 +200,7 @@ def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatc
     assert (finished / "out" / "discovery.png").read_bytes().startswith(b"\x89PNG")
     (finished / "out" / "discovery.svg").unlink()
     monkeypatch.setattr(experiment, "measure", None)
-    experiment.main(command(finished, "--plot-only", "True"))
+    experiment.main(command(finished, "--plot-only"))
     assert "<svg" in (finished / "out" / "discovery.svg").read_text()
     assert "| precision | 0.0 [" in capsys.readouterr().out
 
@@ -233,7 +233,7 @@ def test_a_model_that_solves_nothing_has_nothing_open_and_one_that_is_sure_nothi
         (["--temperature", "0"], "temperature"),
         (["--digits", "9"], "extra_length"),
         (["--checkpoint", "missing"], "checkpoint"),
-        (["--plot-only", "True", "--out", "missing"], "plot_only"),
+        (["--plot-only", "--out", "missing"], "plot_only"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(finished, options, field):

@@ -124,7 +124,7 @@ def test_the_picture_is_a_png_and_an_svg(finished):
 
 def test_plot_only_draws_again_without_a_model(finished, capsys):
     (finished / "out" / "figure1.png").unlink()
-    figure1.main(command("--checkpoint", finished / "gone", "--out", finished / "out", "--plot-only", "True"))
+    figure1.main(command("--checkpoint", finished / "gone", "--out", finished / "out", "--plot-only"))
     assert (finished / "out" / "figure1.png").exists()
     assert MISCOPIED in capsys.readouterr().out
 
@@ -171,4 +171,4 @@ def test_another_commands_results_are_not_overwritten(finished, tmp_path):
 
 def test_plot_only_without_results_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure1.main(command("--out", tmp_path / "new", "--plot-only", "True"))
+        figure1.main(command("--out", tmp_path / "new", "--plot-only"))

@@ -72,7 +72,7 @@ def test_every_policy_is_saved_as_a_checkpoint(finished):
 def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
     metrics = (finished / "out" / "metrics.jsonl").read_bytes()
     (finished / "out" / "figure4.png").unlink()
-    figure4.main(command(finished, "--plot-only", "True"))
+    figure4.main(command(finished, "--plot-only"))
     assert (finished / "out" / "figure4.png").exists()
     assert (finished / "out" / "metrics.jsonl").read_bytes() == metrics
     assert "paired" in capsys.readouterr().out

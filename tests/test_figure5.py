@@ -123,7 +123,7 @@ def test_the_command_writes_page_pictures_and_data(models, capsys):
 
     for name in ("figure5.html", "figure5.png"):
         (models / "out" / name).unlink()
-    figure5.main(cli.parse(figure5.Figure5Command, None, ["--plot-only", "True", "--out", str(models / "out")]))
+    figure5.main(cli.parse(figure5.Figure5Command, None, ["--plot-only", "--out", str(models / "out")]))
     assert capsys.readouterr().out == printed
     assert (models / "out" / "figure5.html").read_text() == page
     assert (models / "out" / "figure5.png").exists()

@@ -131,7 +131,7 @@ def test_the_picture_is_a_png_and_an_svg(finished):
 def test_plot_only_needs_three_files_and_gives_the_same_results(finished, tmp_path, capsys):
     for name in ("config.json", "metrics.jsonl", "results.json"):
         (tmp_path / name).write_bytes((finished / "out" / name).read_bytes())
-    figure6.main(command(finished, "--out", str(tmp_path), "--plot-only", "True", "--betas", "7"))
+    figure6.main(command(finished, "--out", str(tmp_path), "--plot-only", "--betas", "7"))
     assert (tmp_path / "results.json").read_bytes() == (finished / "out" / "results.json").read_bytes()
     assert (tmp_path / "figure6.png").exists()
     assert "| beta 1000 |" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_plot_only_needs_three_files_and_gives_the_same_results(finished, tmp_pa
 
 def test_plot_only_without_a_finished_run_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure6.main(command(finished, "--out", str(tmp_path / "new"), "--plot-only", "True"))
+        figure6.main(command(finished, "--out", str(tmp_path / "new"), "--plot-only"))
     assert not (tmp_path / "new").exists()
 
 
@@ -147,7 +147,7 @@ def test_plot_only_with_another_checkpoint_is_refused(finished, tmp_path, small_
     params = GPT2(small_model).init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
     save_model(tmp_path / "other", Model(small_model, 1, params), {})
     with pytest.raises(ConfigError, match=r"^checkpoint: "):
-        figure6.main(command(finished, "--checkpoint", str(tmp_path / "other"), "--plot-only", "True"))
+        figure6.main(command(finished, "--checkpoint", str(tmp_path / "other"), "--plot-only"))
 
 
 def test_other_betas_in_the_same_directory_are_refused(finished):

@@ -138,7 +138,7 @@ def test_the_picture_is_a_png_and_an_svg(finished):
 
 def test_plot_only_draws_again_from_the_results_alone(finished, tmp_path, capsys):
     (tmp_path / "results.json").write_bytes((finished / "results.json").read_bytes())
-    figure7.main(command("--run", tmp_path / "gone", "--out", tmp_path, "--plot-only", "True"))
+    figure7.main(command("--run", tmp_path / "gone", "--out", tmp_path, "--plot-only"))
     assert (tmp_path / "figure7.png").exists()
     assert "| 1, 2 | 50.0 [50.0, 50.0] |" in capsys.readouterr().out
 
@@ -179,7 +179,7 @@ def test_another_commands_results_are_not_overwritten(tmp_path):
 
 def test_plot_only_without_results_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure7.main(command("--out", tmp_path / "new", "--plot-only", "True"))
+        figure7.main(command("--out", tmp_path / "new", "--plot-only"))
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path):

@@ -205,7 +205,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.reproduce", "--scale gpt2", r"checkpoint: got None, allowed is a directory that .* wrote"),
         ("experiments.benchmark", "--sections rolout", r"sections: got 'rolout', allowed is rollout, .*"),
         ("experiments.benchmark", "--repeats 0", r"repeats: got 0, allowed is at least 1"),
-        ("experiments.benchmark", "--quick True --sections memory --policies nowhere", NO_MODEL.format("nowhere")),
+        ("experiments.benchmark", "--quick --sections memory --policies nowhere", NO_MODEL.format("nowhere")),
     ],
     ids=lambda value: " ".join(_words(value))[:60].rpartition(".")[2] if value else "",
 )
@@ -231,7 +231,7 @@ DAMAGED = r"\S*{} is damaged \(.*\); allowed is .*"
 def test_results_that_no_command_wrote_are_refused_and_kept(here, capsys, monkeypatch, name, content, expected):
     (here / "earlier").mkdir()
     (here / "earlier" / "results.json").write_text(content.replace("COMMAND", name))
-    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
+    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "--out", "earlier"], expected)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_results_with_one_field_of_junk_are_refused_and_kept(here, capsys, monke
     (here / "earlier").mkdir()
     (here / "earlier" / "results.json").write_text(json.dumps(results | {field: value}))
     expected = "plot_only: " + DAMAGED.format(r"earlier/results\.json")
-    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "True", "--out", "earlier"], expected)
+    refused_command(here, capsys, monkeypatch, name, ["--plot-only", "--out", "earlier"], expected)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SETTINGS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2"
 PRETRAIN = """
     --max-digits 1 --num-documents 60 --packing documents --batch-size 4 --num-steps 6 --warmup-steps 2
     --checkpoint-every 2 --eval-problems 3 --optimizer adamw --learning-rate 1e-3 --model.num-layers 1
-    --model.num-heads 2 --model.width 16 --model.block-size 280 --model.attention-chunk 64 --shard-state True
+    --model.num-heads 2 --model.width 16 --model.block-size 280 --model.attention-chunk 64 --shard-state
 """
 FINETUNE = """
     --rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 3
@@ -257,7 +257,7 @@ def test_figure4_by_two_processes_stopped_and_resumed_and_its_episodes_shared_ar
         assert_same_model(by_run / arm / "seed_0", alone / arm / "seed_0")
     assert {path.name for path in by_run.iterdir()} == {path.name for path in alone.iterdir()}
 
-    finetune = ["-m", "ckl_jax.finetune", "--shard-state", "True", *words]
+    finetune = ["-m", "ckl_jax.finetune", "--shard-state", *words]
     printed(machine.start(2, *finetune, by_row))
     assert (by_row / "checkpoints" / "2" / "default" / "ocdbt.process_1").is_dir()
     expected = [record | {"arm": "run"} for record in records(alone, "prioritized")]

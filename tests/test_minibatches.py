@@ -105,7 +105,7 @@ def test_what_lies_outside_of_the_episodes_curve_is_not_compared():
 def test_the_figure_and_table_are_made_again_without_training(finished, capsys):
     place, results = finished
     (place / "out" / "minibatches.png").unlink()
-    minibatches.main(command(place, "--plot-only", "True"))
+    minibatches.main(command(place, "--plot-only"))
     printed = capsys.readouterr().out
     assert "| transitions_0.01 |" in printed
     assert (place / "out" / "minibatches.png").exists()

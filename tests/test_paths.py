@@ -1,20 +1,25 @@
 """Runs in a bucket: their files against a file system in memory that, like a bucket's, cannot append."""
 
 import dataclasses
+import importlib
 import json
+import os
 import pathlib
 import sys
 import types
+import typing
 
 import fsspec
-import matplotlib.pyplot as plt
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from hostile import TYPES, saved_model
+from matplotlib.figure import Figure
 
-from ckl_jax import cli, paths, plots, runs
+from ckl_jax import checkpoint, cli, convert, paths, plots, runs
 from ckl_jax.checkpoint import write_json
 from ckl_jax.config import ConfigError
+from ckl_jax.datasets import load_stream
 from ckl_jax.runs import RunDirectory
 
 
@@ -67,7 +72,13 @@ def test_an_option_takes_local_paths_and_buckets(bucket):
     assert cli.parse(Command, None, ["--out", "a/b"]) == Command(pathlib.Path("a/b"))
 
 
-@pytest.mark.parametrize("text", ["gs://", "s3://bucket/run", "http://host/x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("gs://", "gs:///", "gs:///x", "gs:/bucket/x", "gs://b", "gs://BUCKET/x", "gs://bucket:80/x"),
+        *("gs://bucket/a/../../b", "s3://bucket/run", "s3:/bucket/run", "http://host/x", "hdfs:/x"),
+    ],
+)
 def test_what_is_no_bucket_is_refused(bucket, text):
     with pytest.raises(ConfigError, match=r"got .*allowed are local paths and gs://bucket/directory"):
         cli.parse(Command, None, ["--out", text])
@@ -119,7 +130,136 @@ def test_a_run_in_a_bucket_keeps_its_config_and_metrics_and_refuses_another(buck
 
 
 def test_figures_are_drawn_into_a_bucket(bucket):
-    figure = plt.figure()
-    plots.save(figure, bucket / "run", "figure")
+    plots.save(Figure(), bucket / "run", "figure")
     assert (bucket / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (bucket / "run" / "figure.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gs://bucket", "gs://bucket"),
+        ("gs://bucket/", "gs://bucket"),
+        ("GS://bucket/run/", "gs://bucket/run"),
+        ("gs://bucket//run///x", "gs://bucket/run/x"),
+        ("gs://bucket/./run", "gs://bucket/run"),
+        ("gs://my.bucket-1_x/~/$HOME", "gs://my.bucket-1_x/~/$HOME"),
+    ],
+)
+def test_a_bucket_is_named_in_one_way(bucket, text, expected):
+    assert str(paths.parse(text)) == str(paths.resolved(paths.parse(text))) == expected
+    assert str(paths.parse(text) / "x") == expected + "/x"
+
+
+HOME_AND_OTHERS = {
+    "~": "{home}",
+    "~/": "{home}",
+    "~/x/": "{home}/x",
+    "~/../y": "{home}/../y",
+    "~root/x": "{root}/x",
+    "./~/x": "{here}/~/x",
+    "x/~": "x/~",
+    "file:///a/b%20c/": "/a/b c",
+    "file://localhost/a": "/a",
+    "file:/a/b": "/a/b",
+    "x/./y//z/": "x/y/z",
+    "a:b/c": "a:b/c",
+    "./s3:/x": "{here}/s3:/x",
+    "c:/x": "c:/x",
+    "costs$": "costs$",
+    "there$HOME": "there$HOME",
+}
+
+
+@pytest.mark.parametrize("text", HOME_AND_OTHERS)
+def test_a_path_means_what_people_expect_of_it(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "there$HOME").mkdir()
+    expected = HOME_AND_OTHERS[text].format(
+        here=tmp_path, home=tmp_path / "home", root=pathlib.Path("~root").expanduser()
+    )
+    assert paths.parse(text) == pathlib.Path(expected)
+    assert paths.resolved(text) == pathlib.Path(expected).resolve()
+    assert paths.parse(pathlib.Path(expected)) == pathlib.Path(expected)
+
+
+REFUSED = {
+    "$HOME/x": "without variables",
+    "runs/${SEED}": "without variables",
+    "runs/$(SEED)/x": "without variables",
+    "~no-such-user/x": "only where that user has a home directory",
+    "file://host/x": "file:///directory",
+    "file:x/y": "",
+    "file:///x?y": "file:///directory",
+}
+
+
+@pytest.mark.parametrize("text", [text for text, said in REFUSED.items() if said])
+def test_what_no_shell_has_replaced_and_what_is_elsewhere_is_refused(text):
+    with pytest.raises(ConfigError, match=rf"^--out: path: got \S+, allowed is .*{REFUSED[text]}"):
+        cli.parse(Command, None, ["--out", text])
+
+
+def _path_options(config_type, prefix="--"):
+    """The options of a command that are paths, and whether they take several."""
+    for name, kind in typing.get_type_hints(config_type).items():
+        option = prefix if name in ("config", "logs", "models", "sampling", "rule") else prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            yield from _path_options(kind, option if option == prefix else option + ".")
+        elif "Path" in str(kind):
+            yield option, name
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_path_of_every_command_is_read_in_that_way(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    config_type, preset = getattr(module, TYPES[name]), getattr(module, "preset", None)
+    options = dict(_path_options(config_type))
+    assert options
+    for option, field in options.items():
+        parsed = cli.parse(config_type, preset, [f"{option}=~/x/"])
+        holder = getattr(parsed, "models", parsed) if not hasattr(parsed, field) else parsed
+        assert getattr(holder, field) in (tmp_path / "x", (tmp_path / "x",))
+        for text in ("$HOME/x", "gs:/bucket/x", "s3://x/y"):
+            with pytest.raises(ConfigError, match=rf"{option}: path: got \S+, allowed (is|are) "):
+                cli.parse(config_type, preset, [option, text])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_functions_take_a_path_as_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved_model(tmp_path / "model")
+    model = checkpoint.load_model("~/model")
+    checkpoint.save_model("~/copy", model, {})
+    assert checkpoint.fingerprint(checkpoint.load_model(f"file://{tmp_path}/copy/").params) == checkpoint.fingerprint(
+        model.params
+    )
+    RunDirectory("~/run", {"seed": 0}).close()
+    assert (tmp_path / "run" / "config.json").exists()
+    plots.save(Figure(), "~/run", "figure")
+    assert (tmp_path / "run" / "figure.png").exists()
+    assert runs.earlier_results("~/run", "nothing") is None
+    load_stream(1, 4, data_dir="~/data")
+    assert (tmp_path / "data").is_dir()
+    for source in ("~/model", f"file://{tmp_path}/model"):
+        with pytest.raises(ConfigError, match=r"^out: got .*, allowed is another than source"):
+            convert.ConvertConfig(source, tmp_path / "model")
+        assert convert._local(source) == tmp_path / "model"
+
+
+@pytest.mark.parametrize("has_home", [False, True])
+def test_a_dataset_without_a_home_is_refused_by_name(tmp_path, monkeypatch, has_home):
+    (tmp_path / "file").write_text("not yours")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "none"))
+    if not has_home:
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigError, match=r"^data_dir: got '?~/tensorflow_datasets'?, allowed is "):
+        load_stream(1, 4)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "given"))
+    load_stream(1, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "given"}

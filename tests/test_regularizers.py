@@ -48,7 +48,7 @@ def seconds(directory):
 @pytest.fixture(scope="module")
 def finished(place):
     """Both stages, the first of them by itself before."""
-    regularizers.main(command(place, "--screen-only", "True"))
+    regularizers.main(command(place, "--screen-only"))
     of_screen = json.loads((place / "out" / "results.json").read_text())
     assert "confirmation" not in of_screen
     took = seconds(place / "out")
@@ -88,7 +88,7 @@ def test_a_cell_is_trained_with_its_strength_and_weights(finished):
 def test_table_figure_and_answers_come_again_from_results_alone(finished, capsys):
     directory, _ = finished
     (directory / "regularizers.png").unlink()
-    regularizers.main(command(directory.parent, "--plot-only", "True"))
+    regularizers.main(command(directory.parent, "--plot-only"))
     printed = capsys.readouterr().out
     assert (directory / "regularizers.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (directory / "regularizers.svg").read_text()

@@ -148,7 +148,7 @@ def test_a_chosen_item_is_run_alone_and_the_others_are_named(stand_ins):
 def test_report_only_runs_nothing(stand_ins):
     call(stand_ins)
     (stand_ins / "out" / "report.html").unlink()
-    call(stand_ins, "--report-only", "True", "--seeds", "9")
+    call(stand_ins, "--report-only", "--seeds", "9")
     assert calls(stand_ins) == {"table1": 1, "figure4": 1, "figure7": 1}
     assert (stand_ins / "out" / "report.html").exists()
 
@@ -171,7 +171,7 @@ def test_options_of_one_item_reach_it_alone(stand_ins):
         (["--seeds", "0"], "seeds"),
         (["--scale", "small"], "checkpoint"),
         (["--checkpoint", "nowhere"], "checkpoint"),
-        (["--report-only", "True"], "out"),
+        (["--report-only"], "out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(stand_ins, arguments, field):

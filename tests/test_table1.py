@@ -137,7 +137,7 @@ def test_the_command_writes_results_and_prints_the_tables(model_path, capsys):
     printed = capsys.readouterr().out
     assert "| N | critical |" in printed
     assert "Criterion 1" in printed
-    table1.main(cli.parse(table1.Table1Command, None, ["--plot-only", "True", "--out", str(model_path / "out")]))
+    table1.main(cli.parse(table1.Table1Command, None, ["--plot-only", "--out", str(model_path / "out")]))
     assert capsys.readouterr().out == printed
     assert json.loads((model_path / "out" / "results.json").read_text()) == results
 

@@ -1,5 +1,6 @@
 """The dataset read once into one flat token stream, and windows of it as a pure function of a key, on the device."""
 
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from ckl_jax import alphabet, hosts
 from ckl_jax.config import require
 from ckl_jax.datasets.scratchpads import Scratchpads
+from ckl_jax.paths import AnyPath, require_directory, resolved
 
 
 class TokenStream(NamedTuple):
@@ -29,12 +31,23 @@ class Windows(NamedTuple):
     mask_BxT: jax.Array
 
 
+def dataset_directory(data_dir: AnyPath | None) -> pathlib.Path:
+    """Where TFDS keeps datasets: ``data_dir``; else TFDS_DATA_DIR; else its default, below the home directory.
+
+    Raises:
+      ConfigError: no directory can be there.
+    """
+    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    require_directory(chosen, "data_dir", may_be_read_only=True)
+    return resolved(chosen, "data_dir")
+
+
 def load_stream(
     max_digits: int,
     num_examples: int,
     seed: int = 0,
     split: str = "train",
-    data_dir: str | pathlib.Path | None = None,
+    data_dir: AnyPath | None = None,
     task: str = "addition",
 ) -> TokenStream:
     """Prepares the TFDS dataset if it is not there yet and reads a split into host memory.
@@ -46,9 +59,9 @@ def load_stream(
 
 
 def _read_stream(
-    max_digits: int, num_examples: int, seed: int, split: str, data_dir: str | pathlib.Path | None, task: str
+    max_digits: int, num_examples: int, seed: int, split: str, data_dir: AnyPath | None, task: str
 ) -> TokenStream:
-    directory = None if data_dir is None else str(data_dir)
+    directory = str(dataset_directory(data_dir))
     builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, task=task, data_dir=directory)
     builder.download_and_prepare()
     examples = builder.as_data_source(split=split)

@@ -103,7 +103,14 @@ def _in_process(plan: Plan, work: str, cache: str | None) -> dict[str, Any]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if cache is not None:
         environment |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "experiments.benchmarks.process", "--work", work, "--quick", str(plan.quick)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.process",
+        "--work",
+        work,
+        "--quick" if plan.quick else "--no-quick",
+    ]
     start = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

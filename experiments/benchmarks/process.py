@@ -55,7 +55,11 @@ def peak_bytes() -> int:
     """Peak resident memory of this process, by Linux's own count: getrusage's starts with that of the parent."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
-        return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+        return 1024 * int(
+            next(
+                line.split()[1] for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+            )
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

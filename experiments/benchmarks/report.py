@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from ckl_jax import plots
 
@@ -190,7 +190,8 @@ def table(results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     """Seconds of a round against runs, episodes, target length and model size: scaling.png and scaling.svg."""
     found = results["sections"]["scaling"]["found"]
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2)
     for panel, (axis, label) in zip(panels.flat, AXES.items(), strict=True):
         x = np.array([float(value) for value in found[axis]])
         median, low, high = (np.array([s[name] for s in found[axis].values()]) for name in ("median", "low", "high"))
