@@ -25,6 +25,7 @@ from ckl_jax.tasks import Task
 MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
 MOST_SAID = 200
+AS_MADE = "what the command that made it wrote"
 MOST_TOKENS = 256  # Tokens are kept as uint8.
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
 
@@ -48,10 +49,10 @@ def read_object(path: pathlib.Path, field: str) -> dict[str, Any]:
 
 
 @contextmanager
-def damaged(path: pathlib.Path, field: str) -> Iterator[None]:
+def damaged(path: pathlib.Path, field: str, allowed: str = AS_MADE) -> Iterator[None]:
     """Turns what a reader says about a file or directory that it cannot read into a ConfigError of one line.
 
-    What Orbax logs about it is not shown: it would stand above that line.
+    What Orbax and TFDS log about it is not shown: it would stand above that line.
     """
     logger = logging.getLogger("absl")
     level = logger.level
@@ -61,7 +62,7 @@ def damaged(path: pathlib.Path, field: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # Of any kind: it depends on the content, and readers that are not ours raise it.
-        raise _damage(path, field, error) from error
+        raise _damage(path, field, error, allowed) from error
     finally:
         logger.setLevel(level)
 
@@ -79,9 +80,9 @@ def only_read(path: pathlib.Path, field: str, applies: bool) -> Iterator[None]:
         raise
 
 
-def _damage(path: pathlib.Path, field: str, error: Exception) -> ConfigError:
+def _damage(path: pathlib.Path, field: str, error: Exception, allowed: str = AS_MADE) -> ConfigError:
     said = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SAID]
-    return ConfigError(f"{field}: {path} is damaged ({said}); allowed is what the command that made it wrote")
+    return ConfigError(f"{field}: {path} is damaged ({said}); allowed is {allowed}")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

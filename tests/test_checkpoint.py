@@ -5,7 +5,6 @@ import errno
 import gc
 import json
 import random
-import resource
 import time
 
 import chex
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hostile import no_file_above
 
 from ckl_jax.checkpoint import Model, StateCheckpoints, fingerprint, load_model, save_model
 from ckl_jax.config import ConfigError
@@ -218,24 +218,13 @@ def test_a_history_comes_back_with_its_checkpoint_exactly(checkpoints):
     assert checkpoints.restore_history(1) is None
 
 
-@contextlib.contextmanager
-def _no_file_above(size):
-    """What a full disk is to Orbax's writers, without one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_is_an_error_that_names_the_checkpoint_and_keeps_the_last_one(
     checkpoints, tmp_path, caplog
 ):
     checkpoints.save(1, _state(1))
     large = {"step": jnp.asarray(2), "params": jax.random.normal(jax.random.key(0), (300, 300))}
-    with _no_file_above(50_000):
+    with no_file_above(50_000):
         with pytest.raises(OSError, match="File too large") as caught:
             checkpoints.save(2, large)
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(checkpoints.directory / "2"))
