@@ -16,9 +16,13 @@ import jax
 
 from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
-from ckl_jax.config import ConfigError, require
+from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, require
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.logs import Copy, LogOptions
 from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
+from ckl_jax.resuming import Resumable
+
+RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig)
 
 
 class RunDirectory:
@@ -72,31 +76,37 @@ class RunDirectory:
         require_directory(self.path, "out")
         existing = self.path / "config.json"
         if existing.exists():
-            differing = sorted(_differences(read_json(existing, "out"), config))
-            if differing:
-                raise ConfigError(
-                    f"out: {self.path} holds a run with another config (differing: {', '.join(differing)}); "
-                    "allowed is a directory that is new, empty or of this run"
-                )
+            RESUMABLE.require(read_json(existing, "out"), config, str(self.path))
         elif self.path.exists() and any(not _is_left_over(file) for file in self.path.iterdir()):
             raise ConfigError(
                 f"out: {self.path} holds files but no config.json; "
                 "allowed is a directory that is new, empty or of this run"
             )
 
-    def rewind_metrics(self, step: int, recorded: int | None = None) -> None:
+    def record_config(self) -> None:
+        """Writes this call's config, of which speed or end may be others than those of the run so far."""
+        write_json(self.path / "config.json", self._config)
+
+    def rewind_metrics(self, step: int, recorded: int | None = None, tested: int | None = None) -> bool:
         """Drops metrics and samples after ``step`` (they will be computed again) and half-written last lines.
 
         Args:
           recorded: the step that the last line kept must be of.
+          tested: how many problems the tests at ``step`` must have had. Those of a run that was to end there have more;
+            they are dropped too, with that step's samples.
+
+        Returns:
+          whether ``step`` is to be tested again.
 
         Raises:
           ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
             nothing is dropped. Or ``logs`` cannot start.
         """
-        hosts.of_first(lambda: self._rewind(step, recorded))
+        again = hosts.of_first(lambda: self._rewind(step, recorded, tested))
+        self.record_config()
+        return again
 
-    def _rewind(self, step: int, recorded: int | None) -> None:
+    def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
         metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
         kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))
         last = kept[-1]["step"] if kept else None
@@ -105,10 +115,16 @@ class RunDirectory:
                 f"out: {self.metrics_path} is damaged (it ends at step {last}); "
                 f"allowed is one with step {recorded}, as the checkpoint has"
             )
+        counts = {record["test_problems"] for record in kept if record["step"] == step and "test_problems" in record}
+        again = tested is not None and counts != {tested}
+        if again:
+            kept = [record for record in kept if record["step"] < step or "test_problems" not in record]
+            samples = [record for record in samples if record["step"] < step]
         _rewrite(self.metrics_path, kept)
         _rewrite(self.samples_path, samples)
         _rewrite(self._seconds_path, seconds)
         self._copies = self._logs.start(self.path, self._config, kept + samples)
+        return again
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
@@ -237,14 +253,3 @@ def earlier_results(directory: pathlib.Path, command: str) -> dict[str, Any] | N
     same = isinstance(config, dict) and config.get("command") == command
     require(same, "out", str(directory), f"a directory without another command's results.json (here: {command})")
     return results
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return [
-            found
-            for key in keys
-            for found in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [name or "config"]
