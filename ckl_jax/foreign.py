@@ -20,6 +20,7 @@ from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.errors import is_integer
 from ckl_jax.paths import in_bucket
+from ckl_jax.strays import is_unread
 from ckl_jax.tasks import Task
 
 MOST_JSON_BYTES = 2**24
@@ -128,11 +129,12 @@ def require_digits(digits: Any) -> None:
 
 
 def require_plain(directory: pathlib.Path, field: str) -> None:
-    """Raises a ConfigError if the directory is, or holds at any depth, a link, a device or a pipe."""
+    """Raises a ConfigError if the directory is, or holds at any depth, a link, a device or a pipe to read."""
     if in_bucket(directory):
         return
     found = [directory]
     for root, directories, files in os.walk(directory):
+        directories[:], files = ([name for name in names if not is_unread(name)] for names in (directories, files))
         found += [pathlib.Path(root, name) for name in (*directories, *files)]
     for path in found:
         mode = path.lstat().st_mode

@@ -18,6 +18,7 @@ import fsspec
 from etils import epath
 
 from ckl_jax.config import ConfigError, require
+from ckl_jax.strays import is_unread
 
 
 def parse(text: str) -> pathlib.Path:
@@ -73,8 +74,10 @@ def resolved(path: pathlib.Path) -> pathlib.Path:
 
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """All files under a directory, at any depth."""
+    """All files under a directory, at any depth, but those that nothing reads."""
     for path in directory.iterdir():
+        if is_unread(path.name):
+            continue
         if path.is_dir():
             yield from files_below(path)
         else:

@@ -21,6 +21,7 @@ from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.logs import Copy, LogOptions
 from ckl_jax.paths import append, in_bucket, replace, require_directory, resolved
 from ckl_jax.resuming import Resumable
+from ckl_jax.strays import first_owned
 
 RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig)
 
@@ -34,8 +35,8 @@ class RunDirectory:
       logs: where else its records go, from ``rewind_metrics`` on.
 
     Raises:
-      ConfigError: the directory holds another run's config, or files but no config, or a running process has it, or the
-        records cannot go there; then nothing is touched. Or it cannot be written.
+      ConfigError: the directory holds another run's config, or other files than logs but no config, or a running
+        process has it, or the records cannot go there; then nothing is touched. Or it cannot be written.
     """
 
     def __init__(self, path: pathlib.Path, config: Mapping[str, Any], logs: LogOptions | None = None):
@@ -77,10 +78,12 @@ class RunDirectory:
         existing = self.path / "config.json"
         if existing.exists():
             RESUMABLE.require(read_json(existing, "out"), config, str(self.path))
-        elif self.path.exists() and any(not _is_left_over(file) for file in self.path.iterdir()):
+            return
+        found = first_owned(self.path) if self.path.exists() else None
+        if found is not None:
             raise ConfigError(
-                f"out: {self.path} holds files but no config.json; "
-                "allowed is a directory that is new, empty or of this run"
+                f"out: {self.path} holds {found.relative_to(self.path)} but no config.json; "
+                "allowed is a directory that is new, empty but for logs, or of this run"
             )
 
     def record_config(self) -> None:
@@ -159,11 +162,6 @@ class RunDirectory:
 
 def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
     return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
-
-
-def _is_left_over(file: pathlib.Path) -> bool:
-    """Whether a process that was killed before it wrote config.json may have left it."""
-    return file.suffix == ".tmp" or file.name == lock.LOCK_NAME
 
 
 def _logged(path: pathlib.Path) -> list[dict[str, Any]]:

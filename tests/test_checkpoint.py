@@ -176,6 +176,53 @@ def test_a_checkpoint_without_a_manifest_is_unfinished_and_is_written_again(chec
     chex.assert_trees_all_equal(state, _state(2))
 
 
+UNREAD = (
+    ".DS_Store",
+    "._manifest.ocdbt",
+    ".nfs00001",
+    "Thumbs.db",
+    "desktop.ini",
+    "_METADATA~",
+    "#d#",
+    ".d.swp",
+    ".#x",
+)
+
+
+def test_files_that_nothing_reads_damage_no_checkpoint_and_others_do(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, _state(step))
+    directories = {path for path in checkpoints.directory.rglob("*") if path.is_dir()} | {checkpoints.directory}
+    strays = [directory / name for directory in directories for name in (*UNREAD, "@eaDir/x")]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("?")
+    link = checkpoints.directory / "2" / "._loop"
+    link.symlink_to("..")
+    stray = checkpoints.directory / "._2.sha256.json"
+    stray.write_text("?")
+    assert _restored_anew(checkpoints)[0] == 2
+    with _reopened(checkpoints) as reopened:
+        reopened.save(3, _state(3))
+        for place in ("", "default", "default/d"):
+            for name in ("x", "zarr.json", ".zarray", "manifest.ocdbt2"):
+                file = checkpoints.directory / "3" / place / name
+                file.write_text("?")
+                with pytest.raises(ConfigError, match=rf"^checkpoint: .*/3 is damaged, .*{name}"):
+                    reopened.restore_latest(ABSTRACT)
+                file.unlink()
+        assert reopened.restore_latest(ABSTRACT)[0] == 3
+    assert stray.exists()
+
+
+def test_a_manifest_that_lists_what_nothing_reads_is_kept_to_without_it(checkpoints):
+    checkpoints.save(1, _state(1))
+    manifest = checkpoints.directory / "1.sha256.json"
+    listed = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(listed | {".DS_Store": "0" * 64, "default/._d/x": "0" * 64}))
+    assert _restored_anew(checkpoints)[0] == 1
+
+
 def test_a_damaged_checkpoint_is_refused_and_not_passed_over(checkpoints):
     checkpoints.save(1, _state(1))
     checkpoints.save(2, _state(2))

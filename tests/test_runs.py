@@ -142,6 +142,51 @@ def test_a_directory_of_other_files_is_refused_and_nothing_is_touched(tmp_path):
     assert _contents(tmp_path) == {"thesis.tex": b"precious"}
 
 
+IGNORED = [
+    ".DS_Store",
+    "._config.json",
+    ".gitkeep",
+    ".nfs000000a1",
+    "Thumbs.db",
+    "desktop.ini",
+    "lost+found/",
+    ".git/HEAD",
+]
+IGNORED += ["log", "run.log", "slurm-123.out", "slurm-123.err", "job.o4711", "nohup.out", "train_log.txt", "logs/1.log"]
+IGNORED += ["config.json.tmp", "logs/"]
+OWNED = ["thesis.tex", "notes.txt", "metrics.jsonl", "results.json", "checkpoints/1/_METADATA", "params/manifest.ocdbt"]
+OWNED += ["tensorboard/a/events.out.tfevents.17.host", "run.sh", "model.json", "standard/seed_0/model.json", "log.csv"]
+
+
+def _put(directory, name):
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("/"):
+        (directory / name).mkdir(exist_ok=True)
+    else:
+        (directory / name).write_text("precious")
+
+
+def test_logs_and_what_nothing_reads_do_not_block_a_new_run_and_all_else_does(tmp_path):
+    for name in IGNORED:
+        _put(tmp_path / "new", name)
+    before = _contents(tmp_path / "new")
+    RunDirectory(tmp_path / "new", CONFIG).log([{"step": 1}])
+    after = _contents(tmp_path / "new")
+    del before["config.json.tmp"], after["config.json"], after["metrics.jsonl"], after["checkpoints"], after[".lock"]
+    assert after == before
+    for number, name in enumerate(OWNED):
+        directory = tmp_path / str(number)
+        for ignored in IGNORED:
+            _put(directory, ignored)
+        _put(directory, name)
+        before = _contents(directory)
+        with pytest.raises(
+            ConfigError, match=rf"^out: {directory} holds {re.escape(name)} but no config\.json; allowed"
+        ):
+            RunDirectory(directory, CONFIG)
+        assert _contents(directory) == before
+
+
 def test_a_file_is_refused_and_not_touched(tmp_path):
     (tmp_path / "run").write_text("precious")
     with pytest.raises(ConfigError, match=r"^out: .*a file"):
