@@ -1,7 +1,8 @@
 """Orbax checkpoints: the whole train state while a run goes on, parameters alone when it is done.
 
 A SHA-256 manifest is written beside every checkpoint after it is complete and verified before it is read, because
-damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished.
+damaged array files load without an error otherwise. A checkpoint without a manifest counts as unfinished. Files that
+nothing reads (``strays``) are in no manifest.
 Several processes save and restore together: each writes and reads its own parts, process 0 the manifests.
 """
 
@@ -21,6 +22,7 @@ from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.model import GPT2
 from ckl_jax.paths import AnyPath, files_below, replace, require_directory, resolved, writing
+from ckl_jax.strays import is_unread
 from ckl_jax.tasks import Task
 
 Params = Any
@@ -45,7 +47,8 @@ def _manifest_path(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _verify(directory: pathlib.Path) -> None:
-    expected = foreign.read_object(_manifest_path(directory), "checkpoint")
+    listed = foreign.read_object(_manifest_path(directory), "checkpoint")
+    expected = {name: digest for name, digest in listed.items() if not any(map(is_unread, name.split("/")))}
     foreign.require_plain(directory, "checkpoint")
     found = _manifest(directory)
     damaged = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -87,7 +90,7 @@ class StateCheckpoints:
             write_json(path / HISTORY_NAME, history)
         write_json(_manifest_path(path), _manifest(path))
         kept = {str(kept_step) for kept_step in self.manager.all_steps()}
-        for stale in self.directory.glob("*.sha256.json"):
+        for stale in self.directory.glob("[0-9]*.sha256.json"):
             if stale.name.split(".")[0] not in kept:
                 stale.unlink()
 

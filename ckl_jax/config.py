@@ -10,6 +10,7 @@ from ckl_jax import alphabet, tasks
 from ckl_jax.columns import TASKS, TaskName, task_named
 from ckl_jax.errors import ConfigError as ConfigError
 from ckl_jax.errors import require, require_choice, require_number, require_types
+from ckl_jax.resuming import end, speed
 
 Scale = Literal["tiny", "small", "gpt2"]
 MOST_LAYERS, MOST_WEIGHTS = 1_000, 10**10
@@ -35,7 +36,7 @@ class ModelConfig:
     """Type of the activations; parameters, logits and losses are float32 always."""
     precision: Literal["default", "high", "highest"] = "highest"
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
-    attention_chunk: int = 256
+    attention_chunk: int = speed(256)
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
 
     def __post_init__(self) -> None:
@@ -76,7 +77,7 @@ class PretrainConfig:
     the block, and attention stays inside documents: several times cheaper per learned character."""
     batch_size: int = 40
     """Windows per step."""
-    num_steps: int = 20_000
+    num_steps: int = end(20_000, unless="learning_rate")
     warmup_steps: int = 100
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for the matrices of the layers, AdamW for the rest (optax.contrib.muon)."""
@@ -93,9 +94,9 @@ class PretrainConfig:
     target_accuracy: float | None = None
     """End before `num_steps`, at the first checkpoint whose greedy accuracy on operands of up to `max_digits` digits is
     this; the learning rate still decays as for `num_steps`."""
-    data_devices: int | None = None
+    data_devices: int | None = speed(None)
     """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
-    shard_state: bool = False
+    shard_state: bool = speed(False)
     """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     model: ModelConfig = field(default_factory=ModelConfig)
 

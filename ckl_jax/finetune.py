@@ -2,7 +2,8 @@
 
     python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
 
-An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers.
+An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
+change the speed alone may be others then, and ``rounds`` may be more if the learning rate does not decay.
 """
 
 from __future__ import annotations
@@ -135,23 +136,24 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-    directory.rewind_metrics(done if restored else -1, recorded=done if restored else None)
+
+    def problems_at(step: int) -> int:
+        return config.final_problems if step in (0, config.rounds) else config.test_problems
+
+    again = directory.rewind_metrics(
+        done if restored else -1,
+        recorded=done if restored else None,
+        tested=problems_at(done) if restored else None,
+    )
     start, first = time.monotonic(), done
 
     def run_test(step: int, states: RunState) -> np.ndarray:
-        count = config.final_problems if step in (0, config.rounds) else config.test_problems
+        count = problems_at(step)
         policies = states.params["policy"]
         if step == 0:
             policies = jax.tree.map(lambda x: x[:1], policies)
         tested = test(program, policies, count)
         per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
-        directory.log(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
-                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
-                for index, run in enumerate(runs)
-            ]
-        )
         directory.log_samples(
             [
                 {"step": step, "arm": run.arm, "seed": run.seed} | sample
@@ -160,8 +162,17 @@ def finetune(
                 for sample in tested.samples(index if step else 0)
             ]
         )
+        directory.log(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
+                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
+                for index, run in enumerate(runs)
+            ]
+        )
         return per_run["target"]
 
+    if again:  # Until now the run was to end here.
+        run_test(done, states)
     if not restored:
         target = run_test(0, states)
         line = f"before: {100 * target.mean():.1f}% on {program.digits} digits ({time.monotonic() - start:.0f} s)"

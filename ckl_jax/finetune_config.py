@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from ckl_jax.config import Scale
 from ckl_jax.errors import require, require_choice, require_number, require_types
+from ckl_jax.resuming import end, speed
 
 Recipe = Literal["ours", "paper", "authors"]
 Algorithm = Literal["a2c", "reinforce", "ppo", "grpo", "rloo"]
@@ -29,8 +30,8 @@ class FinetuneConfig:
     """First seed; run k of an experiment has seed + k."""
     extra_digits: int = 1
     """Target length beyond the pre-training length N: N + 1 or N + 2 digits."""
-    rounds: int = 14
-    """Collect-update rounds."""
+    rounds: int = end(14, unless="learning_rate_decay")
+    """Collect-update rounds. Without learning_rate_decay a run may go on to more of them."""
     episodes: int = 128
     """Episodes collected per round."""
     algorithm: Algorithm = "a2c"
@@ -133,19 +134,19 @@ class FinetuneConfig:
     """Problems of the old lengths in every test, at most as many as of the target length."""
     diagnostic_episodes: int = 4
     """Episodes of each round on which the gradient norm of each loss term is measured."""
-    rollout: Literal["auto", "speculative", "plain"] = "auto"
+    rollout: Literal["auto", "speculative", "plain"] = speed("auto")
     """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step, or the
     first unless the task has none or it turns out too slow. The same characters, up to rounding, at another speed."""
-    rollout_batch: int = 128
+    rollout_batch: int = speed(128)
     """Episodes generated together, at most; it changes the speed alone."""
-    transition_batch: int = 8
+    transition_batch: int = speed(8)
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length. It changes the speed alone."""
-    data_devices: int | None = None
+    data_devices: int | None = speed(None)
     """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
-    shard_state: bool = False
+    shard_state: bool = speed(False)
     """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
-    runs_at_once: int = 1
+    runs_at_once: int = speed(1)
     """Runs (arms x seeds) computed side by side by vmap, at most; equal groups are done one after another."""
 
     def __post_init__(self) -> None:

@@ -20,11 +20,13 @@ from ckl_jax.columns import ADDITION, task_named
 from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.errors import is_integer
 from ckl_jax.paths import in_bucket
+from ckl_jax.strays import is_unread
 from ckl_jax.tasks import Task
 
 MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
 MOST_SAID = 200
+AS_MADE = "what the command that made it wrote"
 MOST_TOKENS = 256  # Tokens are kept as uint8.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
@@ -51,10 +53,10 @@ def read_object(path: pathlib.Path, field: str) -> dict[str, Any]:
 
 
 @contextmanager
-def damaged(path: pathlib.Path, field: str) -> Iterator[None]:
+def damaged(path: pathlib.Path, field: str, allowed: str = AS_MADE) -> Iterator[None]:
     """Turns what a reader says about a file or directory that it cannot read into a ConfigError of one line.
 
-    What Orbax logs about it is not shown: it would stand above that line.
+    What Orbax and TFDS log about it is not shown: it would stand above that line.
     """
     logger = logging.getLogger("absl")
     level = logger.level
@@ -64,7 +66,7 @@ def damaged(path: pathlib.Path, field: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # Of any kind: it depends on the content, and readers that are not ours raise it.
-        raise _damage(path, field, error) from error
+        raise _damage(path, field, error, allowed) from error
     finally:
         logger.setLevel(level)
 
@@ -82,9 +84,9 @@ def only_read(path: pathlib.Path, field: str, applies: bool) -> Iterator[None]:
         raise
 
 
-def _damage(path: pathlib.Path, field: str, error: Exception) -> ConfigError:
+def _damage(path: pathlib.Path, field: str, error: Exception, allowed: str = AS_MADE) -> ConfigError:
     said = " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SAID]
-    return ConfigError(f"{field}: {path} is damaged ({said}); allowed is what the command that made it wrote")
+    return ConfigError(f"{field}: {path} is damaged ({said}); allowed is {allowed}")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -140,11 +142,12 @@ def require_digits(digits: Any) -> None:
 
 
 def require_plain(directory: pathlib.Path, field: str) -> None:
-    """Raises a ConfigError if the directory is, or holds at any depth, a link, a device or a pipe."""
+    """Raises a ConfigError if the directory is, or holds at any depth, a link, a device or a pipe to read."""
     if in_bucket(directory):
         return
     found = [directory]
     for root, directories, files in os.walk(directory):
+        directories[:], files = ([name for name in names if not is_unread(name)] for names in (directories, files))
         found += [pathlib.Path(root, name) for name in (*directories, *files)]
     for path in found:
         mode = path.lstat().st_mode

@@ -21,6 +21,7 @@ import fsspec
 from etils import epath
 
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.strays import is_unread
 
 MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|~")
 AnyPath: TypeAlias = str | os.PathLike[str]
@@ -144,8 +145,10 @@ def resolved(path: AnyPath, field: str = "path") -> pathlib.Path:
 
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """All files under a directory, at any depth."""
+    """All files under a directory, at any depth, but those that nothing reads."""
     for path in directory.iterdir():
+        if is_unread(path.name):
+            continue
         if path.is_dir():
             yield from files_below(path)
         else:

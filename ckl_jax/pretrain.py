@@ -3,7 +3,8 @@
     python -m ckl_jax.pretrain --scale tiny --out runs/tiny
     python -m ckl_jax.pretrain --task subtraction --out runs/tiny_subtraction
 
-An interrupted run goes on from its last checkpoint with the same command and ends with the same numbers.
+An interrupted run goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
+change the speed alone may be others then.
 """
 
 import contextlib

@@ -16,9 +16,14 @@ import jax
 
 from ckl_jax import hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
-from ckl_jax.config import ConfigError, require
+from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, require
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.logs import Copy, LogOptions
 from ckl_jax.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
+from ckl_jax.resuming import Resumable
+from ckl_jax.strays import first_owned
+
+RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig)
 
 
 class RunDirectory:
@@ -30,8 +35,8 @@ class RunDirectory:
       logs: where else its records go, from ``rewind_metrics`` on.
 
     Raises:
-      ConfigError: the directory holds another run's config, or files but no config, or a running process has it, or the
-        records cannot go there; then nothing is touched. Or it cannot be written.
+      ConfigError: the directory holds another run's config, or other files than logs but no config, or a running
+        process has it, or the records cannot go there; then nothing is touched. Or it cannot be written.
     """
 
     def __init__(self, path: AnyPath, config: Mapping[str, Any], logs: LogOptions | None = None):
@@ -72,31 +77,39 @@ class RunDirectory:
         require_directory(self.path, "out")
         existing = self.path / "config.json"
         if existing.exists():
-            differing = sorted(_differences(read_json(existing, "out"), config))
-            if differing:
-                raise ConfigError(
-                    f"out: {self.path} holds a run with another config (differing: {', '.join(differing)}); "
-                    "allowed is a directory that is new, empty or of this run"
-                )
-        elif self.path.exists() and any(not _is_left_over(file) for file in self.path.iterdir()):
+            RESUMABLE.require(read_json(existing, "out"), config, str(self.path))
+            return
+        found = first_owned(self.path) if self.path.exists() else None
+        if found is not None:
             raise ConfigError(
-                f"out: {self.path} holds files but no config.json; "
-                "allowed is a directory that is new, empty or of this run"
+                f"out: {self.path} holds {found.relative_to(self.path)} but no config.json; "
+                "allowed is a directory that is new, empty but for logs, or of this run"
             )
 
-    def rewind_metrics(self, step: int, recorded: int | None = None) -> None:
+    def record_config(self) -> None:
+        """Writes this call's config, of which speed or end may be others than those of the run so far."""
+        write_json(self.path / "config.json", self._config)
+
+    def rewind_metrics(self, step: int, recorded: int | None = None, tested: int | None = None) -> bool:
         """Drops metrics and samples after ``step`` (they will be computed again) and half-written last lines.
 
         Args:
           recorded: the step that the last line kept must be of.
+          tested: how many problems the tests at ``step`` must have had. Those of a run that was to end there have more;
+            they are dropped too, with that step's samples.
+
+        Returns:
+          whether ``step`` is to be tested again.
 
         Raises:
           ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
             nothing is dropped. Or ``logs`` cannot start.
         """
-        hosts.of_first(lambda: self._rewind(step, recorded))
+        again = hosts.of_first(lambda: self._rewind(step, recorded, tested))
+        self.record_config()
+        return again
 
-    def _rewind(self, step: int, recorded: int | None) -> None:
+    def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
         metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
         kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))
         last = kept[-1]["step"] if kept else None
@@ -105,10 +118,16 @@ class RunDirectory:
                 f"out: {self.metrics_path} is damaged (it ends at step {last}); "
                 f"allowed is one with step {recorded}, as the checkpoint has"
             )
+        counts = {record["test_problems"] for record in kept if record["step"] == step and "test_problems" in record}
+        again = tested is not None and counts != {tested}
+        if again:
+            kept = [record for record in kept if record["step"] < step or "test_problems" not in record]
+            samples = [record for record in samples if record["step"] < step]
         _rewrite(self.metrics_path, kept)
         _rewrite(self.samples_path, samples)
         _rewrite(self._seconds_path, seconds)
         self._copies = self._logs.start(self.path, self._config, kept + samples)
+        return again
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
@@ -143,11 +162,6 @@ class RunDirectory:
 
 def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
     return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
-
-
-def _is_left_over(file: pathlib.Path) -> bool:
-    """Whether a process that was killed before it wrote config.json may have left it."""
-    return file.suffix == ".tmp" or file.name == lock.LOCK_NAME
 
 
 def _logged(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -237,14 +251,3 @@ def earlier_results(directory: AnyPath, command: str) -> dict[str, Any] | None:
     same = isinstance(config, dict) and config.get("command") == command
     require(same, "out", str(directory), f"a directory without another command's results.json (here: {command})")
     return results
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return [
-            found
-            for key in keys
-            for found in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if old == new else [name or "config"]

@@ -110,7 +110,10 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
         digits = model.max_pretrain_digits + config["config"]["extra_digits"]
+        rounds = config["config"]["rounds"]
     records = read_metrics(command.out / "metrics.jsonl", "plot_only")
+    tested = any(record["step"] == rounds and "test_target" in record for record in records)
+    require(tested, "plot_only", str(command.out), f"the directory of a run that has done its {rounds} rounds")
     with foreign.only_read(command.out / "results.json", "plot_only", applies=True):
         kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
     return Run(config, records, kept, digits, model.task)

@@ -202,6 +202,7 @@ def measure(command: Figure3Command) -> dict[str, Any]:
         model = command.models.load(config)
         for extra in command.extra_digits:
             runs.append(run_target(command, model, extra))
+    whole.record_config()
     whole.close()
     return {
         "runs": runs,

@@ -111,6 +111,7 @@ def measure(command: MinibatchesCommand) -> dict[str, Any]:
         results["arms"] |= found.pop("arms")
         results["seconds"][kind] = found.pop("seconds")
         results |= found
+    whole.record_config()
     whole.close()
     return {**results, "wall_seconds": sum(results["seconds"].values()), "config": described, **machine()}
 

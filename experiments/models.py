@@ -22,7 +22,7 @@ from ckl_jax.checkpoint import Model, load_model, shipped
 from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
 from ckl_jax.paths import require_directory
 from ckl_jax.pretrain import pretrain
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs import RESUMABLE, RunDirectory
 
 Progress = Callable[[str], None]
 
@@ -86,7 +86,8 @@ def pretrained(
     Raises:
       ConfigError: the model's place holds a run of another config; nothing is touched.
     """
-    if config == pretrain_preset("tiny", config.task):
+    preset = pretrain_preset("tiny", config.task)
+    if RESUMABLE.without_speed(config) == RESUMABLE.without_speed(preset):
         return shipped(config.task)
     name = f"{config.scale}_N{config.max_digits}" + ("" if config.task == "addition" else f"_{config.task}")
     run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})

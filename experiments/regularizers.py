@@ -53,7 +53,7 @@ from ckl_jax.finetune import describe, finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.logs import LogOptions
 from ckl_jax.progress import display
-from ckl_jax.runs import RunDirectory, earlier_results, machine
+from ckl_jax.runs import RESUMABLE, RunDirectory, earlier_results, machine
 from experiments import arms as arms_lib
 from experiments import regularizers_results
 from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
@@ -189,7 +189,8 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
         theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
         for name in ("task", "checkpoint", "grid", "screen_seeds", "screen_rounds", "seeds"):
             require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
-        for name, value in theirs["config"].items():
+        for name in theirs["config"].keys() - RESUMABLE.speed:
+            value = theirs["config"][name]
             require(ours["config"][name] == value, name, ours["config"][name], f"{value}, that of --earlier")
         return {"confirmation": {"arms": {}}, **found}
 
@@ -220,6 +221,7 @@ def measure(command: RegularizersCommand) -> dict[str, Any]:
         run = run_stage(command, model, "confirmation", command.config, cells, command.seeds)
         results["confirmation"] = regularizers_results.confirmed(run, cells, chosen, earlier["confirmation"])
         results["wall_seconds"] += run.made["wall_seconds"]
+    whole.record_config()
     whole.close()
     results["wall_seconds"] += earlier["wall_seconds"]
     return {**results, "config": described, **machine()}

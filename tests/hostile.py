@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import stat
 import sys
 
@@ -75,6 +76,17 @@ def snapshot(directory):
             content = path.read_bytes() if small else os.readlink(path) if stat.S_ISLNK(mode) else None
             found[str(path.relative_to(directory))] = (stat.S_IFMT(mode), path.lstat().st_size, content)
     return found
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """What a full disk is to writers that are not ours, without one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextlib.contextmanager

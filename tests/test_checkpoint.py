@@ -5,7 +5,6 @@ import errno
 import gc
 import json
 import random
-import resource
 import time
 
 import chex
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hostile import no_file_above
 
 from ckl_jax.checkpoint import Model, StateCheckpoints, fingerprint, load_model, save_model
 from ckl_jax.config import ConfigError
@@ -176,6 +176,53 @@ def test_a_checkpoint_without_a_manifest_is_unfinished_and_is_written_again(chec
     chex.assert_trees_all_equal(state, _state(2))
 
 
+UNREAD = (
+    ".DS_Store",
+    "._manifest.ocdbt",
+    ".nfs00001",
+    "Thumbs.db",
+    "desktop.ini",
+    "_METADATA~",
+    "#d#",
+    ".d.swp",
+    ".#x",
+)
+
+
+def test_files_that_nothing_reads_damage_no_checkpoint_and_others_do(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, _state(step))
+    directories = {path for path in checkpoints.directory.rglob("*") if path.is_dir()} | {checkpoints.directory}
+    strays = [directory / name for directory in directories for name in (*UNREAD, "@eaDir/x")]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("?")
+    link = checkpoints.directory / "2" / "._loop"
+    link.symlink_to("..")
+    stray = checkpoints.directory / "._2.sha256.json"
+    stray.write_text("?")
+    assert _restored_anew(checkpoints)[0] == 2
+    with _reopened(checkpoints) as reopened:
+        reopened.save(3, _state(3))
+        for place in ("", "default", "default/d"):
+            for name in ("x", "zarr.json", ".zarray", "manifest.ocdbt2"):
+                file = checkpoints.directory / "3" / place / name
+                file.write_text("?")
+                with pytest.raises(ConfigError, match=rf"^checkpoint: .*/3 is damaged, .*{name}"):
+                    reopened.restore_latest(ABSTRACT)
+                file.unlink()
+        assert reopened.restore_latest(ABSTRACT)[0] == 3
+    assert stray.exists()
+
+
+def test_a_manifest_that_lists_what_nothing_reads_is_kept_to_without_it(checkpoints):
+    checkpoints.save(1, _state(1))
+    manifest = checkpoints.directory / "1.sha256.json"
+    listed = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(listed | {".DS_Store": "0" * 64, "default/._d/x": "0" * 64}))
+    assert _restored_anew(checkpoints)[0] == 1
+
+
 def test_a_damaged_checkpoint_is_refused_and_not_passed_over(checkpoints):
     checkpoints.save(1, _state(1))
     checkpoints.save(2, _state(2))
@@ -218,24 +265,13 @@ def test_a_history_comes_back_with_its_checkpoint_exactly(checkpoints):
     assert checkpoints.restore_history(1) is None
 
 
-@contextlib.contextmanager
-def _no_file_above(size):
-    """What a full disk is to Orbax's writers, without one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_is_an_error_that_names_the_checkpoint_and_keeps_the_last_one(
     checkpoints, tmp_path, caplog
 ):
     checkpoints.save(1, _state(1))
     large = {"step": jnp.asarray(2), "params": jax.random.normal(jax.random.key(0), (300, 300))}
-    with _no_file_above(50_000):
+    with no_file_above(50_000):
         with pytest.raises(OSError, match="File too large") as caught:
             checkpoints.save(2, large)
         assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(checkpoints.directory / "2"))

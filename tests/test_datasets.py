@@ -1,13 +1,17 @@
 """The dataset's texts, balance and splits, and the windows that pre-training reads from its stream."""
 
 import collections
+import errno
 import re
+import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damage import each
+from hostile import no_file_above, snapshot
 
 from ckl_jax import alphabet, tasks
 from ckl_jax.columns import ADDITION, MULTIPLICATION
@@ -163,3 +167,87 @@ def test_another_tasks_dataset_is_one_of_its_own(data_dir):
     assert lengths == {1: COUNT // 2, 2: COUNT // 2}
     with pytest.raises(ConfigError, match=r"^task: got 'division'"):
         load_stream(DIGITS, COUNT, data_dir=data_dir, task="division")
+
+
+REMAKE = r"allowed is what was prepared there: delete it, and the same command prepares it anew"
+
+
+@pytest.fixture
+def copied(stream, data_dir, tmp_path):
+    """A copy of the dataset's directory alone."""
+    (place,) = data_dir.glob(f"scratchpads/addition_digits{DIGITS}_examples{COUNT}_seed0/1.0.0")
+    copy = tmp_path / place.relative_to(data_dir)
+    shutil.copytree(place, copy)
+    return copy
+
+
+def test_a_damaged_file_gives_one_line_or_the_same_stream(stream, copied, tmp_path):
+    refused = collections.Counter()
+    for path, way in each(copied):
+        before = snapshot(tmp_path)
+        try:
+            chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)
+        except ConfigError as error:
+            said = str(error)
+            refused[path.name.split(".")[0]] += 1
+        else:
+            continue
+        assert re.fullmatch(rf"data_dir: {copied} is damaged \(.+\); {REMAKE}", said), (path, way, said)
+        assert snapshot(tmp_path) == before, (path, way)
+    assert refused["dataset_info"] >= 15
+    assert refused["scratchpads-train"] >= 12
+    chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_fewer_or_other_examples_than_the_settings_say_are_refused(data_dir, copied, tmp_path, split):
+    multiplied = load_stream(DIGITS, COUNT, data_dir=data_dir, task="multiplication")
+    assert len(multiplied.starts_E) == COUNT
+    fewer = Scratchpads(max_digits=DIGITS, num_examples=COUNT // 2, data_dir=str(tmp_path))
+    fewer.download_and_prepare()
+    of_multiplication = str(data_dir / copied.relative_to(tmp_path)).replace("addition", "multiplication")
+    examples, count = r"ValueError: example", r"ValueError: \d+ examples of \w+, not \d+"
+    for other, said in ((fewer.data_dir, count), (of_multiplication, examples)):
+        shutil.rmtree(copied)
+        shutil.copytree(other, copied)
+        with pytest.raises(ConfigError, match=rf"^data_dir: .* is damaged \({said}.*{REMAKE}$"):
+            load_stream(DIGITS, COUNT, data_dir=tmp_path, split=split)
+
+
+def test_what_a_killed_process_left_is_not_read_and_an_empty_directory_is_filled(stream, copied, tmp_path):
+    half = copied.with_name("incomplete.ABC123_1.0.0")
+    copied.rename(half)
+    (half / "dataset_info.json").unlink()
+    left = snapshot(half)
+    copied.mkdir()
+    chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)
+    assert snapshot(half) == left
+    for name in (".DS_Store", "._features.json", "Thumbs.db", "features.json~"):
+        (copied / name).write_bytes(b"?")
+        (copied.parent / name).write_bytes(b"?")
+    chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)
+
+
+def test_of_two_processes_that_prepare_at_once_both_read_the_same(stream, tmp_path, monkeypatch):
+    first = []
+
+    def other_prepares_meanwhile(self, dl_manager, splits=Scratchpads._split_generators):
+        if not first:
+            first.append(self)
+            load_stream(DIGITS, COUNT, data_dir=tmp_path)
+        return splits(self, dl_manager)
+
+    monkeypatch.setattr(Scratchpads, "_split_generators", other_prepares_meanwhile)
+    chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)
+    assert first
+    assert not list(tmp_path.rglob("incomplete.*"))
+
+
+@pytest.mark.parametrize("size", [50_000, 100_000])
+def test_a_disk_that_is_full_leaves_no_half_dataset(stream, tmp_path, size):
+    with no_file_above(size), pytest.raises(OSError, match="File too large") as caught:
+        load_stream(DIGITS, COUNT, data_dir=tmp_path)
+    assert caught.value.errno in (errno.EIO, errno.EFBIG)
+    assert caught.value.filename
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    chex.assert_trees_all_equal(load_stream(DIGITS, COUNT, data_dir=tmp_path), stream)

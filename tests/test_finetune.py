@@ -6,6 +6,7 @@ The random model never solves a problem; its critic's errors give advantages tha
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 from typing import get_args
 
@@ -29,7 +30,7 @@ from ckl_jax.model import GPT2, values
 from ckl_jax.objective import gradient_norms
 from ckl_jax.preemption import PreemptedError
 from ckl_jax.rollout import score
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs import RESUMABLE, RunDirectory
 from ckl_jax.sharding import make_mesh
 from ckl_jax.token_weights import index_of
 from ckl_jax.updates import init_run, train_rounds, update
@@ -357,9 +358,9 @@ def test_a_detached_critic_takes_the_value_gradient_off_the_policy_and_no_other(
     assert min(attached.values()) > 0
 
 
-def _run(config, model, path, progress=lambda line: None):
+def _run(config, model, path, progress=lambda line: None, arms=ARMS, seeds=2):
     directory = RunDirectory(path, {"command": "finetune", **dataclasses.asdict(config)})
-    return finetune(config, model, directory, ARMS, 2, progress)
+    return finetune(config, model, directory, arms, seeds, progress)
 
 
 @pytest.fixture(scope="module")
@@ -467,6 +468,72 @@ def test_sigterm_and_numbers_that_are_not_finite_stop_a_run_that_then_ends_with_
     for run in runs:
         chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def _assert_same_run(path, other, runs):
+    for run in runs:
+        chex.assert_trees_all_equal(load_model(path / run.name).params, load_model(other / run.name).params)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (path / name).read_bytes() == (other / name).read_bytes()
+
+
+# Another value for every field that changes the speed alone; those of the second kind make the same program here.
+OTHER_SPEED = {"runs_at_once": 1, "rollout": "plain", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
+SAME_PROGRAM = {"transition_batch": 3}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_speed_to_the_same_numbers(tmp_path, model, uninterrupted, monkeypatch):
+    path, runs, _ = uninterrupted
+    assert {*OTHER_SPEED, *SAME_PROGRAM} == {*RESUMABLE.speed} - {"attention_chunk"}
+    with pytest.raises(_KilledError):
+        _run(CONFIG, model, tmp_path / "a", _killed_after_a_checkpoint(monkeypatch))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    other = dataclasses.replace(CONFIG, **SAME_PROGRAM)
+    assert _run(other, model, tmp_path / "a") == runs
+    _assert_same_run(tmp_path / "a", path, runs)
+    other = dataclasses.replace(other, **OTHER_SPEED)
+    assert _run(other, model, tmp_path / "b") == runs
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == {
+        "command": "finetune",
+        **dataclasses.asdict(other),
+    }
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        found, expected = (
+            [json.loads(line) for line in (of / name).read_text().splitlines()] for of in (tmp_path / "b", path)
+        )
+        chex.assert_trees_all_close(_numbers(found), _numbers(expected), rtol=1e-2, atol=1e-4)
+        chosen = ("step", "arm", "seed", "answer", "success", "test_target", "test_old")
+        exact = [[{key: record.get(key) for key in chosen} for record in records] for records in (found, expected)]
+        assert exact[0] == exact[1]
+
+
+def _numbers(records):
+    return [{key: np.array(x, float) for key, x in r.items() if not isinstance(x, str)} for r in records]
+
+
+def test_a_finished_run_that_is_given_more_rounds_ends_with_the_bits_of_one_that_had_them(tmp_path, model, monkeypatch):
+    small = {"episodes": 4, "rollout": "plain", "final_problems": 6, "data_devices": 1, "diagnostic_episodes": 1}
+    long = dataclasses.replace(CONFIG, learning_rate_decay=False, **small)
+    short = dataclasses.replace(long, rounds=2)
+    run = functools.partial(_run, model=model, arms={"run": {}}, seeds=1)
+    runs = run(long, path=tmp_path / "whole")
+    run(short, path=tmp_path / "longer")
+    finished = (tmp_path / "longer" / "metrics.jsonl").read_bytes()
+    assert not (tmp_path / "whole" / "metrics.jsonl").read_bytes().startswith(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "log", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(long, path=tmp_path / "longer")
+    with pytest.raises(ConfigError, match=r"^rounds: got 2, allowed is 4 or more, as the run in .*longer has$"):
+        run(short, path=tmp_path / "longer")
+    assert run(long, path=tmp_path / "longer") == runs
+    _assert_same_run(tmp_path / "longer", tmp_path / "whole", runs)
+    assert (tmp_path / "longer" / "config.json").read_bytes() == (tmp_path / "whole" / "config.json").read_bytes()
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_the_task_knows_its_lengths(program):

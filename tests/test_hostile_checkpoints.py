@@ -178,6 +178,15 @@ def test_links_pipes_and_devices_among_the_parameters_are_not_followed(model, ch
     _refused(model, rf"checkpoint: got '{WHERE}/{name}', {PLAIN}")
 
 
+def test_what_nothing_reads_beside_the_parameters_is_not_looked_at(model, good):
+    for directory in [model, *(path for path in model.rglob("*") if path.is_dir())]:
+        for name in (".DS_Store", "._d", "Thumbs.db", "desktop.ini", "model.json~", ".model.json.swp", ".nfs01"):
+            (directory / name).write_text("?")
+        (directory / "._loop").symlink_to("..")
+        (directory / ".#lock").symlink_to("nowhere")
+    chex.assert_trees_all_equal(load_model(model).params, load_model(good).params)
+
+
 def test_a_name_with_a_newline_stays_on_the_line(model):
     (model / "params" / "a\nb").write_text("?")
     _refused(model, rf"checkpoint: {WHERE}/params is damaged, these files differ from the manifest: \['a\\nb'\]")

@@ -14,7 +14,7 @@ import pytest
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.checkpoint import load_model
 from ckl_jax.columns import SUBTRACTION
-from ckl_jax.config import PretrainConfig
+from ckl_jax.config import ConfigError, PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.finite import NotFiniteError
 from ckl_jax.preemption import PreemptedError
@@ -162,6 +162,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert 0 < len(shown) < 3
     chex.assert_trees_all_equal(model.params, expected.params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_goes_on_with_other_speed_to_the_same_numbers(config, data_dir, tmp_path, uninterrupted, monkeypatch):
+    _, expected, metrics = uninterrupted
+    other = dataclasses.replace(
+        config, data_devices=2, shard_state=True, model=dataclasses.replace(config.model, attention_chunk=100)
+    )
+    with pytest.raises(_KilledError):
+        _run(config, tmp_path, data_dir, _killed_after_a_checkpoint(monkeypatch))
+    model, found = _run(other, tmp_path, data_dir)
+    chex.assert_trees_all_close(found, metrics, rtol=1e-2)
+    chex.assert_trees_all_close(model.params, expected.params, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"^num_steps: got 48, allowed is 24, .* learning_rate = 0\.01 its training"):
+        _run(dataclasses.replace(other, num_steps=48), tmp_path, data_dir)
 
 
 def _at_step(monkeypatch, step, act):

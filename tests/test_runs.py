@@ -1,11 +1,14 @@
 """A run's directory belongs to one configuration, and its metrics never hold a step twice."""
 
+import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 
-from ckl_jax.config import ConfigError
+from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
+from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.runs import RunDirectory
 
 CONFIG = {"command": "finetune", "seed": 0, "config": {"beta": 150.0, "arms": (1, 2)}}
@@ -51,11 +54,137 @@ def test_another_config_is_refused_by_the_field_that_differs_and_nothing_is_touc
     assert _contents(tmp_path) == before
 
 
+def _other(value):
+    """Another value of the same type."""
+    if isinstance(value, dict):
+        return value | {"width": 7}
+    return not value if isinstance(value, bool) else f"other {value}" if isinstance(value, str) else (value or 0) + 1
+
+
+SPEED = {
+    FinetuneConfig: "rollout rollout_batch transition_batch data_devices shard_state runs_at_once",
+    PretrainConfig: "data_devices shard_state",
+    ModelConfig: "attention_chunk",
+}
+
+
+@pytest.mark.parametrize("cls", SPEED)
+@pytest.mark.parametrize("place", [(), ("config",), ("models", "pretrain")])
+def test_every_field_has_to_stay_but_those_of_speed_and_a_later_end(tmp_path, cls, place):
+    def described(config):
+        for name in reversed(place):
+            config = {name: config, "seed": 0}
+        return {"command": "finetune", **config}
+
+    config = dataclasses.asdict(cls()) | ({"learning_rate_decay": False} if cls is FinetuneConfig else {})
+    RunDirectory(tmp_path, described(config)).log([{"step": 1}])
+    before = _contents(tmp_path)
+    for name, value in config.items():
+        other = described(config | {name: _other(value)})
+        if name in SPEED[cls].split() or name == "rounds":
+            run = RunDirectory(tmp_path, other)
+            assert _contents(tmp_path) == before
+            run.record_config()
+            assert json.loads((tmp_path / "config.json").read_text()) == other
+            RunDirectory(tmp_path, other | {"command": "finetune"})
+            (tmp_path / "config.json").write_bytes(before["config.json"])
+        else:
+            field = ".".join((*place, name, *(["width"] if name == "model" else [])))
+            said = rf"^(out: .*\(differing: {field}\)|num_steps: got 20001, allowed is 20000, that of the run in .*)"
+            with pytest.raises(ConfigError, match=said):
+                RunDirectory(tmp_path, other)
+        assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            {"rounds": 14, "learning_rate_decay": True},
+            {"rounds": 28},
+            r"rounds: got 28, allowed is 14, that of the run in \S+: with learning_rate_decay = True its training .*",
+        ),
+        (
+            {"num_steps": 20, "learning_rate": 1e-3},
+            {"num_steps": 40},
+            r"num_steps: got 40, allowed is 20, that of the run in \S+: with learning_rate = 0\.001 its training .*",
+        ),
+        (
+            {"rounds": 14, "learning_rate_decay": False},
+            {"rounds": 7},
+            r"rounds: got 7, allowed is 14 or more, as the run in \S+ has",
+        ),
+        (
+            {"rounds": 14, "learning_rate_decay": False},
+            {"rounds": 28, "beta": 1.0},
+            r"out: .*\(differing: config\.beta\).*",
+        ),
+        (
+            {"rounds": 14, "learning_rate_decay": False},
+            {"rounds": 28, "learning_rate_decay": True},
+            r"out: .*\(differing: config\.learning_rate_decay\).*",
+        ),
+    ],
+)
+def test_an_end_that_would_change_what_was_trained_is_refused_by_name_and_reason(tmp_path, old, new, said):
+    RunDirectory(tmp_path, {"config": old}).log([{"step": 1}])
+    before = _contents(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        RunDirectory(tmp_path, {"config": old | new})
+    assert re.fullmatch(said, str(caught.value)), str(caught.value)
+    assert _contents(tmp_path) == before
+
+
 def test_a_directory_of_other_files_is_refused_and_nothing_is_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ConfigError, match=r"^out: .*no config.json"):
         RunDirectory(tmp_path, CONFIG)
     assert _contents(tmp_path) == {"thesis.tex": b"precious"}
+
+
+IGNORED = [
+    ".DS_Store",
+    "._config.json",
+    ".gitkeep",
+    ".nfs000000a1",
+    "Thumbs.db",
+    "desktop.ini",
+    "lost+found/",
+    ".git/HEAD",
+]
+IGNORED += ["log", "run.log", "slurm-123.out", "slurm-123.err", "job.o4711", "nohup.out", "train_log.txt", "logs/1.log"]
+IGNORED += ["config.json.tmp", "logs/"]
+OWNED = ["thesis.tex", "notes.txt", "metrics.jsonl", "results.json", "checkpoints/1/_METADATA", "params/manifest.ocdbt"]
+OWNED += ["tensorboard/a/events.out.tfevents.17.host", "run.sh", "model.json", "standard/seed_0/model.json", "log.csv"]
+
+
+def _put(directory, name):
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("/"):
+        (directory / name).mkdir(exist_ok=True)
+    else:
+        (directory / name).write_text("precious")
+
+
+def test_logs_and_what_nothing_reads_do_not_block_a_new_run_and_all_else_does(tmp_path):
+    for name in IGNORED:
+        _put(tmp_path / "new", name)
+    before = _contents(tmp_path / "new")
+    RunDirectory(tmp_path / "new", CONFIG).log([{"step": 1}])
+    after = _contents(tmp_path / "new")
+    del before["config.json.tmp"], after["config.json"], after["metrics.jsonl"], after["checkpoints"], after[".lock"]
+    assert after == before
+    for number, name in enumerate(OWNED):
+        directory = tmp_path / str(number)
+        for ignored in IGNORED:
+            _put(directory, ignored)
+        _put(directory, name)
+        before = _contents(directory)
+        with pytest.raises(
+            ConfigError, match=rf"^out: {directory} holds {re.escape(name)} but no config\.json; allowed"
+        ):
+            RunDirectory(directory, CONFIG)
+        assert _contents(directory) == before
 
 
 def test_a_file_is_refused_and_not_touched(tmp_path):

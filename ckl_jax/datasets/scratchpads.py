@@ -14,13 +14,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
+from ckl_jax import foreign
 from ckl_jax.columns import task_named
 from ckl_jax.config import require
 from ckl_jax.errors import is_integer
 from ckl_jax.tasks import MAX_DIGITS, Problem, Task
 
 TEST_SHARE = 0.05
+PREPARED = "what was prepared there: delete it, and the same command prepares it anew"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,7 +58,8 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
         """Prepares nothing yet. ``data_dir``: where the files are; default: TFDS's own directory.
 
         Raises:
-          ConfigError: an unknown task, no integers from 0, ``max_digits`` above 17, or fewer examples than cells.
+          ConfigError: an unknown task, no integers from 0, ``max_digits`` above 17, or fewer examples than cells; the
+            dataset is there and its description is damaged.
         """
         task_named(task)
         for name, value in (("max_digits", max_digits), ("num_examples", num_examples), ("seed", seed)):
@@ -70,7 +74,9 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
             num_examples=num_examples,
             seed=seed,
         )
-        super().__init__(config=config, data_dir=data_dir, file_format="array_record")
+        root = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
+        with foreign.damaged(root / self.name / config.name / str(self.VERSION), "data_dir", PREPARED):
+            super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict(
@@ -84,9 +90,12 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, description=__doc__)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(split, self.count(split)) for split in ("train", "test")}
+
+    def count(self, split: str) -> int:
+        """How many examples a split has."""
         count = self.builder_config.num_examples
-        tests = max(1, round(TEST_SHARE * count))
-        return {"train": self._generate_examples("train", count), "test": self._generate_examples("test", tests)}
+        return count if split == "train" else max(1, round(TEST_SHARE * count))
 
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config

@@ -1,5 +1,6 @@
 """The dataset read once into one flat token stream, and windows of it as a pure function of a key, on the device."""
 
+import functools
 import os
 import pathlib
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 
 from ckl_jax import alphabet, hosts
 from ckl_jax.config import require
+from ckl_jax.datasets.prepared import documents
 from ckl_jax.datasets.scratchpads import Scratchpads
 from ckl_jax.paths import AnyPath, require_directory, resolved
 
@@ -53,6 +55,9 @@ def load_stream(
     """Prepares the TFDS dataset if it is not there yet and reads a split into host memory.
 
     Of several processes 0 does, and hands it to the others: they need no dataset, and none is prepared twice.
+
+    Raises:
+      ConfigError: an argument is refused, or the dataset is damaged. OSError: it cannot be written.
     """
     require(split in ("train", "test"), "split", split, "train | test")
     return hosts.of_first(lambda: _read_stream(max_digits, num_examples, seed, split, data_dir, task))
@@ -62,17 +67,11 @@ def _read_stream(
     max_digits: int, num_examples: int, seed: int, split: str, data_dir: AnyPath | None, task: str
 ) -> TokenStream:
     directory = str(dataset_directory(data_dir))
-    builder = Scratchpads(max_digits=max_digits, num_examples=num_examples, seed=seed, task=task, data_dir=directory)
-    builder.download_and_prepare()
-    examples = builder.as_data_source(split=split)
-    documents = [alphabet.encode(_text(e["prompt"]) + _text(e["answer"])) for e in examples]
-    lengths = np.array([len(document) for document in documents])
+    make = functools.partial(Scratchpads, max_digits=max_digits, num_examples=num_examples, seed=seed, task=task)
+    encoded = [alphabet.encode(document) for document in documents(lambda: make(data_dir=directory), split)]
+    lengths = np.array([len(tokens) for tokens in encoded])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    return TokenStream(np.concatenate(documents), starts.astype(np.int32))
-
-
-def _text(feature: bytes | str) -> str:
-    return feature.decode() if isinstance(feature, bytes) else feature
+    return TokenStream(np.concatenate(encoded), starts.astype(np.int32))
 
 
 def _check_length(stream: TokenStream, window: int) -> None:

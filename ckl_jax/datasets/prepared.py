@@ -1,0 +1,76 @@
+"""The dataset's files: prepared once, and read whole or not at all.
+
+TFDS prepares in ``incomplete.*`` beside the dataset's directory, which it renames at the end. What a process that was
+killed left there is never read and may be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+
+from etils import epath
+
+from ckl_jax import foreign
+from ckl_jax.columns import task_named
+from ckl_jax.datasets.scratchpads import PREPARED, Scratchpads, split_of
+from ckl_jax.tasks import Problem
+
+INFO = "dataset_info.json"
+
+
+def documents(make: Callable[[], Scratchpads], split: str) -> list[str]:
+    """Prompt + answer of every example of a split; the dataset is prepared first if it is not there.
+
+    Args:
+      make: gives a new builder.
+
+    Raises:
+      ConfigError: a file is missing or damaged, an example is not what its operands make, or there are more or fewer of
+        them than the settings say. OSError: the dataset cannot be written.
+    """
+    builder = make()
+    path = epath.Path(builder.data_dir)
+    if not (path / INFO).is_file():
+        _prepare(builder, path)
+        builder = make()
+    with foreign.damaged(path, "data_dir", PREPARED):
+        return _read(builder, split)
+
+
+def _prepare(builder: Scratchpads, path: epath.Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        path.rmdir()  # An empty one holds nothing, but TFDS takes it for the dataset.
+    with foreign.damaged(path, "data_dir", PREPARED):
+        if path.exists():
+            raise ValueError(f"it has no {INFO}")
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        if not (path / INFO).is_file():  # Else another process has prepared the same meanwhile.
+            raise
+    except RuntimeError as error:  # Of a full disk, say.
+        raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from error
+
+
+def _read(builder: Scratchpads, split: str) -> list[str]:
+    source, task = builder.as_data_source(split=split), task_named(builder.builder_config.task)
+    if len(source) != builder.count(split):
+        raise ValueError(f"{len(source)} examples of {split}, not {builder.count(split)}")
+    found = []
+    for number, example in enumerate(source.__getitems__(range(len(source)))):  # Five times faster than one by one.
+        if None in example.values():  # A shard that is cut.
+            raise ValueError(f"example {number} of {split} cannot be read")
+        a, b = int(example["a"]), int(example["b"])
+        found.append(task.prompt_text(a, b) + task.answer_text(a, b))
+        same = found[-1] == _text(example["prompt"]) + _text(example["answer"])
+        if not same or split_of(Problem(a, b)) != split:
+            raise ValueError(f"example {number} of {split} is not what its operands make")
+    if len(found) != len(source):
+        raise ValueError(f"{len(found)} examples of {split}, not {len(source)}")
+    return found
+
+
+def _text(feature: bytes | str) -> str:
+    return feature.decode() if isinstance(feature, bytes) else feature

@@ -1,0 +1,92 @@
+"""What of a configuration may change when a run goes on: declared at the field itself, all else has to stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ckl_jax.errors import ConfigError
+
+_KEY = "resuming"
+
+
+class _Declared(NamedTuple):
+    """How a field may change: at will (``unless`` None), or only up, and that unless the field of that name is set."""
+
+    unless: str | None = None
+
+
+def speed(default: Any) -> Any:
+    """A field that decides how fast the same numbers are computed; they change by rounding at most."""
+    return dataclasses.field(default=default, metadata={_KEY: _Declared()})
+
+
+def end(default: Any, unless: str) -> Any:
+    """A field that says where training ends. A run may go on to a later end, with the numbers that it would have had.
+
+    Args:
+      unless: the field that, if set, makes all numbers depend on the end, a learning rate's decay say.
+    """
+    return dataclasses.field(default=default, metadata={_KEY: _Declared(unless)})
+
+
+class Resumable:
+    """The rules of some config classes, for their dictionaries at any depth of a config.json.
+
+    Args:
+      classes: dataclasses; a name means the same in all of them.
+    """
+
+    def __init__(self, *classes: Any):
+        fields = [field for cls in classes for field in dataclasses.fields(cls)]
+        self._declared: Mapping[str, _Declared] = {f.name: f.metadata[_KEY] for f in fields if _KEY in f.metadata}
+
+    @property
+    def speed(self) -> frozenset[str]:
+        """The fields that change the speed alone."""
+        return frozenset(name for name, declared in self._declared.items() if declared.unless is None)
+
+    def without_speed(self, config: Any) -> dict[tuple[str, ...], Any]:
+        """A dataclass as a dictionary of what decides its numbers."""
+        return {name: value for name, value in _leaves(dataclasses.asdict(config)) if name[-1] not in self.speed}
+
+    def require(self, old: Any, new: Any, where: str) -> None:
+        """Raises a ConfigError unless a run of the config ``old`` may go on as one of ``new``.
+
+        Args:
+          where: the run, for the message.
+        """
+        before, after = (dict(_leaves(config)) for config in (old, new))
+        ends, others = list[tuple[str, ...]](), list[str]()
+        for name in before.keys() | after.keys():
+            if (name and name[-1] in self.speed) or (name in before and name in after and before[name] == after[name]):
+                continue
+            if name and name[-1] in self._declared and name in before and name in after:
+                ends.append(name)
+            else:
+                others.append(".".join(name) or "config")
+        if others:
+            raise ConfigError(
+                f"out: {where} holds a run with another config (differing: {', '.join(sorted(others))}); "
+                "allowed is a directory that is new, empty or of this run"
+            )
+        for name in ends:
+            self._require_later(name, before, after[name], where)
+
+    def _require_later(self, name: tuple[str, ...], before: Mapping[Any, Any], wanted: Any, where: str) -> None:
+        unless, had = self._declared[name[-1]].unless, before[name]
+        fixed = before.get((*name[:-1], unless))
+        if fixed:
+            reason = f": with {unless} = {fixed} its training depends on it; begin another run for more"
+            raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had}, that of the run in {where}{reason}")
+        if not (isinstance(had, int) and wanted > had):
+            raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had} or more, as the run in {where} has")
+
+
+def _leaves(config: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(config, dict) and (config or not name):
+        for key, value in config.items():
+            yield from _leaves(value, (*name, key))
+    else:
+        yield name, config
