@@ -148,7 +148,6 @@ def run(
     Args:
       joins_hosts: become one of several processes where the environment says so (``hosts.start``).
     """
-    xla_cpu.keep_freed_memory()
     xla_cpu.avoid_wrong_fusions()
     try:
         try:

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+from ckl_jax import xla_cpu
 from ckl_jax.errors import ConfigError, require
 
 DEVICES, THREADS, CACHE = "JAX_NUM_CPU_DEVICES", "NPROC", "JAX_COMPILATION_CACHE_DIR"
@@ -41,6 +42,7 @@ FIXED = {
 
 def before_imports(*packages: str) -> None:
     """Ends the process with one line and exit code 2 where a package cannot be imported in this environment."""
+    xla_cpu.keep_freed_memory()
     _open_standard_streams()
     for name in [name for name, value in os.environ.items() if name.startswith("JAX_") and not value]:
         del os.environ[name]  # JAX would read "" as a value.

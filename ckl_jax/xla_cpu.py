@@ -1,11 +1,13 @@
 """What XLA does on CPU unless it is told otherwise: wrong fused reductions, and memory given back at every step.
 
-The commands call both functions before anything is computed. Whoever imports the library does so too:
+The commands call both functions. Whoever imports the library does so too, before JAX is imported:
 
     from ckl_jax import xla_cpu
 
     xla_cpu.avoid_wrong_fusions()
     xla_cpu.keep_freed_memory()
+
+    import jax
 
 `ckl_jax.check_xla` shows what the first of them avoids.
 """
@@ -65,7 +67,7 @@ def keep_freed_memory() -> None:
 
     XLA allocates its temporary buffers anew at every call, from threads. A thread's own arena maps and unmaps what is
     greater than 64 MB whatever else is set, and faulting in fresh pages took two fifths of a pre-training step. Memory
-    that was needed once stays with the process.
+    that was needed once stays with the process. Arenas of threads that allocated before the call stay in use.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -8,10 +8,11 @@
 Sections: ``rollout`` (against transformers' generate), ``speculation`` (speculative against plain rollout, by policy),
 ``round`` (against the authors' procedure), ``pretraining`` (against a plain PyTorch step), ``scaling`` (cost of a round
 against runs, episodes, length and model size), ``compile``, ``memory``, ``limit`` (share of the device's matmul and
-copy rates). Both sides run on the same machine, weights, problems and threads, in turn. Every finished section is in
-results.json at once: an interrupted benchmark goes on with what is missing. Last come table.md and scaling.png /
-scaling.svg. Run it on an otherwise idle machine: one other job made PyTorch's step 6 to 40 times slower on 2 cores.
-There all sections but ``speculation`` took 43 minutes, that one 12.
+copy rates), ``settings`` (what ``ckl_jax.xla_cpu`` does to the speed). Both sides run on the same machine, weights,
+problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark goes on with
+what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine: one other job
+made PyTorch's step 6 to 40 times slower on 2 cores. There all sections but ``speculation`` and ``settings`` took 43
+minutes, those 12 and @MINUTES@.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from ckl_jax import cli, startup
 from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import require_directory
-from experiments.benchmarks import ours, report, speculation
+from experiments.benchmarks import cpu_settings, ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
-SECTIONS = ("rollout", "speculation", "round", "pretraining", "scaling", "compile", "memory", "limit")
+SECTIONS = ("rollout", "speculation", "round", "pretraining", "scaling", "compile", "memory", "limit", "settings")
 IDLE_LOAD = 0.5
 
 
@@ -71,7 +72,7 @@ class BenchmarkCommand:
 
 def _measurements(names: list[str]) -> dict[str, Section]:
     """The sections' functions. Raises ConfigError where PyTorch is needed and missing."""
-    alone = ours.SECTIONS | speculation.SECTIONS
+    alone = ours.SECTIONS | speculation.SECTIONS | cpu_settings.SECTIONS
     if set(names) <= set(alone):
         return alone
     from experiments.benchmarks import against_pytorch

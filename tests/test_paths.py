@@ -247,7 +247,7 @@ def test_public_functions_take_a_path_as_text(tmp_path, monkeypatch):
     for source in ("~/model", f"file://{tmp_path}/model"):
         with pytest.raises(ConfigError, match=r"^out: got .*, allowed is another than source"):
             convert.ConvertConfig(source, tmp_path / "model")
-        assert convert._local(source) == tmp_path / "model"
+        assert convert._local(source, "source") == tmp_path / "model"
 
 
 @pytest.mark.parametrize("has_home", [False, True])

@@ -159,6 +159,20 @@ def _limit(found: dict[str, Any]) -> str:
     )
 
 
+def _settings(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            work,
+            name,
+            *(_spread(values[column]) for column in ("seconds", "page_faults")),
+            _spread(values["speedup"], "x"),
+        ]
+        for work, by_variant in found.items()
+        for name, values in by_variant.items()
+    ]
+    return _table(["step or round", "settings", "seconds", "page faults of the process", "faster than neither"], rows)
+
+
 _SECTIONS = {
     "rollout": _rollout,
     "speculation": _speculation,
@@ -168,6 +182,7 @@ _SECTIONS = {
     "compile": _compile,
     "memory": _memory,
     "limit": _limit,
+    "settings": _settings,
 }
 
 

@@ -59,6 +59,9 @@ class Plan:
     sizes: tuple[str, ...] = ("tiny", "small")
     """Scales of the rounds with random weights."""
     sizes_episodes: int = 8
+    settings_works: tuple[str, ...] = ("pretraining", "round", "transitions")
+    settings_steps: int = 30
+    settings_rounds: int = 3
     matmul_sizes: tuple[int, ...] = (512, 1024, 2048, 4096)
     copy_bytes: int = 2**28
     quick: bool = False
@@ -83,6 +86,9 @@ QUICK = Plan(
     digits_episodes=4,
     sizes=("tiny",),
     sizes_episodes=4,
+    settings_works=("pretraining",),
+    settings_steps=1,
+    settings_rounds=1,
     matmul_sizes=(64,),
     copy_bytes=2**16,
     quick=True,

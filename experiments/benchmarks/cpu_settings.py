@@ -1,0 +1,115 @@
+"""What the settings of ``ckl_jax.xla_cpu`` do to the speed: processes with and without them, in turn."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckl_jax import finetune, pretrain, startup
+from ckl_jax.config import pretrain_preset
+from ckl_jax.updates import init_run, train_rounds
+from experiments.benchmarks.timing import speedup, spread
+from experiments.benchmarks.workload import (
+    Plan,
+    Progress,
+    Section,
+    choose_plan,
+    pretrain_config,
+    text_stream,
+    tiny_config,
+    tiny_model,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+KEEP, AVOID = "xla_cpu.keep_freed_memory(); ", "xla_cpu.avoid_wrong_fusions(); "
+VARIANTS = {"neither": "", "memory kept": KEEP, "both": KEEP + AVOID, "no wrong fusions": AVOID}
+"""Calls before JAX is imported. A process that is not started by ``python -m`` makes none of its own."""
+
+
+def _pretraining(plan: Plan, seconds: list[float]) -> None:
+    config = pretrain_config(plan, "tiny", 1) if plan.quick else pretrain_preset("tiny")
+    stream = jax.tree.map(jnp.asarray, text_stream(config.max_digits))
+    with jax.set_mesh(pretrain.make_mesh(config)):
+        state = jax.jit(functools.partial(pretrain.init_state, config))()
+        for _ in range(plan.settings_steps + 3):
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(pretrain.train_step(config, state, stream))
+            seconds.append(time.perf_counter() - start)
+    del seconds[:3]  # Of compilation, and of memory that is asked for the first time.
+
+
+def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
+    """Rounds of both arms of Figure 4."""
+    model, config = tiny_model(plan), tiny_config(plan, **overrides)
+    program = finetune.make_program(config, model)
+    runs, hypers = finetune.make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
+    mesh = finetune.make_mesh(config, len(runs))
+    states = jax.jit(jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)))(model.params, hypers)
+    drawn = finetune.draw_problems(program, 0, 0)
+    problems = jax.tree.map(lambda x: jnp.asarray(np.stack([x[None]] * len(runs))), drawn)
+    for _ in range(plan.settings_rounds + 1):
+        start = time.perf_counter()
+        states, _ = jax.block_until_ready(train_rounds(program, mesh, model.params, states, hypers, problems))
+        seconds.append(time.perf_counter() - start)
+    del seconds[:1]
+
+
+WORKS: dict[str, Callable[[Plan, list[float]], None]] = {
+    "pretraining": _pretraining,
+    "round": _rounds,
+    "transitions": functools.partial(_rounds, minibatch="transitions", episodes=4),
+}
+
+
+def measure(work: str, quick: bool) -> None:
+    """Prints median seconds of a step or round, and page faults, as one line of JSON."""
+    startup.use_all_cores()
+    seconds: list[float] = []
+    WORKS[work](choose_plan(quick), seconds)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"seconds": statistics.median(seconds), "page_faults": usage.ru_minflt, "system": usage.ru_stime}))
+
+
+def _in_process(plan: Plan, work: str, calls: str) -> dict[str, Any]:
+    code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmarks import cpu_settings; "
+    code += f"cpu_settings.measure({work!r}, {plan.quick})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{code} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def settings(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Seconds of a step or round with each variant of the settings, and how many times faster than with neither."""
+    found: dict[str, Any] = {}
+    for work in plan.settings_works:
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+        for _ in range(plan.repeats):
+            for name, calls in VARIANTS.items():
+                measured[name].append(_in_process(plan, work, calls))
+                progress(f"settings, {work}, {name}: {measured[name][-1]}")
+        seconds = {name: [one["seconds"] for one in all_] for name, all_ in measured.items()}
+        found[work] = {
+            name: {
+                "seconds": spread(seconds[name]),
+                "speedup": speedup(seconds["neither"], seconds[name]),
+                "page_faults": spread([one["page_faults"] for one in measured[name]]),
+            }
+            for name in VARIANTS
+        }
+    return found
+
+
+SECTIONS: dict[str, Section] = {"settings": settings}
