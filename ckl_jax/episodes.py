@@ -94,13 +94,19 @@ def collect(
         ).trajectory
 
     trajectory = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
-    logits_BxTxV, hidden_BxTxD = score(program.model, params["policy"], trajectory)
-    ref_logits_BxTxV, _ = score(program.model, ref_params, trajectory)
+
+    def scored(of_policy):
+        chosen = jax.tree.map(lambda x, y: jnp.where(of_policy, x, y), params["policy"], ref_params)
+        logits_BxTxV, hidden_BxTxD = score(program.model, chosen, trajectory)
+        return logits_BxTxV, values(params["value"], hidden_BxTxD)
+
+    # One compiled pass for both: compiled twice, their numbers may be rounded differently.
+    both_logits, both_values = jax.lax.map(scored, jnp.array([True, False]))
+    (logits_BxTxV, ref_logits_BxTxV), values_BxT = both_logits, both_values[0]
     log_probs_BxT = losses.token_log_probs(
         logits_BxTxV, trajectory.answers_BxT, config.temperature, trajectory.mask_BxT
     )
     trajectory = trajectory._replace(log_probs_BxT=log_probs_BxT)
-    values_BxT = values(params["value"], hidden_BxTxD)
     episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
     return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
 

@@ -17,12 +17,14 @@ from ckl_jax.arrays import as_mask, require_at_least, require_floats
 from ckl_jax.config import require
 from ckl_jax.finetune_config import KLWeights
 
+ROUNDING = 1e-5
+
 
 def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """w = J^beta: the paper's (section 4). ``beta`` 0 is ``uniform``.
 
     Args:
-      certainty_BxT: J in [0, 1]; what rounding has put beyond is cut off, as a large beta would blow it up.
+      certainty_BxT: J in [0, 1]; what rounding has put beyond it (up to 1e-5) is cut off, as a large beta blows it up.
       beta: 0 or more; the paper's main run has 150. J^0 is 1, that of J = 0 too.
       mask_BxT: True on generated tokens.
 
@@ -35,7 +37,9 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
     require_at_least(beta, "beta", 0, "0 or more, and finite")
     mask_BxT = _checked(certainty_BxT, mask_BxT)
     certainty_BxT, beta = jax.lax.stop_gradient((certainty_BxT.astype(jnp.float32), jnp.float32(beta)))
-    return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT.clip(0, 1), 1.0), beta), 0.0)
+    nearest_BxT = certainty_BxT.clip(0, 1)
+    certainty_BxT = jnp.where(jnp.abs(certainty_BxT - nearest_BxT) < ROUNDING, nearest_BxT, certainty_BxT)
+    return jnp.where(mask_BxT, jnp.power(jnp.where(mask_BxT, certainty_BxT, 1.0), beta), 0.0)
 
 
 def uniform(mask_BxT: jax.Array) -> jax.Array:

@@ -66,6 +66,73 @@ def test_standardized_groups_have_mean_0_and_deviation_1_unless_all_are_equal():
     np.testing.assert_allclose(found, [3**0.5, -(3**-0.5), -(3**-0.5), -(3**-0.5), 0, 0, 0, 0], atol=1e-5)
 
 
+CONSTANTS = (0.0, 0.1, 0.7, -0.3, 1 / 3, 1000.1, -1e6 / 3, 1e-30, 1e-40, 1e30, -3e38)
+BLOCK = np.arange(7) < np.array([7, 5, 1, 6, 3, 2, 7, 4])[:, None]
+# What is made of 8 episodes of 7 tokens: of a reward each, or of a number for every token.
+OF_REWARDS = {
+    f"{call.__name__}, {size}": lambda x, call=call, size=size: call(x[:, 0], size)
+    for call in (advantages.leave_one_out, advantages.standardized_in_group)
+    for size in (2, 4, 8)
+}
+OF_TOKENS = {
+    "standardized": lambda x: advantages.standardized(x, jnp.asarray(BLOCK)),
+    "standardized, integers": lambda x: advantages.standardized(x, jnp.asarray(BLOCK.astype(np.int32))),
+    "KL to go": lambda x: jnp.where(BLOCK.sum(axis=0) > 1, advantages.kl_to_go(x[:, :1] * jnp.eye(1, 7), BLOCK), 0.0),
+    "covariance": lambda x: shaping.covariance(x, -jnp.arange(56.0).reshape(8, 7), jnp.asarray(BLOCK)),
+    "covariance of equal log-probabilities": lambda x: shaping.covariance(
+        jnp.arange(56.0).reshape(8, 7), x, jnp.asarray(BLOCK)
+    ),
+    "nothing in the mask": lambda x: advantages.standardized(x, jnp.zeros((8, 7), bool)),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "jit", "vmap", "sharded"])
+@pytest.mark.parametrize("name", OF_REWARDS | OF_TOKENS)
+def test_equal_numbers_have_exactly_no_advantage(name, how):
+    call = (OF_REWARDS | OF_TOKENS)[name]
+    constants = CONSTANTS if how != "eager" else (0.1, 1000.1)
+    arrays = jnp.stack([jnp.full((8, 7), value, jnp.float32) for value in constants])
+    if how == "vmap":
+        found = jax.jit(jax.vmap(call))(arrays)
+    elif how == "sharded":
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        shared = jax.device_put(arrays, jax.NamedSharding(mesh, jax.P(None, "data")))
+        found = jnp.stack([jax.jit(call)(x) for x in shared])
+    else:
+        call = jax.jit(call) if how == "jit" else call
+        found = jnp.stack([call(x) for x in arrays])
+    np.testing.assert_array_equal(found, 0.0)
+
+
+UNEQUAL = {
+    "right or wrong": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+    "a large constant": [1000.1, 1000.2, 1000.1, 1000.1, 1000.3, 1000.1, 1000.2, 1000.1],
+    "one of them": [0.1] * 7 + [0.2],
+    "neighbours in float32": [1.0] * 7 + [1.0 + 2**-23],
+    "large": [1e30, 2e30, -1e30, 1e30, 0.0, 1e30, 1e30, 3e30],
+    "negative": [-5.0, -5.5, -6.0, -5.0, -7.0, -5.0, -5.0, -5.25],
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_unequal_rewards_are_those_of_float64(name):
+    rewards = np.array(UNEQUAL[name], np.float32)
+    groups = rewards.astype(np.float64).reshape(-1, 4)
+    others = (groups.sum(axis=1, keepdims=True) - groups) / 3
+    deviation = groups.std(axis=1, keepdims=True) + advantages.EPSILON
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * np.abs(groups - others).max()}
+    found = advantages.leave_one_out(jnp.asarray(rewards), 4)
+    np.testing.assert_allclose(found, (groups - others).reshape(-1), **tolerance)
+    expected = (groups - groups.mean(axis=1, keepdims=True)) / deviation
+    found = advantages.standardized_in_group(jnp.asarray(rewards), 4)
+    np.testing.assert_allclose(found, expected.reshape(-1), rtol=1e-5, atol=1e-6)
+    mask = np.array([[True, True, True, False], [True, True, True, True]])
+    valid = groups.reshape(2, 4)[mask]
+    found = advantages.standardized(jnp.where(mask, rewards.reshape(2, 4), NAN), jnp.asarray(mask))
+    expected = (valid - valid.mean()) / (valid.std() + advantages.EPSILON)
+    np.testing.assert_allclose(np.asarray(found)[mask], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("call", [advantages.leave_one_out, advantages.standardized_in_group])
 @pytest.mark.parametrize("group_size", [0, 1, 4])
 def test_groups_that_cannot_be_are_refused(call, group_size):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from ckl_jax import losses
+from ckl_jax import finite, losses
 from ckl_jax.checkpoint import Model
 from ckl_jax.config import ConfigError
 from ckl_jax.episodes import Hyper, assessed
@@ -47,6 +47,8 @@ OPTIONS = {
     "ppo, k1": {"algorithm": "ppo", "kl": "k1"},
     "ppo, k2": {"algorithm": "ppo", "kl": "k2"},
     "ppo, k3": {"algorithm": "ppo", "kl": "k3"},
+    "a2c, k3": {"kl": "k3"},
+    "a2c, k3, transitions": {"kl": "k3", "minibatch": "transitions"},
     "grpo, gtpo": {"algorithm": "grpo", **PAIRS, "advantage_shaping": "gtpo"},
     "rloo, gtpo": {"algorithm": "rloo", **PAIRS, "advantage_shaping": "gtpo"},
     "top_entropy": {"advantage_shaping": "top_entropy"},
@@ -104,6 +106,22 @@ def _updated(program, state, episodes):
     return update(program, HYPER, state, episodes, jax.random.key(3))
 
 
+def _spoiled(episodes, garbage):
+    """With ``garbage`` on the padding: for the reference a logit of the token that stands there."""
+    mask_BxT, answers_BxT = episodes.trajectory.mask_BxT, episodes.trajectory.answers_BxT
+    chosen_BxTxV = jax.nn.one_hot(answers_BxT, 41, dtype=bool) & ~mask_BxT[..., None]
+    of_tokens = {
+        name: jnp.where(mask_BxT, getattr(episodes, name), garbage)
+        for name in ("certainty_BxT", "advantages_BxT", "returns_BxT", "kl_weights_BxT")
+    }
+    old_log_probs_BxT = jnp.where(mask_BxT, episodes.trajectory.log_probs_BxT, garbage)
+    return episodes._replace(
+        trajectory=episodes.trajectory._replace(log_probs_BxT=old_log_probs_BxT),
+        ref_logits_BxTxV=jnp.where(chosen_BxTxV, garbage, episodes.ref_logits_BxTxV),
+        **of_tokens,
+    )
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, moved, answers, name):
     config = dataclasses.replace(CONFIG, **OPTIONS[name])
@@ -117,12 +135,54 @@ def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, mov
     assert same != bool(credited)
     state, metrics = _updated(program, moved, episodes)
     chex.assert_tree_all_finite((state, metrics))
+    for garbage in (np.nan, np.inf, -200.0, 200.0):
+        chex.assert_trees_all_equal(_updated(program, moved, _spoiled(episodes, garbage)), (state, metrics))
     assert {key for key in metrics if key.startswith("loss/")} == {f"loss/{term}" for term in term_names(config)}
     change = jax.tree.map(lambda new, old: new - old, state.params, moved.params)
     assert optax.global_norm(change["policy"]) > 1e-3
     assert (optax.global_norm(change["value"]) > 1e-3) == config.has_critic
     if config.kl_cov > 0:  # The second minibatch starts where the first has left the rollout's policy.
         assert metrics["loss/kl_cov"] > 0
+
+
+def _first_token(values_BxT, value):
+    return values_BxT.at[5, 0].set(value)
+
+
+BLOWN_UP = {
+    # A ratio of e^200 whose advantage pushes it further, and one of an estimate of the KL.
+    "loss/policy": lambda hyper, e, old: (
+        hyper._replace(kl_coefficient=jnp.float32(0)),
+        old(-200.0)._replace(advantages_BxT=_first_token(e.advantages_BxT, -1.0)),
+    ),
+    "loss/kl": lambda hyper, e, old: (
+        hyper,
+        old(-200.0)._replace(advantages_BxT=_first_token(e.advantages_BxT, 1.0)),
+    ),
+    "loss/value": lambda hyper, e, old: (hyper, e._replace(returns_BxT=_first_token(e.returns_BxT, 1e30))),
+    # The loss still fits into float32, the square of its gradient does not.
+    "grad_norm": lambda hyper, e, old: (hyper, e._replace(advantages_BxT=_first_token(e.advantages_BxT, 1e38))),
+    "param_norm": lambda hyper, e, old: (hyper._replace(learning_rate=jnp.float32(1e30)), e),
+}
+
+
+@pytest.mark.parametrize("minibatch", ["episodes", "transitions"])
+def test_what_is_not_finite_first_is_named_and_not_what_it_spoils(model, moved, answers, minibatch):
+    """By the next minibatch everything is NaN."""
+    config = dataclasses.replace(CONFIG, algorithm="ppo", kl="k2", epochs=2, minibatch=minibatch, adam_epsilon=1e-30)
+    program, plain = make_program(config, model), _assessed(config, answers)
+    log_probs_BxT = plain.trajectory.log_probs_BxT
+
+    def old(log_ratio):
+        of_first = _first_token(log_probs_BxT, log_probs_BxT[5, 0] + log_ratio)
+        return plain._replace(trajectory=plain.trajectory._replace(log_probs_BxT=of_first))
+
+    updated = jax.jit(lambda hyper, episodes: update(program, hyper, moved, episodes, jax.random.key(3))[1])
+    finite.require_metrics("round", 0, ["run"], jax.tree.map(lambda x: x[None, None], updated(HYPER, plain)))
+    for name, blow_up in BLOWN_UP.items():
+        metrics = updated(*blow_up(HYPER, plain, old))
+        with pytest.raises(finite.NotFiniteError, match=f"^round 1 of run: {name} is "):
+            finite.require_metrics("round", 0, ["run"], jax.tree.map(lambda x: x[None, None], metrics))
 
 
 def test_right_answers_gain_and_wrong_ones_lose_without_a_critic(answers):
