@@ -89,6 +89,6 @@ def gradient_norms(program: Program, hyper: Hyper, params: dict[str, Any], episo
 
     def norm(name):
         cotangent = {other: jnp.asarray(float(other == name)) for other in terms}
-        return optax.global_norm(pullback(cotangent)[0])
+        return optax.tree.norm(pullback(cotangent)[0])
 
     return {f"grad_norm/{name}": norm(name) for name in terms}
