@@ -154,11 +154,13 @@ def run(
             startup.use_all_cores()
             command = parse(config_type, preset, sys.argv[1:])
             startup.require_same_numbers()
-            startup.keep_compiled_programs()
+            note = startup.keep_compiled_programs()
             if joins_hosts:
                 hosts.start()
                 startup.require_devices()
             main(command)
+            if note:
+                print(note, file=sys.stderr)
         finally:
             sys.stdout.flush()
     except ConfigError as error:
@@ -169,8 +171,10 @@ def run(
         _stop(f"stopped by SIGTERM: {stop}; the same command goes on from there", preemption.EXIT_CODE)
     except KeyboardInterrupt:
         _stop("interrupted", 130)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         _drop_output()
+        if isinstance(error.__context__, SystemExit):  # The end of a help text that somebody has read enough of.
+            raise error.__context__ from None
         _stop("error: nobody reads the standard output any more", 1)
     except OSError as error:
         _stop(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 1)

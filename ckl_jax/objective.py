@@ -101,6 +101,6 @@ def gradient_norms(program: Program, hyper: Hyper, params: dict[str, Any], episo
 
     def norm(name):
         cotangents = jax.grad(lambda outputs: _terms(program, hyper, params["value"], outputs, few)[name])(outputs)
-        return optax.global_norm(pullback(cotangents)[0])
+        return optax.tree.norm(pullback(cotangents)[0])
 
     return {f"grad_norm/{name}": norm(name) for name in term_names(program.config)}

@@ -134,7 +134,7 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
     state = PretrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
     if config.shard_state:
         state = sharding.split_state(state)
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def make_mesh(config: PretrainConfig) -> Mesh:

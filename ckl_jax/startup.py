@@ -6,6 +6,7 @@ JAX and matplotlib read their variables when they are imported; ``cli.run`` does
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import importlib
@@ -93,16 +94,18 @@ def require_same_numbers() -> None:
 
 
 def require_devices() -> None:
-    """Starts JAX's devices. Raises ConfigError where there are none of the kind asked for."""
+    """Starts JAX's devices. Raises ConfigError where there are none as asked for, or processes have unequal numbers."""
     import jax
 
     try:
-        jax.devices()
+        counts = collections.Counter(device.process_index for device in jax.devices())
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split()) or "none of that kind is here"
         raise ConfigError(
             f"JAX_PLATFORMS: got {os.environ.get('JAX_PLATFORMS', '')!r}, allowed is a platform with a device ({said})"
         ) from error
+    found = [count for _, count in sorted(counts.items())]
+    require(len(set(found)) == 1, DEVICES, found, "the same number of devices in each of the processes")
 
 
 def cores(proc: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> int:
@@ -169,10 +172,11 @@ def use_all_cores() -> None:
             jax.config.update("jax_num_cpu_devices", chosen)
 
 
-def keep_compiled_programs() -> None:
+def keep_compiled_programs() -> str:
     """Starting again skips the compilation. JAX's own variable JAX_COMPILATION_CACHE_DIR names another directory.
 
-    Where none can be written the command says so and goes on without.
+    Returns:
+      Why they are not kept, where that directory cannot be written; else "".
     """
     import jax
 
@@ -186,7 +190,7 @@ def keep_compiled_programs() -> None:
             if not os.access(directory, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
     except OSError as error:
-        print(f"compiled programs are not kept ({error.filename}: {error.strerror})", file=sys.stderr)
         jax.config.update("jax_enable_compilation_cache", False)
-    else:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
+        return f"compiled programs were not kept ({error.filename}: {error.strerror})"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    return ""

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 
 import jax
 import pytest
@@ -247,7 +248,7 @@ def test_a_directory_that_this_account_cannot_write_is_refused_before_anything_e
 
 @pytest.mark.parametrize("cache", ["file", "file/below", "/proc/none", "~nobody-of-that-name/x"])
 @pytest.mark.parametrize("name", [startup.CACHE, "XDG_CACHE_HOME"])
-def test_a_cache_that_cannot_be_written_costs_one_line_and_no_result(tmp_path, monkeypatch, capsys, name, cache):
+def test_a_cache_that_cannot_be_written_costs_one_line_and_no_result(tmp_path, monkeypatch, name, cache):
     told = {}
     monkeypatch.setattr(jax.config, "update", told.__setitem__)
     monkeypatch.chdir(tmp_path)
@@ -258,9 +259,8 @@ def test_a_cache_that_cannot_be_written_costs_one_line_and_no_result(tmp_path, m
         with pytest.raises(ConfigError, match=rf"^{name}: got ~nobody-of-that-name/x, allowed is ~ only where"):
             startup.keep_compiled_programs()
         return
-    startup.keep_compiled_programs()
+    assert re.fullmatch(r"compiled programs were not kept \(.*\)", startup.keep_compiled_programs())
     assert told == {"jax_enable_compilation_cache": False}
-    assert re.fullmatch(r"compiled programs are not kept \(.*\)\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -283,7 +283,7 @@ def test_compiled_programs_are_kept_where_the_variables_say(tmp_path, monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in (variables | {"HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
-    startup.keep_compiled_programs()
+    assert startup.keep_compiled_programs() == ""
     assert told == {"jax_compilation_cache_dir": str(tmp_path / expected)}
     assert (tmp_path / expected).is_dir()
 
@@ -300,17 +300,28 @@ def test_closed_streams_end_nothing(tmp_path, closed):
         assert done.stdout.startswith("usage") == (code == 0 and ">&-" not in closed.replace("2>&-", ""))
 
 
-def test_output_that_nobody_reads_or_that_is_full_is_one_line():
+def test_output_that_nobody_reads_or_that_is_full_is_one_line(tmp_path):
     read, write = os.pipe()
     os.close(read)
+    report = ("-m", "experiments.reproduce", "--report-only", "--out", str(tmp_path))
     with open(write, "w") as unread, open("/dev/full", "w") as full:
-        for out, said in (
-            (unread, "error: nobody reads the standard output any more\n"),
-            (full, r"error: .*No space.*\n"),
+        for words, out, code, said in (
+            (HELP, unread, 0, ""),
+            (HELP, full, 1, "error: .*No space left on device\n"),
+            (report, unread, 1, "error: nobody reads the standard output any more\n"),
         ):
-            done = ended(HELP, capture_output=False, stdout=out, stderr=subprocess.PIPE)
-            assert done.returncode == 1
+            done = ended(words, capture_output=False, stdout=out, stderr=subprocess.PIPE)
             assert re.fullmatch(said, done.stderr), done.stderr
+            assert done.returncode == code
+
+
+def test_processes_with_unequal_devices_are_refused(monkeypatch):
+    found = [types.SimpleNamespace(process_index=index) for index in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: found)
+    with pytest.raises(ConfigError, match=r"^JAX_NUM_CPU_DEVICES: got \[2, 1\], allowed is the same number of devices"):
+        startup.require_devices()
+    found.pop(0)
+    startup.require_devices()
 
 
 @pytest.mark.parametrize("variables", [{"COLUMNS": "1"}, {"COLUMNS": "1", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}])
