@@ -24,7 +24,7 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._file = (directory / LOCK_NAME).open("a+")
+        self._file = (directory / LOCK_NAME).open("a+", errors="replace")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
