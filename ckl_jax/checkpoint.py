@@ -66,7 +66,8 @@ class StateCheckpoints:
         self.directory = resolved(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=False, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        with foreign.damaged(self.directory, "checkpoint"):  # It reads the newest one's metadata.
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Any, history: Any = None) -> None:
         """Writes a checkpoint and its manifest; returns when both are on disk.

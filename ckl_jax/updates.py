@@ -82,7 +82,7 @@ def update(
             if config.shard_state:
                 params, opt_state = sharding.split_state((params, opt_state))
             found = {f"loss/{name}": term for name, term in terms.items()}
-            found |= {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+            found |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
             # From the first update on that is not finite nothing is added: its cause stays the only thing to be named.
             sums = jax.tree.map(lambda total, new: jnp.where(sound, total + new, total), sums, found)
             return params, opt_state, sums, sound & jnp.isfinite(jnp.stack(jax.tree.leaves(found))).all()

@@ -176,7 +176,7 @@ def test_all_transitions_as_one_minibatch_have_the_episodes_loss_and_gradient(pr
     (minibatch,) = _epoch(episodes, COUNT + 3)
     found = _loss_and_gradient(program, params, transitions.cut(episodes, minibatch, 19))
     assert min(abs(term) for term in expected[0].values()) > 1e-3
-    assert optax.global_norm(expected[1]["policy"]) > 1e-2
+    assert optax.tree.norm(expected[1]["policy"]) > 1e-2
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -223,7 +223,7 @@ def test_one_update_of_all_transitions_is_one_update_of_all_episodes(model, para
     found = jax.jit(functools.partial(_updated, single, model))(params, episodes)
     assert found[1]["updates"] == expected[1]["updates"] == 1
     moved = jax.tree.map(jnp.subtract, expected[0].params["policy"], params["policy"])
-    assert optax.global_norm(moved) > 1e-2
+    assert optax.tree.norm(moved) > 1e-2
     _assert_same_update(found, expected)
 
 
@@ -322,7 +322,7 @@ def test_a_fine_tuning_with_transitions_logs_its_updates_and_moves_the_policy(fi
         assert all(np.isfinite(record[f"{kind}/{t}"]) for kind in ("loss", "grad_norm") for t in ("policy", "kl"))
     for run in runs:
         policy = load_model(path / run.name).params
-        assert optax.global_norm(jax.tree.map(jnp.subtract, policy, model.params)) > 1e-2
+        assert optax.tree.norm(jax.tree.map(jnp.subtract, policy, model.params)) > 1e-2
 
 
 def test_an_interrupted_fine_tuning_with_transitions_ends_with_the_same_bits(finetuned, model, tmp_path):
