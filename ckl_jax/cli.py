@@ -131,8 +131,6 @@ def _as_raised(line: str, error: BaseException | None) -> str:
     return re.sub(broken, lambda found: said, line) if said else line
 
 
-
-
 def run(
     main: Callable[[Any], None],
     config_type: Any,

@@ -337,7 +337,7 @@ FILES = r"allowed is a directory with one of model\.safetensors, .*; or the file
             r"activation: got 'gelu_erf', allowed is gelu_tanh, .*",
         ),
         ("--source theirs --activation relu", r".*--activation.*"),
-        ("--source theirs --tokenizer model --digits 1", r"source: got 'no vocabulary in model', allowed is .*"),
+        ("--source theirs --tokenizer model --digits 1", r"source: got 'no vocabulary in .*model', allowed is .*"),
     ],
 )
 def test_sources_that_cannot_be_converted_are_refused(here, capsys, monkeypatch, arguments, expected):
@@ -380,9 +380,8 @@ def test_nanogpts_directory_is_converted_by_what_the_messages_ask_for(here, caps
     convert_refused(here, capsys, monkeypatch, arguments, "digits: .*")
     convert_refused(here, capsys, monkeypatch, f"{arguments} --digits 3", r"activation: .* gelu_tanh \(.*gelu_erf \(.*")
     arguments += " --digits 3 --activation gelu_erf"
-    convert_refused(
-        here, capsys, monkeypatch, arguments, r"source: got 'no vocabulary in \.', .* --tokenizer .* stoi .*"
-    )
+    expected = r"source: got 'no vocabulary in .*', .* --tokenizer .* stoi .*"
+    convert_refused(here, capsys, monkeypatch, arguments, expected)
     (here / "stoi.json").write_text(json.dumps({character: row for row, character in enumerate(THEIRS)}))
     main(ConvertConfig("ckpt.pt", here / "ours", digits=3, activation="gelu_erf", tokenizer="stoi.json"))
     model = load_model(here / "ours")
