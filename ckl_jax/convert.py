@@ -25,7 +25,8 @@ from ckl_jax.paths import in_bucket, require_directory
 from ckl_jax.tensor_files import INDICES, SUFFIXES
 from ckl_jax.token_files import ADDED, VOCABULARIES
 
-HUB_FILES = ["config.json", *VOCABULARIES, *ADDED, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
+TOKENIZER_FILES = [*VOCABULARIES, *ADDED]
+HUB_FILES = ["config.json", *TOKENIZER_FILES, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
 AUTHORS = "lecraquito/"
 COMMAND = "python -m ckl_jax.convert"
 
@@ -71,7 +72,7 @@ class ConvertConfig:
         )
 
 
-def _local(source: str, field: str) -> pathlib.Path:
+def _local(source: str, field: str, files: list[str]) -> pathlib.Path:
     """The path that a word means, of a snapshot of the hub if it is no path and can be a name there."""
     path = pathlib.Path(os.path.expanduser(source))
     try:
@@ -85,7 +86,7 @@ def _local(source: str, field: str) -> pathlib.Path:
     require(is_name, field, source, allowed)
     hub = extra("huggingface_hub", field, "convert")
     try:
-        snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=files))
     except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.
         said = " ".join(f"{type(error).__name__}: {error}".split())[: foreign.MOST_SAID]
         raise ConfigError(
@@ -113,7 +114,7 @@ def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
 
 def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
     _require_free(config.out, "model.json", made_by)
-    source = _local(config.source, "source")
+    source = _local(config.source, "source", HUB_FILES)
     allowed = "another's model: this is a checkpoint of ours already, for --checkpoint, or for --to transformers"
     require(not (source / "model.json").is_file(), "source", config.source, allowed)
     said = described(source)
@@ -125,7 +126,7 @@ def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
         named = re.search(r"_(\d{1,2})digits", config.source)
         require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
         digits = int(named[1]) if named else None
-    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer")
+    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer", TOKENIZER_FILES)
     activation = config.activation
     if activation is None and config.source.startswith(AUTHORS) and "activation_function" not in said:
         activation = "gelu_tanh"  # new_gelu in their src/model_teaching_arithmetic.py.

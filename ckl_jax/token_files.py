@@ -40,8 +40,8 @@ def rows(place: pathlib.Path, size: int) -> np.ndarray:
 def _ids(place: pathlib.Path) -> dict[str, Any]:
     paths = [place] if place.is_file() else [place / name for name in VOCABULARIES if (place / name).is_file()]
     allowed = (
-        f"{' or '.join(VOCABULARIES)} there, or --tokenizer with a directory that has one or a JSON file of ids by "
-        "token (of nanoGPT's meta.pkl, which is not unpickled, the object stoi as JSON)"
+        f"{' or '.join(VOCABULARIES)} there, or --tokenizer with a directory or a name on the hub that has one, or "
+        "with a JSON file of ids by token (of nanoGPT's meta.pkl, which is not unpickled, the object stoi as JSON)"
     )
     require(bool(paths), "source", f"no vocabulary in {place}", allowed)
     plain: dict[str, Any] = {}
