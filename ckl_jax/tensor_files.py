@@ -68,7 +68,8 @@ def contents(source: pathlib.Path) -> Contents:
     present = [source / name for name in WEIGHTS if (source / name).is_file()] if source.is_dir() else [source]
     allowed = f"a directory with one of {', '.join(WEIGHTS)}; or the file of weights itself ({' | '.join(SUFFIXES)})"
     is_index = bool(present) and present[0].name.endswith(".index.json")
-    require(bool(present) and (is_index or present[0].suffix in SUFFIXES), "source", str(source), allowed)
+    known = bool(present) and present[0].is_file() and (is_index or present[0].suffix in SUFFIXES)
+    require(known, "source", str(source), allowed)
     if not is_index:
         return _file(present[0])
     shards = [_file(path) for path in _shards(present[0])]
