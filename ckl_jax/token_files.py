@@ -90,6 +90,6 @@ def _join(ids: dict[str, Any], more: Mapping[str, Any], path: pathlib.Path) -> N
     """Adds ids; raises a ConfigError where a file says another id of one of our characters than those before it."""
     for token in (*alphabet.VOCABULARY, *BYTE_LEVEL.values()):
         if token in ids and token in more:
-            others = f"{ids[token]}, as in the other files there"
+            others = f"{repr(ids[token])[:40]}, as in the other files there"
             require(ids[token] == more[token], "source", f"{path} with {more[token]} for {token!r}", others)
     ids.update(more)

@@ -336,6 +336,13 @@ def test_pipes_devices_and_directories_are_not_read_as_files(make, name, source,
     refused(source, r"^source: got '\S+source', allowed is a directory with one of model\.safetensors, ")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["a\nb", "h.0.\n.weight", "lm_head.weight\x00", "wte." * 10**5])
+def test_names_that_are_no_line_are_refused_in_one(name, kind, source, state):
+    save(state | {name: torch.zeros(3, dtype=torch.int32)}, source, kind)
+    refused(source, r"^source: got .a tensor named .*, allowed is names of at most 200 printable characters$")
+
+
 def test_matrices_of_both_layouts_give_the_same_model(source, expected, state):
     for name, x in state.items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
