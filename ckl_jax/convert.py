@@ -7,15 +7,17 @@ python -m ckl_jax.convert --source models/N7 --out exported --to transformers
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckl_jax import cli, foreign
-from ckl_jax.checkpoint import load_model, save_model
+from ckl_jax.checkpoint import load_model, save_model, write_json
 from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.errors import extra, require_choice, require_types
@@ -24,8 +26,10 @@ from ckl_jax.paths import in_bucket, require_directory, resolved
 from ckl_jax.tensor_files import INDICES, SUFFIXES
 from ckl_jax.token_files import ADDED, VOCABULARIES
 
-HUB_FILES = ["config.json", *VOCABULARIES, *ADDED, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
+TOKENIZER_FILES = [*VOCABULARIES, *ADDED]
+HUB_FILES = ["config.json", *TOKENIZER_FILES, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
 AUTHORS = "lecraquito/"
+UNFINISHED = "unfinished.json"
 COMMAND = "python -m ckl_jax.convert"
 
 
@@ -44,7 +48,7 @@ class ConvertConfig:
     """`ours`: of the source's tokens only our 41 characters are kept, as from the stock GPT-2 with its 50,257."""
     tokenizer: str | None = None
     """Where the vocabulary is, if not beside the weights: a directory or a name on the hub, of which vocab.json or
-    tokenizer.json is read, or a JSON file of ids by token."""
+    tokenizer.json is read, or a JSON file of ids by token. (The authors take that of their `_3digits` for all.)"""
     activation: Literal["gelu_tanh", "gelu_erf"] | None = None
     """The GELU of a model whose files do not say it. nanoGPT's do not: `gelu_tanh` is its new_gelu until 14 June 2023
     and that of the paper's authors, `gelu_erf` its nn.GELU() since then."""
@@ -68,7 +72,7 @@ class ConvertConfig:
         require(other, "out", str(self.out), "another than source")
 
 
-def _local(source: str, field: str) -> pathlib.Path:
+def _local(source: str, field: str, files: list[str]) -> pathlib.Path:
     """The path that a word means, of a snapshot of the hub if it is no path and can be a name there."""
     path = resolved(source, field)
     try:
@@ -82,7 +86,7 @@ def _local(source: str, field: str) -> pathlib.Path:
     require(is_name, field, source, allowed)
     hub = extra("huggingface_hub", field, "convert")
     try:
-        snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=files))
     except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.
         said = " ".join(f"{type(error).__name__}: {error}".split())[: foreign.MOST_SAID]
         raise ConfigError(
@@ -95,9 +99,20 @@ def _local(source: str, field: str) -> pathlib.Path:
 def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) -> None:
     """Raises a ConfigError if something would be lost: if anything is there that the same command did not make."""
     if out.is_dir() and any(out.iterdir()):
-        earlier = foreign.read_object(out / description, "out") if (out / description).exists() else {}
+        found = [out / name for name in (UNFINISHED, description) if (out / name).exists()]
+        earlier = foreign.read_object(found[0], "out") if found else {}
         same = earlier.get("made_by") == made_by
         require(same, "out", f"{out}, which is not empty", "a new or empty directory, or what this command made before")
+
+
+@contextlib.contextmanager
+def _writing(out: pathlib.Path, made_by: dict[str, Any]) -> Iterator[None]:
+    """Leaves word of what is being made as long as it is, so that the same command may begin again after a stop."""
+    require_directory(out, "out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / UNFINISHED, {"made_by": made_by})
+    yield
+    (out / UNFINISHED).unlink()
 
 
 def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
@@ -105,12 +120,14 @@ def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
     source = resolved(config.source, "source")
     found = (source / "model.json").is_file()
     require(found, "source", config.source, "a checkpoint of ours (a directory with model.json), for --to transformers")
-    save_transformers(config.out, load_model(source), made_by)
+    model = load_model(source)
+    with _writing(config.out, made_by):
+        save_transformers(config.out, model, made_by)
 
 
 def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
     _require_free(config.out, "model.json", made_by)
-    source = _local(config.source, "source")
+    source = _local(config.source, "source", HUB_FILES)
     allowed = "another's model: this is a checkpoint of ours already, for --checkpoint, or for --to transformers"
     require(not (source / "model.json").is_file(), "source", config.source, allowed)
     said = described(source)
@@ -122,12 +139,13 @@ def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
         named = re.search(r"_(\d{1,2})digits", config.source)
         require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
         digits = int(named[1]) if named else None
-    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer")
+    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer", TOKENIZER_FILES)
     activation = config.activation
     if activation is None and config.source.startswith(AUTHORS) and "activation_function" not in said:
         activation = "gelu_tanh"  # new_gelu in their src/model_teaching_arithmetic.py.
     model = load_foreign(source, task, digits, config.vocabulary == "ours", activation, tokenizer)
-    save_model(config.out, model, made_by)
+    with _writing(config.out, made_by):
+        save_model(config.out, model, made_by)
     sizes = {"weights": model.config.num_weights, "vocabulary": model.config.vocab_size}
     print(json.dumps({"task": task.name, "N": digits, **sizes, "activation": model.config.activation}))
 

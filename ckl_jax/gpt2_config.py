@@ -15,6 +15,7 @@ ACTIVATIONS = {
 }
 """GELUs of transformers, which has five names for the one by tanh, and ours."""
 EXPORTED = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "block_size", "vocab_size", "bias")
 SYNONYMS = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -35,8 +36,11 @@ def settings(config_json: Mapping[str, Any], model_args: Mapping[str, Any]) -> d
     for given, value in config_json.items():
         name = SYNONYMS.get(given, given)
         elsewhere = "nanoGPT's model_args" if name in model_args else "another name of it in config.json"
-        if found.setdefault(name, value) != value and name != "dropout":
-            raise ConfigError(f"config.json {given}: got {value!r}, allowed is {found[name]!r}, by {elsewhere}")
+        if name in SIZES:
+            said = f"{repr(found.get(name))[:40]}, by {elsewhere}"
+            require(found.setdefault(name, value) == value, f"config.json {given}", value, said)
+        else:
+            found[name] = value
     return found
 
 

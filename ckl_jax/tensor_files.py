@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # In the order in which transformers looks for them.
 WEIGHTS = (WHOLE[0], INDICES[0], WHOLE[1], INDICES[1], WHOLE[2])
 SUFFIXES = foreign.WEIGHTS
+MOST_NAME = 200
 CONTAINERS = ("model", "state_dict", "model_state_dict")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TORCH_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -68,7 +69,8 @@ def contents(source: pathlib.Path) -> Contents:
     present = [source / name for name in WEIGHTS if (source / name).is_file()] if source.is_dir() else [source]
     allowed = f"a directory with one of {', '.join(WEIGHTS)}; or the file of weights itself ({' | '.join(SUFFIXES)})"
     is_index = bool(present) and present[0].name.endswith(".index.json")
-    require(bool(present) and (is_index or present[0].suffix in SUFFIXES), "source", str(source), allowed)
+    known = bool(present) and present[0].is_file() and (is_index or present[0].suffix in SUFFIXES)
+    require(known, "source", str(source), allowed)
     if not is_index:
         return _file(present[0])
     shards = [_file(path) for path in _shards(present[0])]
@@ -115,6 +117,7 @@ def _safetensors(path: pathlib.Path) -> Contents:
         entry = file.get_slice(name)
         return Stored(tuple(entry.get_shape()), entry.get_dtype(), lambda: file.get_tensor(name).float().numpy())
 
+    _require_names(file.keys())
     tensors = {name: stored(name) for name in file.keys()}  # noqa: SIM118 - it is no dict.
     aliases = {alias: kept for alias, kept in (file.metadata() or {}).items() if kept in tensors}
     return Contents(tensors, aliases, {}, path.stat().st_size)
@@ -137,7 +140,7 @@ def _pytorch(path: pathlib.Path) -> Contents:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # What torch says at length is how to load it by running what is in it.
-        ran = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+        ran = re.search(r"Unsupported global: GLOBAL ([\w.]{1,100})", str(error))
         what = f"wants to run {ran[1]}" if ran else "has what is neither tensor, number nor word"
         raise ConfigError(
             f"source: {path} is damaged, or {what}, and nothing is unpickled; allowed is what torch.save writes of a "
@@ -148,6 +151,8 @@ def _pytorch(path: pathlib.Path) -> Contents:
     state = states[0] if states else found
     named = _is_named(state) and all(torch.is_tensor(x) for x in state.values())
     require(named, "source", f"{path} with a {type(state).__name__}", "tensors by name")
+
+    _require_names(state)
 
     def stored(name: str, tensor: Any) -> Stored:
         claimed = tensor.numel() * tensor.element_size()  # By strides of 0 few bytes can claim any size.
@@ -160,6 +165,11 @@ def _pytorch(path: pathlib.Path) -> Contents:
     settings = settings if _is_named(settings) else {}
     settings = {name: value for name, value in settings.items() if isinstance(value, (int, float, str, type(None)))}
     return Contents({name: stored(name, tensor) for name, tensor in state.items()}, {}, settings, size)
+
+
+def _require_names(names: Iterable[str]) -> None:
+    odd = [name for name in names if not name.isprintable() or len(name) > MOST_NAME]
+    require(not odd, "source", f"a tensor named {odd[:1]}", f"names of at most {MOST_NAME} printable characters")
 
 
 def _is_named(found: Any) -> bool:

@@ -40,8 +40,8 @@ def rows(place: pathlib.Path, size: int) -> np.ndarray:
 def _ids(place: pathlib.Path) -> dict[str, Any]:
     paths = [place] if place.is_file() else [place / name for name in VOCABULARIES if (place / name).is_file()]
     allowed = (
-        f"{' or '.join(VOCABULARIES)} there, or --tokenizer with a directory that has one or a JSON file of ids by "
-        "token (of nanoGPT's meta.pkl, which is not unpickled, the object stoi as JSON)"
+        f"{' or '.join(VOCABULARIES)} there, or --tokenizer with a directory or a name on the hub that has one, or "
+        "with a JSON file of ids by token (of nanoGPT's meta.pkl, which is not unpickled, the object stoi as JSON)"
     )
     require(bool(paths), "source", f"no vocabulary in {place}", allowed)
     plain: dict[str, Any] = {}
@@ -90,6 +90,6 @@ def _join(ids: dict[str, Any], more: Mapping[str, Any], path: pathlib.Path) -> N
     """Adds ids; raises a ConfigError where a file says another id of one of our characters than those before it."""
     for token in (*alphabet.VOCABULARY, *BYTE_LEVEL.values()):
         if token in ids and token in more:
-            others = f"{ids[token]}, as in the other files there"
+            others = f"{repr(ids[token])[:40]}, as in the other files there"
             require(ids[token] == more[token], "source", f"{path} with {more[token]} for {token!r}", others)
     ids.update(more)

@@ -1,5 +1,6 @@
 """Checkpoints of transformers and nanoGPT: the same logits and greedy text, exact round trips, refusals by name."""
 
+import errno
 import http.server
 import json
 import os
@@ -368,6 +369,44 @@ def test_the_same_command_may_write_again_and_another_may_not(here, capsys, monk
         "--source empty --to transformers --out exported",
     ):
         convert_refused(here, capsys, monkeypatch, arguments, r"out: got '\S+, which is not empty', .*")
+
+
+@pytest.mark.parametrize("arguments", ["--source theirs --digits 1", "--source model --to transformers"])
+def test_a_conversion_that_was_stopped_is_made_again_by_the_same_command(here, capsys, monkeypatch, arguments):
+    def stop(directory, *_):
+        (directory / "params").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device", "params")
+
+    def run():
+        monkeypatch.setattr(sys, "argv", ["convert", *arguments.split(), "--out", "new"])
+        cli.run(main, ConvertConfig)
+
+    for name in ("save_model", "save_transformers"):
+        monkeypatch.setattr(f"ckl_jax.convert.{name}", stop)
+    with pytest.raises(SystemExit):
+        run()
+    capsys.readouterr()
+    convert_refused(here, capsys, monkeypatch, "--source theirs --digits 2 --out new", "out: got 'new, which is .*")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    run()
+    run()
+    assert not (here / "new" / "unfinished.json").exists()
+
+
+def test_a_tokenizer_by_name_is_had_without_weights(here, monkeypatch):
+    asked = {}
+    (here / "theirs" / "tokenizer.json").rename(here / "tokenizer.json")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.update(how, name=name) or here)
+    main(ConvertConfig("theirs", here / "ours", digits=1, tokenizer="owner/name"))
+    assert asked["name"] == "owner/name"
+    assert set(asked["allow_patterns"]) == {
+        "vocab.json",
+        "tokenizer.json",
+        "added_tokens.json",
+        "tokenizer_config.json",
+    }
+    assert load_model(here / "ours").config.vocab_size == SIZES["vocab_size"]
 
 
 def test_nanogpts_directory_is_converted_by_what_the_messages_ask_for(here, capsys, monkeypatch):

@@ -155,6 +155,15 @@ def test_longer_names_of_the_sizes_are_read(tmp_path):
     assert load_foreign(tmp_path / "source", ADDITION, 7).config.block_size == BLOCK
 
 
+def test_positions_are_as_many_as_the_own_code_of_each_layout_reads(tmp_path):
+    write_nano(tmp_path / "nano", model_type="gpt2", n_positions=1024)
+    write_transformers(tmp_path / "transformers")
+    path = tmp_path / "transformers" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": 1024}))
+    for name in ("nano", "transformers"):
+        assert load_foreign(tmp_path / name, ADDITION, 7).config.block_size == BLOCK
+
+
 @pytest.mark.parametrize("part", ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj", "ln_f"])
 @pytest.mark.parametrize("says", [True, False])
 def test_biases_of_some_parts_alone_are_refused_by_name(part, says, tmp_path):

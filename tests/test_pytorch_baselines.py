@@ -38,9 +38,9 @@ def greedy(config, params, packed, max_length):
     return run(params, packed, jax.random.key(0))
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_both_torch_models_give_our_logits(small_model, use_bias):
-    config = dataclasses.replace(small_model, use_bias=use_bias)
+@pytest.mark.parametrize(("use_bias", "activation"), [(True, "gelu_erf"), (False, "gelu_tanh")])
+def test_both_torch_models_give_our_logits(small_model, use_bias, activation):
+    config = dataclasses.replace(small_model, use_bias=use_bias, activation=activation)
     params = random_params(config)
     tokens = np.array(jax.random.randint(jax.random.key(7), (2, 17), 0, config.vocab_size))
     expected = jax.jit(forward, static_argnums=0)(config, params, tokens)

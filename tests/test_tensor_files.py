@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import zipfile
 
@@ -325,6 +326,21 @@ def test_an_archive_that_inflates_is_refused(source, state):
 def test_files_that_are_no_weights_are_refused(name, content, source, state):
     (source / name).write_bytes(content)
     refused(source, rf"^source: (\S*{re.escape(name)} is damaged|got '\S+ with a)")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+@pytest.mark.parametrize("name", ["a.bin", "b.safetensors", "model.safetensors.index.json"])
+def test_pipes_devices_and_directories_are_not_read_as_files(make, name, source, state):
+    make(source / name)
+    refused(source / name, r"^source: got '\S+', allowed is a directory with one of model\.safetensors, ")
+    refused(source, r"^source: got '\S+source', allowed is a directory with one of model\.safetensors, ")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("name", ["a\nb", "h.0.\n.weight", "lm_head.weight\x00", "wte." * 10**5])
+def test_names_that_are_no_line_are_refused_in_one(name, kind, source, state):
+    save(state | {name: torch.zeros(3, dtype=torch.int32)}, source, kind)
+    refused(source, r"^source: got .a tensor named .*, allowed is names of at most 200 printable characters$")
 
 
 def test_matrices_of_both_layouts_give_the_same_model(source, expected, state):

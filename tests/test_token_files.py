@@ -65,6 +65,7 @@ SWAPPED = PLAIN | {"1": PLAIN["2"], "2": PLAIN["1"]}
         ({"vocab.json": PLAIN, "added_tokens.json": {"1": 44}}, r"with 44 for ..?1"),
         ({"vocab.json": PLAIN, "tokenizer_config.json": added(44, "1")}, r"with 44 for ..?1"),
         ({"added_tokens.json": {"%": 44}, "tokenizer_config.json": added(), "vocab.json": without(PLAIN)}, "for ..?%"),
+        ({"vocab.json": PLAIN | {"1": "a\nb" * 99}, "added_tokens.json": {"1": 44}}, r"with 44 .* 'a\\nba\\nb"),
         ({"vocab.json": PLAIN | {"Ġ": 44}}, r"got \"tokens ' ' and 'Ġ'\", allowed is one of them"),
         ({"vocab.json": PLAIN | {"Ċ": 44}}, r"and 'Ċ'\", allowed is one of them"),
         ({"vocab.json": without(PLAIN)}, r"a vocabulary without \['%'\]"),

@@ -22,7 +22,7 @@ def enlarge(model: Model, config: ModelConfig) -> Model:
       ConfigError: ``config`` is not a multiple of the model's width or smaller in anything else.
     """
     small = model.config
-    config = dataclasses.replace(config, use_bias=small.use_bias, dropout=0.0)
+    config = dataclasses.replace(config, use_bias=small.use_bias, activation=small.activation, dropout=0.0)
     copies, remainder = divmod(config.width, small.width)
     require(copies >= 1 and not remainder, "width", config.width, f"a multiple of {small.width}")
     small_head, head = small.width // small.num_heads, config.width // config.num_heads
