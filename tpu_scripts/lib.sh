@@ -56,7 +56,7 @@ finish() {
     wait "$job"
   done
   "$@"
-  exit
+  exit "$?"
 }
 
 # step COMMAND...: in a process group of its own, which a signal to this script ends, and at once.
