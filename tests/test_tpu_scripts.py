@@ -552,13 +552,13 @@ READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full"
 
 
 def shell(cloud, script, streams, *arguments):
-    """The script with its streams so redirected, in a group of its own; its exit code goes to the file ``code``."""
+    """The script with its streams so redirected, in a group of its own; its exit code is in the file ``code``."""
     words = " ".join([f"tpu_scripts/{script}", *arguments])
     return subprocess.Popen(
         [
             "bash",
             "-c",
-            f"trap : HUP INT QUIT TERM; {{ trap : HUP INT QUIT TERM; {words}; echo $? >'{cloud.path}/code'; }} {streams}",
+            """The script with these streams, in a group of its own; its exit code goes to the file ``code``.""",
         ],
         cwd=cloud.checkout,
         env=cloud.environment,
@@ -658,8 +658,10 @@ def test_a_command_that_cannot_be_is_refused_before_it_is_paid_for(cloud, words)
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("v5e-8", "v5litepod-8"), ("V5LITE-16", "v5litepod-16"), ("v6-8", "v6e-8"), ("trillium-4", "v6e-4")]
-    + [("tpu-v4-8", "v4-8"), ("v5-8", "v5litepod-8 or v5p-8"), ("V5P-8", "v5p-8")],
+    [
+        *(("v5e-8", "v5litepod-8"), ("V5LITE-16", "v5litepod-16"), ("v6-8", "v6e-8"), ("trillium-4", "v6e-4")),
+        *(("tpu-v4-8", "v4-8"), ("v5-8", "v5litepod-8 or v5p-8"), ("V5P-8", "v5p-8")),
+    ],
 )
 def test_a_type_that_gcloud_calls_otherwise_is_named(cloud, typed, meant):
     done = cloud.run("env.sh", ACCELERATOR_TYPE=typed)
