@@ -195,7 +195,8 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
     ]
     ssh = (
         "gcloud compute tpus tpu-vm ssh t-1 --project=p --zone=z --quiet --worker=all "
-        "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 '--command=bash remote.sh {}'"
+        "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 "
+        "'--command=bash remote.sh {}'"
     )
     scripts, temporary = cloud.checkout / "tpu_scripts", cloud.environment["TMPDIR"]
     printed = re.sub(r"run-\d+", "run-N", re.sub(r"run-\d+ \d+-\d+", "run-N NOW", done.out))
@@ -553,13 +554,10 @@ READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full"
 
 def shell(cloud, script, streams, *arguments):
     """The script with its streams so redirected, in a group of its own; its exit code is in the file ``code``."""
+    outlive = "trap : HUP INT QUIT TERM"
     words = " ".join([f"tpu_scripts/{script}", *arguments])
     return subprocess.Popen(
-        [
-            "bash",
-            "-c",
-            """The script with these streams, in a group of its own; its exit code goes to the file ``code``.""",
-        ],
+        ["bash", "-c", f"{outlive}; {{ {outlive}; {words}; echo $? >'{cloud.path}/code'; }} {streams}"],
         cwd=cloud.checkout,
         env=cloud.environment,
         start_new_session=True,
