@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "tpu_scripts").glob("*.sh"))
-UNTIL = 30.0  # Seconds after which a script that should be at some point counts as stuck.
+UNTIL = 15.0  # Seconds after which a script that should be at some point counts as stuck.
 
 # The venv's python of a worker: notes its arguments and ends as the plan says, by how often the life and worker ran it.
 PYTHON = (
@@ -195,7 +195,8 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
     ]
     ssh = (
         "gcloud compute tpus tpu-vm ssh t-1 --project=p --zone=z --quiet --worker=all "
-        "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 '--command=bash remote.sh {}'"
+        "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 "
+        "'--command=bash remote.sh {}'"
     )
     scripts, temporary = cloud.checkout / "tpu_scripts", cloud.environment["TMPDIR"]
     printed = re.sub(r"run-\d+", "run-N", re.sub(r"run-\d+ \d+-\d+", "run-N NOW", done.out))
@@ -546,3 +547,122 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     done = cloud.run("supervise.sh", "--adopt", "a.module")
     assert done.returncode == 0, done.err
     assert len(cloud.jobs()) == 1
+
+
+READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}
+
+
+def shell(cloud, script, streams, *arguments):
+    """The script with its streams so redirected, in a group of its own; its exit code is in the file ``code``."""
+    outlive = "trap : HUP INT QUIT TERM"
+    words = " ".join([f"tpu_scripts/{script}", *arguments])
+    return subprocess.Popen(
+        ["bash", "-c", f"{outlive}; {{ {outlive}; {words}; echo $? >'{cloud.path}/code'; }} {streams}"],
+        cwd=cloud.checkout,
+        env=cloud.environment,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+    )
+
+
+def interrupt(cloud, process, number):
+    for _ in range(3):  # The second and third come while it cleans up.
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    process.wait(UNTIL)
+    cloud.wait_for((cloud.path / "code").exists)
+    time.sleep(0.05)
+    return int((cloud.path / "code").read_text())
+
+
+SIGNALS = {signal.SIGHUP: 129, signal.SIGINT: 130, signal.SIGQUIT: 131, signal.SIGTERM: 143}
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("streams", READERS)
+def test_no_reader_and_no_further_signal_keeps_supervise_from_deleting(cloud, streams, number):
+    cloud.plan(ends={"0": [[60, 0]]})
+    process = shell(cloud, "supervise.sh", READERS[streams], "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    assert interrupt(cloud, process, number) == SIGNALS[number]
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("streams", READERS)
+def test_no_reader_keeps_create_from_deleting_its_request(cloud, streams):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}])
+    process = shell(cloud, "create.sh", READERS[streams])
+    cloud.wait_for(lambda: "create" in cloud.calls())
+    assert interrupt(cloud, process, signal.SIGINT) == 130
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("streams", READERS)
+def test_without_a_reader_a_run_goes_on_to_its_end(cloud, streams):
+    cloud.plan(ends={"0": [[0, 0]]})
+    shell(cloud, "supervise.sh", READERS[streams], "a.module").wait(UNTIL)
+    cloud.wait_for((cloud.path / "code").exists)
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED"])
+@pytest.mark.parametrize("at", [1, 2, 4], ids=["scp", "install", "run"])
+def test_a_machine_that_is_gone_under_an_active_request_is_a_preemption(cloud, state, at):
+    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[60, 0], [0, 0]]} if at == 4 else {})
+    done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
+    assert done.returncode == 0, done.err
+    assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]
+
+
+def test_delete_looks_for_the_machine_too(cloud):
+    cloud.plan([{"lingers": True}])
+    cloud.run("create.sh")
+    assert cloud.run("delete.sh").returncode == 0
+    assert cloud.calls() == ["create", "delete", "delete"]
+    assert not cloud.is_there()
+
+
+def test_a_gcloud_that_hangs_is_ended(cloud):
+    cloud.plan(hangs=["describe"])
+    started = time.monotonic()
+    assert cloud.run("supervise.sh", "a.module", CALL_SECONDS="1").returncode == 5
+    assert time.monotonic() - started < UNTIL / 2
+
+
+def test_a_checkout_without_git_is_installed(cloud):
+    shutil.rmtree(cloud.checkout / ".git")
+    assert cloud.run("supervise.sh", "a.module").returncode == 0
+    assert not cloud.is_there()
+
+
+def test_a_checkout_that_cannot_be_packed_is_refused_before_it_is_paid_for(cloud):
+    shutil.rmtree(cloud.checkout / ".git")
+    (cloud.checkout / ".git").write_text("gitdir: nowhere\n")
+    for script, arguments in (("create.sh", ()), ("supervise.sh", ("a.module",))):
+        done = cloud.run(script, *arguments)
+        assert done.returncode == 2
+        assert "cannot be packed" in done.err
+    assert not cloud.records("calls.jsonl")
+
+
+@pytest.mark.parametrize("words", [["a/module.py"], ["no.such"], ["a.module", "--out", "x"], []])
+def test_a_command_that_cannot_be_is_refused_before_it_is_paid_for(cloud, words):
+    (cloud.checkout / "pyproject.toml").touch()
+    assert cloud.run("supervise.sh", *words).returncode == 2
+    assert not cloud.records("calls.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        *(("v5e-8", "v5litepod-8"), ("V5LITE-16", "v5litepod-16"), ("v6-8", "v6e-8"), ("trillium-4", "v6e-4")),
+        *(("tpu-v4-8", "v4-8"), ("v5-8", "v5litepod-8 or v5p-8"), ("V5P-8", "v5p-8")),
+    ],
+)
+def test_a_type_that_gcloud_calls_otherwise_is_named(cloud, typed, meant):
+    done = cloud.run("env.sh", ACCELERATOR_TYPE=typed)
+    assert done.returncode == 2
+    assert done.err == f"error: ACCELERATOR_TYPE: got {typed}, which gcloud calls {meant}\n"
+    assert cloud.run("env.sh", ACCELERATOR_TYPE=typed, RUNTIME_VERSION="mine").returncode == 0

@@ -2,8 +2,8 @@
 # What the scripts of this directory share; sourced, not run.
 set -euo pipefail
 trap '' PIPE XFSZ # Output that nobody reads, or that does not fit, must not end what deletes a machine.
-: >&2 || exec 2>/dev/null
-{ : >&1; } 2>/dev/null || exec >/dev/null
+: 3>&2 || exec 2>/dev/null
+{ : 3>&1; } 2>/dev/null || exec >/dev/null
 exec </dev/null # Nothing reads the terminal: gcloud's ssh would eat it.
 exec 3>&1       # Where a dry run prints its commands, also from within $(...).
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -56,7 +56,7 @@ finish() {
     wait "$job"
   done
   "$@"
-  exit
+  exit "$?"
 }
 
 # step COMMAND...: in a process group of its own, which a signal to this script ends, and at once.

@@ -1,4 +1,4 @@
-"""parse.py MODULE ARG...: what MODULE says to its arguments, and no more: it is not run. Code 2 where it refuses them."""
+"""parse.py MODULE ARG...: has MODULE read its arguments, without running it. Exit code 2: it refuses them."""
 
 import runpy
 import sys

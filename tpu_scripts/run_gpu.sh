@@ -12,8 +12,8 @@
 # OPTIONS more of reproduce's items, a line each ("figure4: --rounds 2 --test-every 1"), PYTHON the interpreter.
 set -euo pipefail
 trap '' PIPE XFSZ # A log that nobody reads, or that does not fit, ends no stage.
-: >&2 || exec 2>/dev/null
-{ : >&1; } 2>/dev/null || exec >/dev/null
+: 3>&2 || exec 2>/dev/null
+{ : 3>&1; } 2>/dev/null || exec >/dev/null
 
 dry_run=
 if [[ ${1-} == --dry-run ]]; then
