@@ -114,10 +114,10 @@ class WandB:
                 config=dict(config),
                 settings=settings,
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, RuntimeError, OSError) as error:  # Its own; no home directory.
             said = " ".join(str(error).split())
             raise ConfigError(
-                f"log_to: got wandb, which cannot start ({said}); allowed is WANDB_MODE=offline"
+                f"log_to: got wandb, which cannot start ({said}); allowed is WANDB_MODE=offline, and a home directory"
             ) from error
         self._run.define_metric("*", step_metric="step")
         self.lacks_from = self._run.summary.get("step", 0) if self._run.resumed else 0

@@ -23,8 +23,10 @@ from etils import epath
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.strays import is_unread
 
-MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|~")
+MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|(gs|s3):|~", re.IGNORECASE)
+VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 AnyPath: TypeAlias = str | os.PathLike[str]
+REPLACED = "a path without variables: no shell has replaced them"
 SCHEMES = "allowed are local paths and gs://bucket/directory"
 
 
@@ -42,7 +44,7 @@ def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
     text = os.fspath(text)
     require(text != "" and text.isprintable(), field, text, "one or more printable characters")
     found = MEANS_MORE.match(text)
-    scheme = found and found[1] and found[1].lower()
+    scheme = (found[1] or found[2] or "").lower() if found else ""
     if scheme == "gs":
         return _bucket(text, field)
     if scheme == "file":
@@ -51,8 +53,7 @@ def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
         raise ConfigError(f"{field}: got {text}, {SCHEMES}")
     path = _local(text, field)
     _require_reachable(path, field)
-    replaced = re.search(r"\$[A-Za-z_{(]", text) is None or path.exists()
-    require(replaced, field, text, "a path without variables: no shell has replaced them")
+    require(VARIABLE.search(text) is None or path.exists(), field, text, REPLACED)
     return path
 
 
@@ -70,7 +71,9 @@ def _of_url(text: str, field: str) -> str:
     url = urllib.parse.urlsplit(text)
     local = url.netloc in ("", "localhost") and url.path.startswith("/") and not (url.query or url.fragment)
     require(local, field, text, "file:///directory, absolute and on this machine")
-    return urllib.parse.unquote(url.path)
+    path = urllib.parse.unquote(url.path)
+    require(path.isprintable(), field, text, "one or more printable characters")
+    return path
 
 
 def _bucket(text: str, field: str) -> pathlib.Path:
@@ -78,6 +81,7 @@ def _bucket(text: str, field: str) -> pathlib.Path:
     key = posixpath.normpath("/" + found[2]).strip("/") if found else ""
     if found is None or ".." in found[2].split("/"):
         raise ConfigError(f"{field}: got {text}, {SCHEMES}")
+    require(VARIABLE.search(text) is None, field, text, REPLACED)
     try:
         fsspec.get_filesystem_class("gcs")
         importlib.import_module("google.cloud.storage")  # Orbax looks at the bucket by it.

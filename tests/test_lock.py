@@ -1,6 +1,8 @@
 """Two processes never write to one run's directory, and a process that is gone, however it went, holds none."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -70,3 +72,25 @@ def test_a_directory_that_nothing_refers_to_any_more_is_let_go(tmp_path):
 def test_a_lock_of_a_process_that_was_killed_before_it_wrote_a_config_is_no_other_run(tmp_path):
     (tmp_path / ".lock").write_text("1 on nowhere\n")
     assert (RunDirectory(tmp_path, {}).path / "config.json").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    run = RunDirectory(tmp_path, {"command": "a test"})
+    assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
+    run.close()
+
+
+def test_what_a_lock_file_says_need_not_be_text(tmp_path, monkeypatch):
+    (tmp_path / ".lock").write_bytes(b"7 on b\xfcro\n")
+
+    def held(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.raises(ConfigError, match=r"is in use by process 7 on b.ro; allowed"):
+        RunDirectory(tmp_path, {"command": "a test"})

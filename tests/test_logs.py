@@ -241,9 +241,10 @@ def test_libraries_are_imported_only_when_asked_for():
     assert done.stderr.splitlines()[-1] == "set()"
 
 
-def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [wandb.errors.UsageError, RuntimeError, PermissionError])
+def test_wandb_that_cannot_start_is_one_line(tmp_path, monkeypatch, error):
     def refused(**_):
-        raise wandb.errors.UsageError("No API key\nconfigured.")
+        raise error("No API key\nconfigured.")
 
     monkeypatch.setattr(wandb, "init", refused)
     with pytest.raises(

@@ -143,8 +143,10 @@ print(jax.device_count(), os.environ["NPROC"])
         ("jax_transfer_guard", "disallow"),
     ],
 )
-def test_settings_of_jax_that_would_change_the_numbers_are_refused(name, value):
+def test_settings_of_jax_that_would_change_the_numbers_are_refused(monkeypatch, name, value):
+    monkeypatch.delenv(name.upper(), raising=False)
     startup.require_same_numbers()
+    monkeypatch.setenv(name.upper(), str(value))
     before = getattr(jax.config, name)
     jax.config.update(name, value)
     try:
