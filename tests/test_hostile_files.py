@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from damage import each
@@ -56,6 +57,8 @@ def _ended(name, arguments, monkeypatch, capsys):
         return stop.code, capsys.readouterr().err
     except WentOnError:
         pass
+    finally:
+        plt.close("all")
     capsys.readouterr()
     return None
 
@@ -131,6 +134,29 @@ def test_a_run_with_a_damaged_file_is_refused_in_one_line_or_goes_on_and_nothing
     print(went_on)
 
 
+@pytest.mark.parametrize("kind", ["finetuned", "pretrained"])
+def test_a_run_goes_on_where_it_was_moved_copied_or_linked_to(kind, request, tmp_path, monkeypatch, capsys):
+    name, arguments = request.getfixturevalue(kind)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "copied")
+    (tmp_path / "linked").symlink_to("moved")
+    for place in ("moved", "copied", "linked"):
+        assert _ended(name, arguments.replace("--out run", f"--out {place}"), monkeypatch, capsys) is None
+
+
+def test_a_run_cut_at_a_whole_line_is_no_finished_one(tmp_path, monkeypatch, capsys):
+    shutil.copytree(RESULTS / "figure4", tmp_path / "run", ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    half = [line for line in lines if json.loads(line)["step"] <= 7]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(half))
+    before = snapshot(tmp_path)
+    arguments = f"--plot-only True --out {tmp_path / 'run'}"
+    said = r"error: plot_only: got '\S+run', allowed is the directory of a run that has done its 14 rounds\n"
+    code, err = _ended("experiments.figure4_prioritized_kl", arguments, monkeypatch, capsys)
+    assert (code, bool(re.fullmatch(said, err))) == (2, True), err
+    assert snapshot(tmp_path) == before
+
+
 PLOTTED = {
     "figure1": "figure1_scratchpad",
     "figure2": "figure2_pretraining",
@@ -152,12 +178,18 @@ def test_every_published_directory_is_in_the_table():
     assert {path.name for path in RESULTS.iterdir()} == {*PLOTTED, "reproduce"}
 
 
-@pytest.mark.parametrize("published", PLOTTED)
+LONG = ("figure1", "figure4", "figure4_subtraction", "figure4_multiplication", "figure5", "figure6", "regularizers")
+
+
+@pytest.mark.parametrize(
+    "published", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in PLOTTED]
+)
 def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(published, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "save", _go_on)
     module, _, options = PLOTTED[published].partition(" ")
     name, directory = f"experiments.{module}", tmp_path / published
     shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg", "*_*"))
+    monkeypatch.setattr(plots, "save", _go_on)
+    monkeypatch.setattr(importlib.import_module(name), "write_json", _go_on)
     arguments = f"--plot-only True --out {directory} {options}"
     assert _ended(name, arguments, monkeypatch, capsys) is None
     reads_a_run = "figure4" in published or published == "figure6"
@@ -173,8 +205,9 @@ def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(publish
             assert code == 2, (path.name, way, said)
             assert re.fullmatch(rf"error: [^\n]*{directory}[^\n]*\n", said), (path.name, way, said)
     results = json.loads((directory / "results.json").read_text())
+    (directory / "results.json").write_text(json.dumps(results | {"of a later version": [1]}))
+    assert _ended(name, arguments, monkeypatch, capsys) is None
     for key in results:
-        for changed in ({name: value for name, value in results.items() if name != key}, results | {"of later": [1]}):
-            (directory / "results.json").write_text(json.dumps(changed))
-            ended = _ended(name, arguments, monkeypatch, capsys)
-            assert ended is None or (ended[0] == 2 and ended[1].count("\n") == 1), (key, ended)
+        (directory / "results.json").write_text(json.dumps({name: results[name] for name in results if name != key}))
+        ended = _ended(name, arguments, monkeypatch, capsys)
+        assert ended is None or (ended[0] == 2 and ended[1].count("\n") == 1), (key, ended)
