@@ -211,3 +211,55 @@ def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(publish
         (directory / "results.json").write_text(json.dumps({name: results[name] for name in results if name != key}))
         ended = _ended(name, arguments, monkeypatch, capsys)
         assert ended is None or (ended[0] == 2 and ended[1].count("\n") == 1), (key, ended)
+
+
+READERS = {
+    "figure7": ("figure7_critical_tokens", "--run {} --out new", ("config.json", "metrics.jsonl", "results.json")),
+    "regularizers": ("regularizers", "--earlier {} --out new --screen-only True", ("results.json",)),
+    "report": ("reproduce", "--report-only True --out {}", ("reproduce.json",)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_another_command_wrote_is_read_whole_or_refused_in_one_line(reader, tmp_path, monkeypatch, capsys):
+    module, options, names = READERS[reader]
+    name, directory = f"experiments.{module}", tmp_path / "earlier"
+    published = {"figure7": "figure4", "regularizers": "regularizers", "report": "reproduce"}[reader]
+    shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "save", _go_on)
+    for ends, function in (("regularizers", "run_stage"), ("reproduce", "write_report")):
+        if module == ends:
+            monkeypatch.setattr(importlib.import_module(name), function, _go_on)
+    arguments = options.format(directory)
+    assert _ended(name, arguments, monkeypatch, capsys) is None
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    for path, way in each(directory):
+        if path.name not in names:
+            continue
+        before = snapshot(tmp_path)
+        ended = _ended(name, arguments, monkeypatch, capsys)
+        if ended is None:
+            harmless = reader == "report" and way in ("deleted", "a dangling link", "other JSON b'{}'")
+            assert harmless or way in ("one byte less", "one bit"), (path.name, way)
+            shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        else:
+            assert ended[0] == 2, (path.name, way, ended)
+            assert re.fullmatch(rf"error: [^\n]*{directory}[^\n]*\n", ended[1]), (path.name, way, ended)
+            assert snapshot(tmp_path) == before, (path.name, way)
+
+
+def test_a_report_with_damaged_results_names_them_and_writes_no_half_page(tmp_path, monkeypatch, capsys):
+    for published in ("figure1", "figure4", "table1", "figure3"):
+        (tmp_path / published).mkdir()
+        shutil.copy(RESULTS / published / "results.json", tmp_path / published)
+    assert _ended("experiments.reproduce", f"--report-only True --out {tmp_path}", monkeypatch, capsys) is None
+    page = (tmp_path / "report.html").read_bytes()
+    for path, way in each(tmp_path):
+        if path.name != "results.json":
+            continue
+        ended = _ended("experiments.reproduce", f"--report-only True --out {tmp_path}", monkeypatch, capsys)
+        if ended is not None:
+            assert ended[0] in (1, 2), (path, way, ended)
+            assert ended[1].count("\n") <= 1, (path, way, ended)
+        assert (tmp_path / "report.html").read_bytes().endswith(page[-20:]), (path, way)
