@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import hosts, report
+from ckl_jax.paths import replace
 from ckl_jax.report import Character, Scratchpad
 from ckl_jax.statistics import mean_intervals
 
@@ -76,7 +77,7 @@ def save(figure: Figure, directory: pathlib.Path, name: str) -> None:
     for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
-        (directory / f"{name}.{suffix}").write_bytes(drawn.getvalue())
+        replace(directory / f"{name}.{suffix}", drawn.getvalue())
     plt.close(figure)
 
 

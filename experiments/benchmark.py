@@ -35,7 +35,7 @@ import jax
 from ckl_jax import cli
 from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import require_directory
+from ckl_jax.paths import replace, require_directory
 from experiments.benchmarks import ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
@@ -156,7 +156,7 @@ def main(command: BenchmarkCommand) -> None:
         print(f"{name}: {sections[name]['seconds']:.0f} s", flush=True)
         jax.clear_caches()
     results = json.loads(path.read_text())
-    (command.out / "table.md").write_text(report.table(results))
+    replace(command.out / "table.md", report.table(results))
     if "scaling" in sections:
         report.draw(results, command.out)
     print(report.table(results))
