@@ -112,8 +112,8 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         earlier = json.loads(path.read_text())
-        same = earlier["settings"] == settings
-    except (ValueError, KeyError, TypeError) as error:
+        same = earlier["settings"] == settings and isinstance(earlier["sections"], dict)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ConfigError(
             f"out: {path} is damaged ({error}); allowed is a results.json as a benchmark wrote it"
         ) from error
