@@ -169,11 +169,11 @@ def append(path: pathlib.Path, text: str) -> None:
                 file.write(text)
 
 
-def replace(path: pathlib.Path, text: str) -> None:
+def replace(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
 
 

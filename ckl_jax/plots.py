@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import hosts, report
-from ckl_jax.paths import AnyPath, resolved
+from ckl_jax.paths import AnyPath, replace, resolved
 from ckl_jax.report import Character, Scratchpad
 from ckl_jax.statistics import mean_intervals
 
@@ -71,7 +71,7 @@ def save(figure: Figure, directory: AnyPath, name: str) -> None:
     for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
-        (resolved(directory) / f"{name}.{suffix}").write_bytes(drawn.getvalue())
+        replace(resolved(directory) / f"{name}.{suffix}", drawn.getvalue())
 
 
 def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:

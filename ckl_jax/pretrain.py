@@ -23,7 +23,7 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import cli, finite, preemption, sharding
+from ckl_jax import cli, finite, foreign, preemption, sharding
 from ckl_jax.checkpoint import Model, save_model
 from ckl_jax.columns import TaskName, task_named
 from ckl_jax.config import PretrainConfig, pretrain_preset
@@ -170,7 +170,8 @@ def pretrain(
     logged = done - len(history)
     directory.rewind_metrics(done, logged or None)
     start, first, stopping = time.monotonic(), done, False
-    reached = any(_reaches_target(config, record) for record in directory.metrics())
+    with foreign.damaged(directory.metrics_path, "out"):
+        reached = any(_reaches_target(config, record) for record in directory.metrics())
     while done < config.num_steps and not stopping and not reached:
         end = min(logged + config.checkpoint_every, config.num_steps)
         with jax.set_mesh(mesh):

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ckl_jax import hosts, lock
+from ckl_jax import foreign, hosts, lock
 from ckl_jax.checkpoint import StateCheckpoints, write_json
 from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, require
 from ckl_jax.finetune_config import FinetuneConfig
@@ -112,6 +112,8 @@ class RunDirectory:
     def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
         metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
         kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))
+        with foreign.damaged(self._seconds_path, "out"):
+            _ = _sum_of_seconds(seconds)
         last = kept[-1]["step"] if kept else None
         if recorded is not None and last != recorded:
             raise ConfigError(
@@ -153,7 +155,7 @@ class RunDirectory:
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""
-        return sum((record["seconds"] for record in _of_first(self._seconds_path)), 0.0)
+        return _sum_of_seconds(_of_first(self._seconds_path))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far. Raises ConfigError like ``read_json``."""
@@ -162,6 +164,10 @@ class RunDirectory:
 
 def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
     return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
+
+
+def _sum_of_seconds(records: list[dict[str, Any]]) -> float:
+    return sum((record["seconds"] for record in records), 0.0)
 
 
 def _logged(path: pathlib.Path) -> list[dict[str, Any]]:

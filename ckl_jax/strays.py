@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 
@@ -28,7 +29,7 @@ def first_owned(directory: pathlib.Path) -> pathlib.Path | None:
     for path in sorted(directory.iterdir()):
         if is_unread(path.name):
             continue
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not os.path.islink(path):
             found = first_owned(path)
             if found is not None:
                 return found

@@ -36,7 +36,7 @@ import jax
 from ckl_jax import cli, startup
 from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import require_directory
+from ckl_jax.paths import replace, require_directory
 from experiments.benchmarks import cpu_settings, ours, report, speculation
 from experiments.benchmarks.workload import Section, choose_plan
 
@@ -113,8 +113,8 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        same = earlier["settings"] == settings
-    except (ValueError, KeyError, TypeError) as error:
+        same = earlier["settings"] == settings and isinstance(earlier["sections"], dict)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ConfigError(
             f"out: {path} is damaged ({error}); allowed is a results.json as a benchmark wrote it"
         ) from error
@@ -156,7 +156,7 @@ def main(command: BenchmarkCommand) -> None:
         print(f"{name}: {sections[name]['seconds']:.0f} s", flush=True)
         jax.clear_caches()
     results = json.loads(path.read_text(encoding="utf-8"))
-    (command.out / "table.md").write_text(report.table(results), encoding="utf-8")
+    replace(command.out / "table.md", report.table(results))
     if "scaling" in sections:
         report.draw(results, command.out)
     print(report.table(results))

@@ -189,12 +189,17 @@ def measure(run: pathlib.Path) -> dict[str, Any]:
     complete = all((run / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json"))
     require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
     config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
+    records = read_metrics(run / "metrics.jsonl", "run")
     with foreign.only_read(run, "run", applies=True):
-        results = summarize(config, read_metrics(run / "metrics.jsonl", "run"))
+        try:
+            results = summarize(config, records)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (here: {run})") from error
+        kept = {name: made[name] for name in ("device", "platform", "wall_seconds")}
     metrics_sha256 = hashlib.sha256((run / "metrics.jsonl").read_bytes()).hexdigest()
     return results | {
         "config": {"command": COMMAND, "run": config, "metrics_sha256": metrics_sha256},
-        **{name: made.get(name) for name in ("device", "platform", "wall_seconds")},
+        **kept,
     }
 
 

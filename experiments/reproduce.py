@@ -31,7 +31,7 @@ import numpy as np
 from ckl_jax import cli, foreign, hosts
 from ckl_jax.checkpoint import SHIPPED_TINY, write_json
 from ckl_jax.config import ConfigError, Scale, require
-from ckl_jax.paths import require_directory
+from ckl_jax.paths import replace, require_directory
 from ckl_jax.runs import read_json
 from ckl_jax.tasks import Task
 from experiments import summary_page
@@ -209,9 +209,7 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summa
         cards.append(summary_page.read_card(item.name, item.title, command.out / item.name, typed, error))
     title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {command.scale} scale"
     text = summary_page.page(title, cards)
-    temporary = command.out / "report.html.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(command.out / "report.html")
+    replace(command.out / "report.html", text)
     return cards
 
 

@@ -195,9 +195,10 @@ def test_finished_sections_are_kept_and_other_settings_refused(tmp_path, monkeyp
     assert "memory: done before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="out: "):
         benchmark.main(command("--repeats", "7", "--sections", "memory", "--out", str(tmp_path / "out")))
-    (tmp_path / "out" / "results.json").write_text("{")
-    with pytest.raises(ConfigError, match="damaged"):
-        benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
+    for content in ("{", "[" * 100_000, "[]", "7", '{"sections": 1}', "null"):
+        (tmp_path / "out" / "results.json").write_text(content)
+        with pytest.raises(ConfigError, match="damaged"):
+            benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
 
 
 @pytest.mark.slow

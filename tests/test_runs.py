@@ -5,8 +5,11 @@ import json
 import pathlib
 import re
 
+import matplotlib.pyplot as plt
 import pytest
+from hostile import no_file_above
 
+from ckl_jax import plots
 from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
 from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.runs import RunDirectory
@@ -256,6 +259,15 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as caught:
         run.log([{"step": 1}])
     assert caught.value.filename == str(run.metrics_path)
+
+
+def test_a_picture_for_which_the_disk_is_too_small_is_an_error_that_names_it_and_leaves_the_old_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"old")
+    with no_file_above(100), pytest.raises(OSError, match="File too large") as caught:
+        plots.save(plt.figure(), tmp_path, "a")
+    plt.close("all")
+    assert caught.value.filename == str(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"old"
 
 
 def test_half_a_line_of_seconds_is_dropped(tmp_path):
