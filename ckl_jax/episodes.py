@@ -71,18 +71,17 @@ def collect(
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out the policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
 
-    Log-probabilities, KL and entropy are those of one teacher-forced pass of each, as the loss makes it. The rollout's
-    own numbers are rounded otherwise: in bfloat16 they would make a KL of a policy that is the reference.
-
     Args:
       keys: for sampling, and for weights that are shuffled.
     """
-    config = program.config
+    config, model = program.config, program.model
+    # Computed otherwise, numbers are rounded otherwise: beyond float32 a policy that is the reference would have a KL.
+    as_generated = model.dtype == "float32" and model.precision == "highest"
 
     def roll_out(whole, problems):
         policy, key = whole
         return generate(
-            program.model,
+            model,
             policy,
             problems,
             key,
@@ -90,25 +89,37 @@ def collect(
             batch=config.rollout_batch,
             max_length=program.max_length,
             temperature=config.temperature,
+            with_scores=as_generated,
             axis_name=axis_name,
-        ).trajectory
+        )[:3]
 
-    trajectory = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
-
-    def scored(of_policy):
-        chosen = jax.tree.map(lambda x, y: jnp.where(of_policy, x, y), params["policy"], ref_params)
-        logits_BxTxV, hidden_BxTxD = score(program.model, chosen, trajectory)
-        return logits_BxTxV, values(params["value"], hidden_BxTxD)
-
-    # One compiled pass for both: compiled twice, their numbers may be rounded differently.
-    both_logits, both_values = jax.lax.map(scored, jnp.array([True, False]))
-    (logits_BxTxV, ref_logits_BxTxV), values_BxT = both_logits, both_values[0]
-    log_probs_BxT = losses.token_log_probs(
-        logits_BxTxV, trajectory.answers_BxT, config.temperature, trajectory.mask_BxT
-    )
-    trajectory = trajectory._replace(log_probs_BxT=log_probs_BxT)
+    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
+    if as_generated:
+        ref_logits_BxTxV, _ = score(model, ref_params, trajectory)
+    else:
+        trajectory, logits_BxTxV, hidden_BxTxD, ref_logits_BxTxV = _scored_alike(
+            program, params["policy"], ref_params, trajectory
+        )
+    values_BxT = values(params["value"], hidden_BxTxD)
     episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
     return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
+
+
+def _scored_alike(
+    program: Program, policy: Any, ref_params: Any, trajectory: Trajectory
+) -> tuple[Trajectory, jax.Array, jax.Array, jax.Array]:
+    """The trajectory with log-probs of one compiled pass for both models, its logits and hidden states, and the
+    reference's logits. Two passes compiled apart may be rounded differently."""
+
+    def scored(of_policy):
+        chosen = jax.tree.map(lambda x, y: jnp.where(of_policy, x, y), policy, ref_params)
+        return score(program.model, chosen, trajectory)
+
+    logits_2xBxTxV, hidden_2xBxTxD = jax.lax.map(scored, jnp.array([True, False]))
+    log_probs_BxT = losses.token_log_probs(
+        logits_2xBxTxV[0], trajectory.answers_BxT, program.config.temperature, trajectory.mask_BxT
+    )
+    return trajectory._replace(log_probs_BxT=log_probs_BxT), logits_2xBxTxV[0], hidden_2xBxTxD[0], logits_2xBxTxV[1]
 
 
 def assessed(

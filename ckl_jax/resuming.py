@@ -34,6 +34,8 @@ def end(default: Any, unless: str) -> Any:
 class Resumable:
     """The rules of some config classes, for their dictionaries at any depth of a config.json.
 
+    A field that an older config.json does not have yet was its default.
+
     Args:
       classes: dataclasses; a name means the same in all of them.
     """
@@ -41,6 +43,7 @@ class Resumable:
     def __init__(self, *classes: Any):
         fields = [field for cls in classes for field in dataclasses.fields(cls)]
         self._declared: Mapping[str, _Declared] = {f.name: f.metadata[_KEY] for f in fields if _KEY in f.metadata}
+        self._defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     @property
     def speed(self) -> frozenset[str]:
@@ -58,6 +61,9 @@ class Resumable:
           where: the run, for the message.
         """
         before, after = (dict(_leaves(config)) for config in (old, new))
+        for name in after.keys() - before.keys():
+            if name[:-1] in {known[:-1] for known in before} and name[-1] in self._defaults:
+                before[name] = self._defaults[name[-1]]
         ends, others = list[tuple[str, ...]](), list[str]()
         for name in before.keys() | after.keys():
             if (name and name[-1] in self.speed) or (name in before and name in after and before[name] == after[name]):

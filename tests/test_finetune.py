@@ -171,7 +171,7 @@ def test_the_kl_has_no_gradient_while_the_policy_is_the_reference(several):
     norm, other = metrics["grad_norm/kl"], metrics["grad_norm/policy"]
     assert (norm[:, 0] < 1e-4 * other[:, 0]).all()
     assert (norm[:, 1] > 1e-2 * other[:, 1]).all()
-    np.testing.assert_array_equal(metrics["kl"][:, 0], 0)
+    np.testing.assert_allclose(metrics["kl"][:, 0], 0, atol=1e-9)
     assert (metrics["kl"][:, 1] > 1e-4).all()
 
 
@@ -196,9 +196,10 @@ def test_a_policy_that_is_the_reference_has_no_kl_and_ratios_of_1(model, dtype, 
     problems = jax.tree.map(jnp.asarray, draw_problems(program, 0, 0))
     kl, k1_BxT, ratio_BxT, mask_BxT = found(params, model.params, problems)
     assert mask_BxT.sum() > 100
-    assert kl == 0
-    np.testing.assert_array_equal(k1_BxT, 0)
-    np.testing.assert_allclose(ratio_BxT, 1, atol=1e-5 if dtype == "float32" else 0.05)
+    exact = dtype == "bfloat16"
+    np.testing.assert_allclose(kl, 0, atol=0 if exact else 1e-9)
+    np.testing.assert_allclose(k1_BxT, 0, atol=0 if exact else 1e-5)
+    np.testing.assert_allclose(ratio_BxT, 1, atol=0.05 if exact else 1e-5)
 
 
 def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):
