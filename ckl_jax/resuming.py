@@ -34,7 +34,7 @@ def end(default: Any, unless: str) -> Any:
 class Resumable:
     """The rules of some config classes, for their dictionaries at any depth of a config.json.
 
-    A field that an older config.json does not have yet was its default.
+    A field that an older config.json does not have yet was its default, if that is the same in all classes.
 
     Args:
       classes: dataclasses; a name means the same in all of them.
@@ -43,7 +43,8 @@ class Resumable:
     def __init__(self, *classes: Any):
         fields = [field for cls in classes for field in dataclasses.fields(cls)]
         self._declared: Mapping[str, _Declared] = {f.name: f.metadata[_KEY] for f in fields if _KEY in f.metadata}
-        self._defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        defaults = [(f.name, f.default) for f in fields if f.default is not dataclasses.MISSING]
+        self._defaults = {name: value for name, value in defaults if all(v == value for n, v in defaults if n == name)}
 
     @property
     def speed(self) -> frozenset[str]:
