@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -73,6 +75,45 @@ def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, co
 def test_a_stage_ends_in_time_by_sigterm(call):
     done, calls = call("small", "runs/x", SLOW="30", STAGE_SECONDS="1")
     assert (done.returncode, len(calls)) == (75, 1)
+
+
+READERS = {"read": "", "died": "2>&1 | head -0", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM])
+@pytest.mark.parametrize("streams", READERS)
+def test_a_signal_to_all_saves_the_work_and_ends_the_stage_whoever_reads(tmp_path, call, streams, number):
+    saved, code = tmp_path / "saved", tmp_path / "code"
+    waiting = f"""#!{sys.executable} -IS
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path({str(saved)!r}).write_text("done")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(tmp_path / "began")!r}).touch()
+time.sleep(30)
+"""
+    (tmp_path / "python").write_text(waiting)
+    outlive = "trap : HUP INT QUIT TERM"
+    process = subprocess.Popen(
+        ["bash", "-c", f"{outlive}; {{ {outlive}; {SCRIPT} small x; echo $? >{code}; }} {READERS[streams]}"],
+        env=os.environ | {"PYTHON": str(tmp_path / "python")},
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+    )
+    end = time.monotonic() + 15
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for _ in range(3):
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    process.wait(15)
+    while not code.exists() or not code.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert (int(code.read_text()), saved.read_text()) == (128 + number, "done")
 
 
 def test_a_dry_run_calls_nothing(call):

@@ -607,6 +607,117 @@ def test_without_a_reader_a_run_goes_on_to_its_end(cloud, streams):
     assert not cloud.is_there()
 
 
+ENDS = {
+    # What ends without a signal: its exit code, and whether the machine is still there.
+    "setup.sh": ("", {}, 0, True),
+    "delete.sh": ("", {}, 0, False),
+    "run.sh": ("a.module", {"ends": {"0": [[0, 0]]}}, 0, True),
+    "run.sh, failing": ("a.module", {"ends": {"0": [[0, 9]]}}, 9, True),
+    "create.sh, again": ("", {}, 0, True),
+}
+
+
+@pytest.mark.parametrize("streams", READERS)
+@pytest.mark.parametrize("case", ENDS)
+def test_without_a_reader_every_script_does_its_work(cloud, case, streams):
+    words, plan, code, stays = ENDS[case]
+    cloud.machine(**plan)
+    shell(cloud, case.split(",")[0], READERS[streams], words).wait(UNTIL)
+    cloud.wait_for((cloud.path / "code").exists)
+    time.sleep(0.05)
+    assert int((cloud.path / "code").read_text()) == code
+    assert cloud.is_there() == stays
+    assert not list(cloud.path.parent.glob("tmp.*"))
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("streams", READERS)
+def test_no_reader_and_no_signal_keeps_run_from_leaving_the_command_alone(cloud, streams, number):
+    cloud.machine(ends={"0": [[1.5, 0]]})
+    process = shell(cloud, "run.sh", READERS[streams], "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    assert interrupt(cloud, process, number) == SIGNALS[number]
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert len(cloud.jobs()) == 1
+
+
+def test_every_script_with_something_to_clean_up_has_the_one_trap():
+    """SIGPIPE, closed streams and further signals are then settled; remote.sh has none of ours on a terminal."""
+    for script in SCRIPTS:
+        text = script.read_text()
+        if script.name not in ("lib.sh", "run_gpu.sh", "remote.sh", "checks.sh"):
+            assert not re.search(r"^\s*trap '?[a-z]", text, re.MULTILINE), script.name
+            assert "lib.sh" in text or script.name == "env.sh"
+
+
+def test_create_new_leaves_a_machine_alone_that_somebody_else_made_meanwhile(cloud):
+    assert cloud.run("create.sh", "--keep").returncode == 0
+    done = cloud.run("create.sh", "--new")
+    assert done.returncode == 2
+    assert "somebody else" in done.err
+    assert cloud.is_there()
+
+
+def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES", *[""] * 10, "ACTIVE"]}])
+    done = cloud.run("create.sh")
+    assert done.returncode == 3, done.err
+    assert "ten times in turn" in done.err
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES"])
+@pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
+def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):
+    if (name, value) == ("POLL_SECONDS", "08"):
+        return  # sleep reads it as people do.
+    done = cloud.run("supervise.sh", "a.module", **{name: value})
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert name in done.err
+
+
+@pytest.mark.parametrize("out", ["gs://bucket", "gs://", "gs:///run", "gs://bucket//run", "/tmp/run", "s3://b/run"])
+def test_an_out_that_does_not_outlive_the_machine_is_refused_before_it_is_paid_for(cloud, out):
+    done = cloud.run("supervise.sh", "a.module", OUT=out)
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert "OUT: " in done.err
+
+
+@pytest.mark.parametrize("missing", ["gcloud", "git", "tar", "gzip"])
+def test_a_tool_that_is_missing_is_noticed_before_it_is_paid_for(cloud, missing):
+    few = cloud.path.parent / "few"
+    few.mkdir()
+    for directory in cloud.environment["PATH"].split(":"):
+        for tool in pathlib.Path(directory).glob("*") if pathlib.Path(directory).is_dir() else ():
+            if tool.name != missing and not (few / tool.name).exists():
+                (few / tool.name).symlink_to(tool)
+    done = cloud.run("supervise.sh", "a.module", PATH=str(few))
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert f"not on PATH: {missing}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("--seeds 2", 0), ("--seeds x", 2), ("--no-such 1", 2), ("--beta -1", 2), ("--quiet", 0)]
+)
+def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(words, code):
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tpu_scripts" / "parse.py",
+            "ckl_jax.finetune",
+            *words.split(),
+            "--out",
+            "gs://bucket/run",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith("error: ") == bool(code)
+
+
 @pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED", "STOPPED"])
 @pytest.mark.parametrize("at", [1, 2, 4], ids=["scp", "install", "run"])
 def test_a_machine_that_is_gone_under_an_active_request_is_a_preemption(cloud, state, at):
