@@ -157,8 +157,7 @@ class _Process:
     """A process on CPU with given flags of XLA; another one takes its place if it dies."""
 
     def __init__(self, flag: str):
-        others = [word for word in os.environ.get("XLA_FLAGS", "").split() if xla_cpu.FUSIONS not in word]
-        self._variables = {"XLA_FLAGS": " ".join([*others, flag]), "JAX_PLATFORMS": "cpu"}
+        self._variables = {"XLA_FLAGS": f"{xla_cpu.flags_without_fusions()} {flag}", "JAX_PLATFORMS": "cpu"}
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

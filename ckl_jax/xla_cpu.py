@@ -43,6 +43,11 @@ def avoid_wrong_fusions() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {SAFE_FLAG}".strip()
 
 
+def flags_without_fusions() -> str:
+    """XLA_FLAGS without what they say about these fusions."""
+    return " ".join(word for word in os.environ.get("XLA_FLAGS", "").split() if FUSIONS not in word)
+
+
 def _xla_libraries() -> Iterator[pathlib.Path]:
     """The shared libraries that have an XLA: jaxlib's, and those of accelerators."""
     plugins = (entry.module for entry in importlib.metadata.entry_points(group="jax_plugins"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import finetune, pretrain, startup
+from ckl_jax import finetune, pretrain, startup, xla_cpu
 from ckl_jax.config import pretrain_preset
 from ckl_jax.updates import init_run, train_rounds
 from experiments.benchmarks.timing import speedup, spread
@@ -34,7 +36,7 @@ from experiments.benchmarks.workload import (
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEEP, AVOID = "xla_cpu.keep_freed_memory(); ", "xla_cpu.avoid_wrong_fusions(); "
-VARIANTS = {"neither": "", "memory kept": KEEP, "both": KEEP + AVOID, "no wrong fusions": AVOID}
+VARIANTS = {"neither": "", "memory kept": KEEP, "both": KEEP + AVOID}
 """Calls before JAX is imported. A process that is not started by ``python -m`` makes none of its own."""
 
 
@@ -82,10 +84,11 @@ def measure(work: str, quick: bool) -> None:
     print(json.dumps({"seconds": statistics.median(seconds), "page_faults": usage.ru_minflt, "system": usage.ru_stime}))
 
 
-def _in_process(plan: Plan, work: str, calls: str) -> dict[str, Any]:
+def _in_process(plan: Plan, work: str, calls: str, cache: str) -> dict[str, Any]:
     code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmarks import cpu_settings; "
     code += f"cpu_settings.measure({work!r}, {plan.quick})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_FLAGS": xla_cpu.flags_without_fusions()}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{code} ended with {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -96,9 +99,9 @@ def settings(plan: Plan, progress: Progress) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for work in plan.settings_works:
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-        for _ in range(plan.repeats):
-            for name, calls in VARIANTS.items():
-                measured[name].append(_in_process(plan, work, calls))
+        with tempfile.TemporaryDirectory() as cache:
+            for name, calls in [*VARIANTS.items()] * plan.repeats:
+                measured[name].append(_in_process(plan, work, calls, cache))
                 progress(f"settings, {work}, {name}: {measured[name][-1]}")
         seconds = {name: [one["seconds"] for one in all_] for name, all_ in measured.items()}
         found[work] = {
