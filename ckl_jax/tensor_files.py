@@ -1,7 +1,5 @@
 """Files of tensors by name: safetensors and PyTorch's, whole or in shards. Of PyTorch's the weights alone are read."""
 
-from __future__ import annotations
-
 import collections
 import pathlib
 import pickle

@@ -100,7 +100,9 @@ time.sleep(30)
         env=os.environ | {"PYTHON": str(tmp_path / "python")},
         cwd=tmp_path,
         start_new_session=True,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+        preexec_fn=lambda: [
+            signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        ],
     )
     end = time.monotonic() + 15
     while not (tmp_path / "began").exists():

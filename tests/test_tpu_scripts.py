@@ -84,7 +84,9 @@ class Cloud:
             text=True,
             start_new_session=True,
             # A test run in the background ignores interrupts and hang-ups; its scripts would too, and never end.
-            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+            preexec_fn=lambda: [
+                signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+            ],
         )
 
     def run(self, script, *arguments, **environment):
@@ -561,7 +563,9 @@ def shell(cloud, script, streams, *arguments):
         cwd=cloud.checkout,
         env=cloud.environment,
         start_new_session=True,
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+        preexec_fn=lambda: [
+            signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        ],
     )
 
 

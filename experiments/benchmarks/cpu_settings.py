@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import finetune, pretrain, startup, xla_cpu
+from ckl_jax import finetune, pretrain, sharding, startup, xla_cpu
 from ckl_jax.config import pretrain_preset
 from ckl_jax.updates import init_run, train_rounds
 from experiments.benchmarks.timing import speedup, spread
@@ -58,12 +58,17 @@ def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
     program = finetune.make_program(config, model)
     runs, hypers = finetune.make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
     mesh = finetune.make_mesh(config, len(runs))
-    states = jax.jit(jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)))(model.params, hypers)
     drawn = finetune.draw_problems(program, 0, 0)
-    problems = jax.tree.map(lambda x: jnp.asarray(np.stack([x[None]] * len(runs))), drawn)
+    problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
+    hypers, problems = sharding.put((hypers, problems), sharding.by_run(mesh))
+    reference = sharding.put(model.params, sharding.everywhere(mesh))
+    create = jax.jit(
+        jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)), out_shardings=sharding.by_run(mesh)
+    )
+    states = create(reference, hypers)
     for _ in range(plan.settings_rounds + 1):
         start = time.perf_counter()
-        states, _ = jax.block_until_ready(train_rounds(program, mesh, model.params, states, hypers, problems))
+        states, _ = jax.block_until_ready(train_rounds(program, mesh, reference, states, hypers, problems))
         seconds.append(time.perf_counter() - start)
     del seconds[:1]
 
