@@ -101,8 +101,8 @@ class FinetuneConfig:
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it; needs kl k1."""
     kl_target: float | None = None
     """Exact KL per token in nats that alpha is adapted to after every round (Ziegler et al. 2019); default: a fixed
-    alpha. What is compared with it is the metric `kl`: that of the policy to the reference on the round's tokens before
-    its updates, by the passes that the loss makes, without weights."""
+    alpha. What is compared with it is the metric `kl`, that of the policy to the reference on the round's tokens before
+    its updates, without weights."""
     kl_gain: float = 0.1
     """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2."""
     kl_cov: float = 0.0

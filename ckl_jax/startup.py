@@ -43,6 +43,7 @@ FIXED = {
 
 def before_imports(*packages: str) -> None:
     """Ends the process with one line and exit code 2 where a package cannot be imported in this environment."""
+    xla_cpu.start_with_huge_pages()
     xla_cpu.keep_freed_memory()
     _open_standard_streams()
     for name in [name for name, value in os.environ.items() if name.startswith("JAX_") and not value]:

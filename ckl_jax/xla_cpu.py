@@ -1,6 +1,7 @@
 """What XLA does on CPU unless it is told otherwise: wrong fused reductions, and memory given back at every step.
 
-The commands call both functions. Whoever imports the library does so too, before JAX is imported:
+The commands do all of it. Whoever imports the library calls the first two, before JAX is imported, and may start Python
+with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 instead of the second:
 
     from ckl_jax import xla_cpu
 
@@ -21,10 +22,12 @@ import importlib.util
 import mmap
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 SAFE_FLAG = f"--{FUSIONS}=-reduce"
+TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _FEW_BYTES = 10_000_000
@@ -68,14 +71,38 @@ def _knows_the_flag(library: pathlib.Path) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, and to have one arena for all threads; elsewhere it does nothing.
+    """Tells glibc to keep freed memory, and to have one arena for all threads where it has no huge pages; elsewhere it
+    does nothing.
 
     XLA allocates its temporary buffers anew at every call, from threads. A thread's own arena maps and unmaps what is
-    greater than 64 MB whatever else is set, and faulting in fresh pages took two fifths of a pre-training step. Memory
-    that was needed once stays with the process. Arenas of threads that allocated before the call stay in use.
+    greater than 64 MB whatever else is set, and faulting in fresh pages took two fifths of a pre-training step. With
+    one arena memory that was needed once stays with the process, but threads wait for each other; huge pages need no
+    such sharing. Arenas of threads that allocated before the call stay in use.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_ARENA_MAX, 1)
+        if HUGE_PAGES not in os.environ.get(TUNABLES, ""):
+            libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def start_with_huge_pages() -> None:
+    """Starts this ``python -m`` command once more in its place, where glibc then takes memory by huge pages.
+
+    glibc (2.35 or newer) reads that from GLIBC_TUNABLES when a process starts, and never again. Nothing is done where
+    the variable says something about it already, or the system has no huge pages to give on request.
+    """
+    tunables = os.environ.get(TUNABLES, "")
+    if "glibc.malloc.hugetlb" not in tunables and _has_huge_pages():
+        os.environ[TUNABLES] = f"{tunables}:{HUGE_PAGES}".lstrip(":")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_huge_pages() -> bool:
+    try:
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+        offered = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+        return name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35) and "[never]" not in offered
+    except (AttributeError, OSError, ValueError):  # Another system, or another C library.
+        return False

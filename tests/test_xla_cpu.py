@@ -1,6 +1,7 @@
 """XLA on CPU computes reductions rightly in every command, and keeps the memory that it freed."""
 
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from ckl_jax import check_xla, xla_cpu
 
 PAGE = 4096
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_an_xla_that_does_not_know_the_flag_is_not_given_it(monkeypatch, tmp_pat
 
 
 def _printed(code, **variables):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", xla_cpu.TUNABLES: "", **variables}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -88,6 +90,40 @@ with concurrent.futures.ThreadPoolExecutor(1) as thread:
     calls = ("", "xla_cpu.keep_freed_memory()")
     given_back, kept = (int(_printed(code.replace("KEEP", call))[0]) for call in calls)
     assert kept < 500_000_000 / PAGE / 20 < given_back
+
+
+@pytest.mark.parametrize("own", ["", "glibc.malloc.hugetlb=0", "glibc.malloc.arena_max=3"])
+def test_a_command_starts_once_more_with_huge_pages_and_the_same_arguments(tmp_path, own):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "__init__.py").write_text("from ckl_jax import xla_cpu; xla_cpu.start_with_huge_pages()")
+    (tmp_path / "probe" / "show.py").write_text(
+        "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:]); sys.exit(7)"
+    )
+    environment = {**os.environ, xla_cpu.TUNABLES: own, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "probe.show", "a b", "", "--x=$HOME"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    printed, _ = process.communicate(timeout=60)
+    expected = f"{own}:{xla_cpu.HUGE_PAGES}".lstrip(":") if xla_cpu._has_huge_pages() and "huge" not in own else own
+    assert printed.split(" ", 2) == [str(process.pid), expected, "['a b', '', '--x=$HOME']\n"]
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("libc", "offered", "has"),
+    [
+        ("glibc 2.36", "always [madvise] never", True),
+        ("glibc 2.35", "[always] madvise never", True),
+        ("glibc 2.34", "always [madvise] never", False),
+        ("glibc 2.36", "always madvise [never]", False),
+        ("musl 1.2", "always [madvise] never", False),
+        (None, "always [madvise] never", False),
+    ],
+)
+def test_huge_pages_are_asked_for_where_glibc_and_the_system_have_them(monkeypatch, libc, offered, has):
+    monkeypatch.setattr(os, "confstr", lambda name: libc)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path, encoding: offered)
+    assert xla_cpu._has_huge_pages() == has
 
 
 def test_a_difference_is_measured_against_the_greatest_value():

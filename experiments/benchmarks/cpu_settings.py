@@ -10,7 +10,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +35,14 @@ from experiments.benchmarks.workload import (
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEEP, AVOID = "xla_cpu.keep_freed_memory(); ", "xla_cpu.avoid_wrong_fusions(); "
-VARIANTS = {"neither": "", "memory kept": KEEP, "both": KEEP + AVOID}
-"""Calls before JAX is imported. A process that is not started by ``python -m`` makes none of its own."""
+VARIANTS = {
+    "none": ("", ""),
+    "one arena": ("", KEEP),
+    "huge pages": (xla_cpu.HUGE_PAGES, KEEP),
+    "huge pages, no wrong fusions": (xla_cpu.HUGE_PAGES, KEEP + AVOID),
+}
+"""GLIBC_TUNABLES, and calls before JAX is imported; the last one is what commands do. A process that is not started by
+``python -m`` makes none of its own."""
 
 
 def _pretraining(plan: Plan, seconds: list[float]) -> None:
@@ -89,10 +94,11 @@ def measure(work: str, quick: bool) -> None:
     print(json.dumps({"seconds": statistics.median(seconds), "page_faults": usage.ru_minflt, "system": usage.ru_stime}))
 
 
-def _in_process(plan: Plan, work: str, calls: str, cache: str) -> dict[str, Any]:
+def _in_process(plan: Plan, work: str, tunables: str, calls: str) -> dict[str, Any]:
     code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmarks import cpu_settings; "
     code += f"cpu_settings.measure({work!r}, {plan.quick})"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_FLAGS": xla_cpu.flags_without_fusions()}
+    environment = os.environ | {"XLA_FLAGS": xla_cpu.flags_without_fusions(), xla_cpu.TUNABLES: tunables}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # A loaded program may run at another speed than a compiled one.
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{code} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -100,19 +106,18 @@ def _in_process(plan: Plan, work: str, calls: str, cache: str) -> dict[str, Any]
 
 
 def settings(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Seconds of a step or round with each variant of the settings, and how many times faster than with neither."""
+    """Seconds of a step or round with each variant of the settings, and how many times faster than with none."""
     found: dict[str, Any] = {}
     for work in plan.settings_works:
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-        with tempfile.TemporaryDirectory() as cache:
-            for name, calls in [*VARIANTS.items()] * plan.repeats:
-                measured[name].append(_in_process(plan, work, calls, cache))
-                progress(f"settings, {work}, {name}: {measured[name][-1]}")
+        for name, variant in [*VARIANTS.items()] * plan.repeats:
+            measured[name].append(_in_process(plan, work, *variant))
+            progress(f"settings, {work}, {name}: {measured[name][-1]}")
         seconds = {name: [one["seconds"] for one in all_] for name, all_ in measured.items()}
         found[work] = {
             name: {
                 "seconds": spread(seconds[name]),
-                "speedup": speedup(seconds["neither"], seconds[name]),
+                "speedup": speedup(seconds["none"], seconds[name]),
                 "page_faults": spread([one["page_faults"] for one in measured[name]]),
             }
             for name in VARIANTS

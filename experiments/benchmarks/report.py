@@ -170,7 +170,7 @@ def _settings(found: dict[str, Any]) -> str:
         for work, by_variant in found.items()
         for name, values in by_variant.items()
     ]
-    return _table(["step or round", "settings", "seconds", "page faults of the process", "faster than neither"], rows)
+    return _table(["step or round", "settings", "seconds", "page faults of the process", "faster than with none"], rows)
 
 
 _SECTIONS = {
