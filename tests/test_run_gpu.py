@@ -22,12 +22,12 @@ PYTHON = (
     f"#!{sys.executable} -IS"
     + """
 import json, os, signal, sys, time
-if os.environ.get("SLOW"):
+if os.environ.get("SLOW") == "saves":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 codes = os.environ["CODES"].split()
-time.sleep(float(os.environ.get("SLOW", 0)))
+time.sleep(30 if os.environ.get("SLOW") else 0)
 sys.exit(int(codes[min(len(open(os.environ["CALLS"]).readlines()), len(codes)) - 1]))
 """
 )
@@ -72,8 +72,9 @@ def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, co
     assert ("the same command goes on" in done.stdout) == (expected == 75)
 
 
-def test_a_stage_ends_in_time_by_sigterm(call):
-    done, calls = call("small", "runs/x", SLOW="30", STAGE_SECONDS="1")
+@pytest.mark.parametrize("slow", ["saves", "dies"])
+def test_a_stage_ends_in_time_by_sigterm(call, slow):
+    done, calls = call("small", "runs/x", SLOW=slow, STAGE_SECONDS="3")
     assert (done.returncode, len(calls)) == (75, 1)
 
 

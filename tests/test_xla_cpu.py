@@ -126,12 +126,16 @@ def test_huge_pages_are_asked_for_where_glibc_and_the_system_have_them(monkeypat
     assert xla_cpu._has_huge_pages() == has
 
 
-def test_a_difference_is_measured_against_the_greatest_value():
+def test_a_difference_is_measured_against_the_greatest_value_of_its_kind():
     a = {"loss": [1.0, 100.0], "kl": [0.0, 0.0]}
     assert check_xla.difference(a, a)[0] == 0.0
     assert check_xla.difference(a, {"loss": [1.0, 90.0], "kl": [0.0, 0.0]}) == (0.1, "loss")
     assert check_xla.difference(a, {"loss": [1.0, float("nan")], "kl": [0.0, 0.0]}) == (float("inf"), "loss")
     assert check_xla.difference(a, {"loss": [1.0, 100.0], "kl": [0.0, 1.0]}) == (1.0, "kl")
+    terms = {"loss/policy": [1e-9], "loss/kl": [0.1], "kl": [0.1]}
+    assert check_xla.difference(terms, terms | {"loss/policy": [2e-9]}) == (1e-8, "loss/policy")
+    assert check_xla.difference(terms, terms | {"loss/policy": [0.1]})[0] == pytest.approx(1.0)
+    assert check_xla.difference(terms, terms | {"kl": [0.05]}) == (0.5, "kl")
 
 
 @pytest.mark.slow

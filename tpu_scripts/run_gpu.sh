@@ -50,7 +50,8 @@ for signal in 129:HUP 130:INT 131:QUIT 143:TERM; do
   trap "stop ${signal%:*}" "${signal#*:}"
 done
 
-# SIGTERM saves the work (exit code 75); what does not end in a minute is killed, and goes on from its last checkpoint.
+# SIGTERM saves the work (exit code 75). It comes twice, and may find a program that has saved and is ending, or has not
+# begun (143). What does not end in a minute is killed (137), and goes on from its last checkpoint.
 stage() {
   local code=0
   if [[ $dry_run ]]; then
@@ -60,7 +61,7 @@ stage() {
   fi
   timeout --preserve-status --signal=TERM --kill-after=60 "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
   wait "$!" || code=$?
-  if ((code == 75 || code == 137)); then
+  if ((code == 75 || code == 137 || (code == 143 && SECONDS >= seconds))); then
     echo "run_gpu.sh: this stage is over; the same command goes on" || true
     exit 75
   fi
