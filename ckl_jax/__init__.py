@@ -6,20 +6,21 @@ sure the frozen pre-trained model is of its next token: firm where it is sure, l
 Nothing is imported with the package; take the modules that you need:
 
 - **The loss in a trainer of your own.** `ckl_jax.certainty.certainty` and `ckl_jax.losses.prioritized_kl` take plain
-  arrays of any vocabulary and batch layout; `ckl_jax.token_weights` has the controls and the weights of other works.
-- **The experiment as commands.** `ckl_jax.pretrain`, `ckl_jax.finetune` and `ckl_jax.evaluate` run with `python -m`.
-  Their options are the fields of `ckl_jax.config.PretrainConfig` and `ckl_jax.finetune_config.FinetuneConfig`. A module
-  of `experiments` (outside of the package) makes each figure.
-- **How a round computes.** In the order of the data: `ckl_jax.columns` (tasks and their texts), `ckl_jax.problems`
-  (arrays), `ckl_jax.rollout` and `ckl_jax.speculative` (answers), `ckl_jax.episodes` (rewards, certainty, advantages),
-  `ckl_jax.objective` (the loss), `ckl_jax.updates` (Adam, rounds, runs). `experiments/tutorial.py` goes through it with
-  one problem.
-- **Another task.** `ckl_jax.tasks.Task` is what one has to say; `ckl_jax.columns` has three.
-- **Another algorithm.** `ckl_jax.advantages`, `ckl_jax.advantage_shaping` and `ckl_jax.losses` are what the recipes of
-  `ckl_jax.finetune_config` choose from.
-- **What a model does.** `ckl_jax.checkpoint.load_model` reads one (`ckl_jax.convert` makes one from other GPT-2
-  files), `ckl_jax.critical` and `ckl_jax.discovery` look at its critical tokens, `ckl_jax.statistics` has the
-  intervals, `ckl_jax.plots` and `ckl_jax.report` the pictures.
+  arrays of any vocabulary and batch layout. `ckl_jax.token_weights` has the controls and the weights of other works,
+  `ckl_jax.advantages` what multiplies the log-probabilities.
+- **The experiment as commands.** `ckl_jax.pretrain`, `ckl_jax.finetune`, `ckl_jax.evaluate`, `ckl_jax.convert` and
+  `ckl_jax.check_xla` run with `python -m`. Their options are the fields of `ckl_jax.config.PretrainConfig` and
+  `ckl_jax.config.FinetuneConfig`, which start from `ckl_jax.presets`. A module of `experiments` (outside of the
+  package) makes each figure.
+- **How a round computes.** In the order of the data: `ckl_jax.tasks` (problems, their texts and arrays),
+  `ckl_jax.model`, `ckl_jax.rollout` (answers), `ckl_jax.rl.collect` (rewards, certainty, advantages),
+  `ckl_jax.rl.objective` (the loss), `ckl_jax.rl.updates` (Adam, rounds, runs). `experiments/tutorial.py` goes through
+  it with one problem.
+- **Another task.** `ckl_jax.tasks.Task` is what one has to say; `ckl_jax.tasks.columns` has three.
+- **What a model does.** `ckl_jax.checkpoint.load_model` reads one, `ckl_jax.analysis` looks at its critical tokens and
+  has intervals and pictures.
+- **Around it.** `ckl_jax.runs` is the directory of a run, `ckl_jax.runtime` the machine: devices, hosts, paths,
+  signals. `ckl_jax.datasets` has the task as a TFDS dataset.
 
 Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, V vocabulary, D width,
 H heads, S cache slots, R runs. A value that cannot work raises `ckl_jax.errors.ConfigError`, a `ValueError` that names
@@ -31,6 +32,6 @@ import sys
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # Python has found the package of a command, and not yet its module.
-    from ckl_jax import startup
+    from ckl_jax.runtime import startup
 
     startup.before_imports("jax")

@@ -25,14 +25,18 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from ckl_jax import alphabet, cli, finetune, pretrain, sharding, speculative, xla_cpu
-from ckl_jax.checkpoint import SHIPPED_TINY, load_model
-from ckl_jax.config import pretrain_preset, require
+from ckl_jax import pretrain
+from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.errors import require_number
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.testing import test
-from ckl_jax.updates import init_run, train_rounds
+from ckl_jax.errors import require, require_number
+from ckl_jax.presets import finetune_preset, pretrain_preset
+from ckl_jax.rl import program as finetune
+from ckl_jax.rl.evaluation import test
+from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.rollout import generation
+from ckl_jax.runtime import cli, sharding, xla_cpu
+from ckl_jax.tasks import alphabet
 
 Stage = Literal[
     "pretraining", "rollout", "speculative", "test", "a2c", "reinforce", "ppo", "grpo", "rloo", "transitions", "vmapped"
@@ -101,7 +105,7 @@ def values_of(stage: str, episodes: int) -> dict[str, np.ndarray]:
     if stage == "test":
         return test(program, jax.tree.map(lambda x: x[None], model.params), episodes).accuracy
     generate = functools.partial(
-        speculative.generate,
+        generation.generate,
         program.model,
         key=jax.random.key(0),
         how="plain" if stage == "rollout" else "speculative",

@@ -14,17 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckl_jax import cli, sharding, tasks
-from ckl_jax import problems as problems_lib
-from ckl_jax.arrays import MOST_SEED, require_temperature
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import ModelConfig, require
-from ckl_jax.errors import is_integer, require_types
-from ckl_jax.problems import Problems
-from ckl_jax.rollout import require_possible
-from ckl_jax.speculative import generate
-from ckl_jax.statistics import bootstrap_interval
-from ckl_jax.tasks import Task
+from ckl_jax import tasks
+from ckl_jax.analysis.statistics import bootstrap_interval
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checks import MOST_SEED, require_temperature
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import is_integer, require, require_types
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import require_possible
+from ckl_jax.runtime import cli, sharding
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.problems import Problems
+from ckl_jax.tasks.task import Task
 
 BATCH = 200
 DRAWS = {"identical": Task.identical_problems, "varying": Task.varying_problems}

@@ -11,94 +11,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
-from ckl_jax import cli, finite, preemption, sharding, token_weights
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
-from ckl_jax.config import require
-from ckl_jax.episodes import Hyper, Program
-from ckl_jax.errors import is_integer
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.problems import Problems
-from ckl_jax.progress import Status, display
-from ckl_jax.runs import RunDirectory
-from ckl_jax.testing import test
-from ckl_jax.updates import RunState, init_run, train_rounds
-
-Arms = Mapping[str, Mapping[str, Any]]
-MOST_SEEDS = 1_000
-
-
-class Run(NamedTuple):
-    """One run of a program: an arm's name and a seed."""
-
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}/seed_{self.seed}"
-
-
-def make_program(config: FinetuneConfig, model: Model) -> Program:
-    """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
-    program = Program(model.config, config, model.max_pretrain_digits, model.task)
-    total, block = program.task.max_prompt_length(program.digits) + program.max_length, model.config.block_size
-    allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
-    require(total <= block, "extra_digits", config.extra_digits, allowed)
-    return program
-
-
-def make_mesh(config: FinetuneConfig, num_runs: int) -> Mesh:
-    """Devices for the runs and for what they collect and learn from; raises ConfigError like ``sharding.make_mesh``."""
-    size = config.minibatch_episodes if config.minibatch == "episodes" else config.minibatch_transitions
-    return sharding.make_mesh(num_runs, math.gcd(config.episodes, size), data_devices=config.data_devices)
-
-
-def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
-    """All arms x seeds and what differs between them, as arrays [runs].
-
-    Args:
-      arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
-
-    Raises:
-      ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
-    """
-    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
-    require(len(arms) >= 1, "arms", dict(arms), "at least one")
-    traced = tuple(name for name in Hyper._fields if name != "seed")
-    runs, rows = [], []
-    for arm, overrides in arms.items():
-        require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
-        of_arm = dataclasses.replace(config, **overrides)
-        for seed in range(config.seed, config.seed + seeds):
-            runs.append(Run(arm, seed))
-            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
-            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": np.uint32, "kl_weights": np.int32}
-    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
-    return runs, Hyper(**arrays)
-
-
-def draw_problems(program: Program, seed: int, round_index: int) -> Problems:
-    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
-    rng, group = np.random.default_rng([seed, round_index]), program.config.group_size
-    drawn = program.task.rl_problems(rng, program.config.episodes // group, program.digits, program.max_pretrain_digits)
-    repeated = [problem for problem in drawn for _ in range(group)]
-    return problems_lib.pack(program.task, repeated, program.digits, program.max_pretrain_digits)
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.evaluation import test
+from ckl_jax.rl.program import Arms, Run, draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import RunState, init_run, train_rounds
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.progress import Status, display
+from ckl_jax.runtime import cli, finite, preemption, sharding
 
 
 def _stack(items: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ckl_jax.config import require
+from ckl_jax.errors import require
 
 Interval = tuple[float, float, float]
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not comparable at this size"]

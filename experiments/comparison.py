@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 
-from ckl_jax import plots
-from ckl_jax.runs import critical_probability
-from ckl_jax.statistics import mean_interval, percent
-from ckl_jax.tasks import Task
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.runs.directory import critical_probability
+from ckl_jax.tasks.task import Task
 from experiments.arms import after
 from experiments.claims import Interval
 

@@ -45,12 +45,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import shipped, write_json
-from ckl_jax.columns import TaskName
-from ckl_jax.config import require
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.presets import finetune_preset
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import TaskName
 from experiments import arms as arms_lib
 from experiments import comparison
 
@@ -164,7 +167,7 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
 
 def main(command: ControlsCommand) -> None:
     run = arms_lib.run_arms(command, COMMAND, arms(command.config, command.grid), grid=command.grid)
-    with foreign.only_read(command.out, "plot_only", command.plot_only):
+    with reading.only_read(command.out, "plot_only", command.plot_only):
         config = FinetuneConfig(**run.config["config"])
         results = summarize(run, arms(config, run.config["grid"]))
         results |= {"config": run.config, **run.made}

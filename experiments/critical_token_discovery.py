@@ -50,14 +50,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, critical, discovery, foreign, plots, tasks
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.discovery import Rule
+from ckl_jax import tasks
+from ckl_jax.analysis import critical, discovery, plots
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.discovery import Rule
+from ckl_jax.analysis.statistics import percent, share_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.errors import ConfigError, require
 from ckl_jax.evaluate import judge
-from ckl_jax.runs import earlier_results, machine
-from ckl_jax.statistics import percent, share_interval
+from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runtime import cli
 
 COMMAND = "experiments.critical_token_discovery"
 BRANCHES = ("own", "runner_up")
@@ -220,7 +223,7 @@ def main(command: DiscoveryCommand) -> None:
         write_json(command.out / "results.json", results)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         shown = f"{table(results)}\n{results['wall_seconds']:.0f} s"
         draw(results, command.out)
     print(f"{shown}; results.json, discovery.png and discovery.svg in {command.out}")

@@ -33,15 +33,20 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ckl_jax import alphabet, cli, foreign, plots, tasks
-from ckl_jax import problems as problems_lib
-from ckl_jax.arrays import MOST_SEED, require_temperature
+from ckl_jax import tasks
+from ckl_jax.analysis import plots
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.config import ConfigError, ModelConfig, require
-from ckl_jax.problems import Problems
-from ckl_jax.runs import earlier_results, machine
-from ckl_jax.speculative import generate
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.checks import MOST_SEED, require_temperature
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.rollout.generation import generate
+from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.problems import Problems
 from experiments.claims import Claim, as_json
 
 COMMAND = "experiments.figure1_scratchpad"
@@ -295,7 +300,7 @@ def main(command: Figure1Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
         shown = "\n".join([results["text"], *(legend(results, operand) for operand in (1, 2))])
         draw(results, command.out)

@@ -38,12 +38,15 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots, tasks
-from ckl_jax.checkpoint import Model, fingerprint, write_json
-from ckl_jax.config import ConfigError, require
+from ckl_jax import tasks
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import bootstrap_interval, percent, share_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import Model, fingerprint, write_json
+from ckl_jax.errors import ConfigError, require
 from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
-from ckl_jax.runs import RunDirectory, earlier_results, machine
-from ckl_jax.statistics import bootstrap_interval, percent, share_interval
+from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
+from ckl_jax.runtime import cli
 from experiments.models import Models, colors_of, models_preset
 from experiments.pretraining_claims import figure2_claims, overlap
 
@@ -236,7 +239,7 @@ def main(command: Figure2Command) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         results["claims"] = figure2_claims(results)
         shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
         draw(results, command.out)

@@ -35,13 +35,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import Model, fingerprint, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import finetune, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.runs import RunDirectory, by_run, earlier_results, machine
-from ckl_jax.statistics import mean_interval, percent, share_interval
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent, share_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import Model, fingerprint, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.finetune import finetune
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import make_program, make_runs
+from ckl_jax.runs.directory import RunDirectory, by_run, earlier_results, machine
+from ckl_jax.runtime import cli
 from experiments.claims import as_json
 from experiments.figure2_pretraining import above
 from experiments.models import Models, colors_of, models_preset
@@ -232,7 +236,7 @@ def main(command: Figure3Command) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         results["claims"] = as_json(from_verdicts(results["verdicts"]))
         shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
         draw(results, command.out)

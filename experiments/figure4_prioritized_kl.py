@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import shipped, write_json
-from ckl_jax.columns import TaskName
-from ckl_jax.config import require
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.presets import finetune_preset
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import TaskName
 from experiments import arms as arms_lib
 from experiments import comparison
 from experiments.claims import Claim, as_json, verdict
@@ -121,7 +124,7 @@ def draw(results: dict[str, Any], run: arms_lib.Run, directory: pathlib.Path) ->
 
 def main(command: Figure4Command) -> None:
     run = arms_lib.run_arms(command, COMMAND, arms(command.config))
-    with foreign.only_read(command.out, "plot_only", command.plot_only):
+    with reading.only_read(command.out, "plot_only", command.plot_only):
         results = summarize(run)
         results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
         shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"

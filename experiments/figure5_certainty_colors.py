@@ -29,15 +29,18 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import alphabet, cli, critical, foreign, hosts, plots, report
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.paths import replace, require_directory
-from ckl_jax.report import Character, Scratchpad, Section
-from ckl_jax.runs import earlier_results, machine
-from ckl_jax.statistics import mean_interval, share_interval
-from ckl_jax.tasks import Problem, Task
+from ckl_jax.analysis import critical, plots, report
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.report import Character, Scratchpad, Section
+from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model, write_json
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runtime import cli, hosts
+from ckl_jax.runtime.paths import replace, require_directory
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.task import Problem, Task
 from experiments import claims as claims_lib
 from experiments.claims import Claim, decided
 
@@ -290,7 +293,7 @@ def main(command: Figure5Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         policies = results["policies"]
         results |= {"verdict": verdict(policies["Before RL"]), "claims": claims_lib.as_json(claims(policies))}
         shown = f"{table(policies)}\ncolour finds the critical tokens, before RL: {results['verdict']}"

@@ -37,12 +37,15 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import shipped, write_json
-from ckl_jax.columns import TaskName
-from ckl_jax.config import require
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.presets import finetune_preset
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import TaskName
 from experiments import arms as arms_lib
 from experiments.claims import Claim, as_json, verdict
 
@@ -198,7 +201,7 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
 def main(command: Figure6Command) -> None:
     arms = {arm_name(beta): {"beta": beta} for beta in (0.0, *sorted(command.betas))}
     run = arms_lib.run_arms(command, COMMAND, arms, betas=sorted(command.betas))
-    with foreign.only_read(command.out, "plot_only", command.plot_only):
+    with reading.only_read(command.out, "plot_only", command.plot_only):
         results = summarize(run)
         results |= {"claims": as_json(claims(results)), "config": run.config, **run.made}
         said = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]

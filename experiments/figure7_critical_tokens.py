@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import write_json
-from ckl_jax.columns import task_named
-from ckl_jax.config import ConfigError, require
-from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
-from ckl_jax.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import write_json
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runs.directory import by_run, critical_probability, earlier_results, read_json, read_metrics
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import task_named
 from experiments.claims import Claim, as_json, verdict
 from experiments.comparison import COMMA
 
@@ -190,7 +192,7 @@ def measure(run: pathlib.Path) -> dict[str, Any]:
     require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
     config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
     records = read_metrics(run / "metrics.jsonl", "run")
-    with foreign.only_read(run, "run", applies=True):
+    with reading.only_read(run, "run", applies=True):
         try:
             results = summarize(config, records)
         except ConfigError as error:
@@ -211,7 +213,7 @@ def main(command: Figure7Command) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {directory}, allowed is a directory with an earlier call's results.json")
-    with foreign.only_read(directory / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(directory / "results.json", "plot_only", command.plot_only):
         results["claims"] = as_json(claims(results))
         shown = table(results)
         draw(results, directory)

@@ -35,15 +35,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.checkpoint import Model, Params, load_model, shipped, write_json
-from ckl_jax.columns import TaskName
-from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import describe, finetune, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.progress import display
-from ckl_jax.runs import RunDirectory, earlier_results, machine
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import Model, Params, load_model, shipped, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.finetune import describe, finetune
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import make_program, make_runs
+from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
+from ckl_jax.runs.progress import display
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import TaskName
 from experiments import arms as arms_lib
 from experiments import comparison
 
@@ -218,7 +222,7 @@ def main(command: MinibatchesCommand) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         results |= {"pairs": compare(results["arms"])}
         shown = table(results)
         draw(results, command.out)

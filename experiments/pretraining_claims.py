@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ckl_jax.statistics import percent
+from ckl_jax.analysis.statistics import percent
 from experiments.claims import Claim, Interval, Verdict, as_json
 
 NOT_COMPARABLE: Verdict = "not comparable at this size"

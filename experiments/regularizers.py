@@ -45,15 +45,17 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ckl_jax import cli, foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.episodes import Hyper
-from ckl_jax.finetune import describe, finetune, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.progress import display
-from ckl_jax.runs import RESUMABLE, RunDirectory, earlier_results, machine
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model, write_json
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.finetune import describe, finetune
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import Hyper, make_program, make_runs
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory, earlier_results, machine
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.progress import display
+from ckl_jax.runtime import cli
 from experiments import arms as arms_lib
 from experiments import regularizers_results
 from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
@@ -185,7 +187,7 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
     found = earlier_results(command.earlier, COMMAND)
     require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
     assert found is not None
-    with foreign.only_read(command.earlier / "results.json", "earlier", applies=True):
+    with reading.only_read(command.earlier / "results.json", "earlier", applies=True):
         theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
         for name in ("task", "checkpoint", "grid", "screen_seeds", "screen_rounds", "seeds"):
             require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
@@ -233,7 +235,7 @@ def main(command: RegularizersCommand) -> None:
         results = measure(command)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         shown = f"{regularizers_results.text(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
         regularizers_results.draw(results, command.out)
     write_json(command.out / "results.json", results)

@@ -11,9 +11,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ckl_jax import plots
-from ckl_jax.runs import by_run
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.runs.directory import by_run
 from experiments import arms as arms_lib
 from experiments import comparison
 from experiments.methods import ALWAYS, BY_NAME, CONTROLS, Cell

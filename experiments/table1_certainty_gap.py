@@ -42,13 +42,15 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import cli, critical, foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.paths import require_directory
-from ckl_jax.runs import earlier_results, machine
-from ckl_jax.statistics import mean_interval, share_interval
+from ckl_jax.analysis import critical
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import require_directory
 from experiments.claims import Claim, as_json, decided
 
 COMMAND = "experiments.table1_certainty_gap"
@@ -349,7 +351,7 @@ def main(command: Table1Command) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with foreign.only_read(command.out / "results.json", "plot_only", command.plot_only):
+    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
         for row in results["models"]:
             row["verdicts"] = verdicts(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"])
         results["claims"] = as_json(claims(results["models"]))

@@ -10,12 +10,14 @@ import sys
 import jax
 import numpy as np
 
-from ckl_jax import alphabet, hosts, sharding, tasks
-from ckl_jax.checkpoint import load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import load_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import hosts, sharding
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
 
 
 def refusal(call, *arguments):

@@ -13,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import cli
-from ckl_jax import problems as problems_lib
-from ckl_jax.alphabet import PAD, decode
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
-from ckl_jax.rollout import rollout
-from ckl_jax.speculative import generate
-from ckl_jax.tasks import Problem
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.generation import generate
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.alphabet import PAD, decode
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.task import Problem
 from experiments import benchmark
 from experiments.benchmarks import against_pytorch, ours, report, speculation, timing, workload
 from experiments.benchmarks.enlarge import enlarge

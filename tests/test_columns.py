@@ -6,9 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from ckl_jax import alphabet, tasks
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax import tasks
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "scratchpads.json").read_text())
 

@@ -7,12 +7,14 @@ import pytest
 from made_answers import made, replaced
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import critical, tasks
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig
-from ckl_jax.critical import Sampling
-from ckl_jax.statistics import share_interval
+from ckl_jax import tasks
+from ckl_jax.analysis import critical
+from ckl_jax.analysis.critical import Sampling
+from ckl_jax.analysis.statistics import share_interval
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks.columns import ADDITION
 
 PROBLEM = tasks.Problem(123, 45)
 RIGHT = ADDITION.answer_text(123, 45)

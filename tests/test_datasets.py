@@ -13,10 +13,11 @@ import pytest
 from damage import each
 from hostile import no_file_above, snapshot
 
-from ckl_jax import alphabet, tasks
-from ckl_jax.columns import ADDITION, MULTIPLICATION
-from ckl_jax.config import ConfigError
+from ckl_jax import tasks
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION
 
 DIGITS, COUNT, WINDOW, BLOCK, BATCH = 2, 200, 150, 180, 64
 

@@ -7,11 +7,14 @@ import pytest
 from made_answers import made
 from policies import SCRIPT_MODEL, scripted_policy
 
-from ckl_jax import alphabet, cli, critical, discovery, tasks
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import ADDITION, ColumnTask
-from ckl_jax.config import ConfigError
-from ckl_jax.discovery import Rule
+from ckl_jax import tasks
+from ckl_jax.analysis import critical, discovery
+from ckl_jax.analysis.discovery import Rule
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION, ColumnTask
 from experiments import critical_token_discovery as experiment
 
 PROBLEM = tasks.Problem(123, 45)

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckl_jax import alphabet, drafts, tasks
-from ckl_jax import problems as problems_lib
-from ckl_jax.columns import ADDITION, MULTIPLICATION, SUBTRACTION
+from ckl_jax import tasks
+from ckl_jax.rollout import drafts
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "scratchpads.json").read_text())
 DIGITS, LENGTH, WINDOW, ROWS = 9, 700, 80, 64

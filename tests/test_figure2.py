@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.statistics import share_interval
+from ckl_jax.analysis.statistics import share_interval
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import ADDITION
 from experiments import figure2_pretraining as figure2
 from experiments import models
 from experiments.models import Models

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.finetune_config import finetune_preset
+from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.checkpoint.store import Model, load_model, save_model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
-from ckl_jax.statistics import mean_interval, share_interval
+from ckl_jax.presets import finetune_preset
+from ckl_jax.runtime import cli
 from experiments import figure3_pretraining_levels as figure3
 from experiments import models
 from experiments.models import Models

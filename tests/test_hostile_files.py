@@ -13,9 +13,10 @@ import pytest
 from damage import each
 from hostile import TYPES, saved_model, snapshot
 
-from ckl_jax import cli, plots, preemption
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
+from ckl_jax.analysis import plots
+from ckl_jax.runtime import cli, preemption
 
 # Orbax leaves threads of its own behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -9,28 +9,21 @@ import numpy as np
 import pytest
 from hostile import refusal
 
-from ckl_jax import (
-    alphabet,
-    critical,
-    evaluate,
-    losses,
-    report,
-    rollout,
-    speculative,
-    statistics,
-    tasks,
-    token_weights,
-)
-from ckl_jax import problems as problems_lib
+from ckl_jax import evaluate, losses, rollout, tasks, token_weights
+from ckl_jax.analysis import critical, report, statistics
+from ckl_jax.analysis.critical import Sampling
+from ckl_jax.analysis.discovery import Rule
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig, pretrain_preset
-from ckl_jax.critical import Sampling
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
-from ckl_jax.discovery import Rule
-from ckl_jax.finetune import make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax.errors import ConfigError
+from ckl_jax.presets import finetune_preset, pretrain_preset
+from ckl_jax.rl.program import make_runs
+from ckl_jax.rollout import generation, speculative
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5_000
 CONFIG = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
@@ -162,7 +155,7 @@ GENERATION = [
     (lambda: verified(slots=0), r"slots: got 0, allowed is 1 or more"),
     (lambda: verified(temperature=-1.0), r"temperature: got -1\.0, allowed is above 0 and finite .*"),
     (
-        lambda: speculative.generate(CONFIG, None, PACKED, None, how="fast", max_length=9),
+        lambda: generation.generate(CONFIG, None, PACKED, None, how="fast", max_length=9),
         r"how: got 'fast', allowed .*",
     ),
     (lambda: evaluate.judge(MODEL, [], 1), r"problems: got 0, allowed is 1 or more"),

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from ckl_jax.config import ConfigError
-from ckl_jax.lock import hold
-from ckl_jax.runs import RunDirectory
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.lock import hold
 
 HOLDER = """
 import pathlib, sys

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 import ckl_jax
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +32,7 @@ def test_the_readmes_table_of_extras_is_pyprojects():
 
 
 def test_every_extra_that_the_readme_or_an_error_asks_for_exists():
-    sources = "".join(path.read_text() for path in sorted((ROOT / "ckl_jax").glob("*.py")))
+    sources = "".join(path.read_text() for path in sorted((ROOT / "ckl_jax").rglob("*.py")))
     by_errors = re.findall(r'\bextra\([^)]*"(\w+)"\)', sources) + re.findall(r"install the extra (\w+)", sources)
     by_readme = re.findall(r"(?:\bextra `|# extra |'\.\[)(\w+)", README)
     assert {"convert", "logs", "tpu"} <= set(by_errors)
@@ -67,7 +67,7 @@ def tracked():
 
 @pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel, tracked):
-    assert {"ckl_jax/py.typed", "ckl_jax/report.css", "ckl_jax/report.js"} <= set(tracked)
+    assert {"ckl_jax/py.typed", "ckl_jax/analysis/report.css", "ckl_jax/analysis/report.js"} <= set(tracked)
     assert any(name.startswith("ckl_jax/pretrained/tiny/params/") for name in tracked)
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist()}

@@ -16,11 +16,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hostile import TYPES, saved_model
 from matplotlib.figure import Figure
 
-from ckl_jax import checkpoint, cli, convert, paths, plots, runs
-from ckl_jax.checkpoint import write_json
-from ckl_jax.config import ConfigError
+from ckl_jax import checkpoint, convert
+from ckl_jax.analysis import plots
+from ckl_jax.checkpoint.store import write_json
 from ckl_jax.datasets import load_stream
-from ckl_jax.runs import RunDirectory
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs import directory as runs
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import cli, paths
 
 
 class Bucket(MemoryFileSystem):

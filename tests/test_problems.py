@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckl_jax import alphabet, problems, rollout, tasks
-from ckl_jax.columns import ADDITION
+from ckl_jax import tasks
+from ckl_jax.rollout import trajectory
+from ckl_jax.tasks import alphabet, problems
+from ckl_jax.tasks.columns import ADDITION
 
 DIGITS = 4
 LENGTH = ADDITION.max_answer_length(DIGITS, extra=12)
@@ -18,7 +20,7 @@ RIGHT = ADDITION.answer_text(1234, 5678)
 PACKED = problems.pack(ADDITION, [tasks.Problem(1234, 5678)], DIGITS, 2)
 TOKENS = ADDITION.critical_tokens(1234, 5678, 2)
 judge_on_device = jax.jit(problems.reward)
-mask_on_device = jax.jit(rollout.answer_mask)
+mask_on_device = jax.jit(trajectory.answer_mask)
 find_critical = jax.jit(problems.critical_indices)
 
 

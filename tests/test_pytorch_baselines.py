@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from ckl_jax import alphabet
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import pretrain_preset
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import Windows
-from ckl_jax.episodes import collect, weighed
-from ckl_jax.finetune import draw_problems, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2, forward, values
-from ckl_jax.objective import loss_terms
+from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import next_token_loss
-from ckl_jax.rollout import answer_mask, rollout, score
-from ckl_jax.updates import init_run
+from ckl_jax.rl.collect import collect, weighed
+from ckl_jax.rl.objective import loss_terms
+from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.trajectory import answer_mask, score
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import alphabet, tasks
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig
-from ckl_jax.rollout import gumbel_noise, rollout, score
-from ckl_jax.speculative import TRIAL_PASSES, generate, speculative_rollout
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.speculative import TRIAL_PASSES, speculative_rollout
+from ckl_jax.rollout.trajectory import gumbel_noise, score
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 
 KEY = jax.random.key(11)
 MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)

@@ -13,8 +13,8 @@ import types
 import jax
 import pytest
 
-from ckl_jax import startup
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import startup
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURE4 = ROOT / "experiments" / "results" / "tiny" / "figure4"

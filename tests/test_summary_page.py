@@ -6,8 +6,8 @@ import re
 import pytest
 from browser import CHROMIUM, Browser
 
-from ckl_jax.checkpoint import write_json
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import write_json
+from ckl_jax.errors import ConfigError
 from experiments import reproduce, summary_page
 from experiments.claims import VERDICTS, Claim, as_json, decided, verdict
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, scripted_policy
 
-from ckl_jax import alphabet, columns, problems, speculative, tasks
-from ckl_jax.columns import ADDITION, MULTIPLICATION, SUBTRACTION, task_named
+from ckl_jax import tasks
 from ckl_jax.errors import ConfigError
+from ckl_jax.rollout import generation
+from ckl_jax.tasks import alphabet, columns, problems
+from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION, task_named
 
 SUBTRACTED = """
 <scratch>
@@ -160,8 +162,8 @@ def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_
     packed = problems.pack(task, [task.problem(3, 7), task.problem(8, 1)], 1, 1)
     params = scripted_policy(task.answer_text(3, 7), len(task.prompt_text(3, 7)))
     sampling = {"max_length": task.max_answer_length(1, 2), "temperature": 0.01}
-    generated = speculative.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), **sampling)
+    generated = generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), **sampling)
     assert generated.trajectory.reward_B.tolist() == [1, 0]
     assert not problems.critical_indices(generated.trajectory.answers_BxT, packed)[1].any()
     with pytest.raises(ConfigError, match=r"^drafter: got None, allowed is one: maximum has no drafts of its own"):
-        speculative.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), how="speculative", **sampling)
+        generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), how="speculative", **sampling)

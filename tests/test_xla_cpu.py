@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from ckl_jax import check_xla, xla_cpu
+from ckl_jax import check_xla
+from ckl_jax.runtime import xla_cpu
 
 PAGE = 4096
 ROOT = pathlib.Path(__file__).parents[1]

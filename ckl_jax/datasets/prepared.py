@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from etils import epath
 
-from ckl_jax import foreign
-from ckl_jax.columns import task_named
+from ckl_jax.checkpoint import reading
 from ckl_jax.datasets.scratchpads import PREPARED, Scratchpads, split_of
-from ckl_jax.tasks import Problem
+from ckl_jax.tasks.columns import task_named
+from ckl_jax.tasks.task import Problem
 
 INFO = "dataset_info.json"
 
@@ -35,14 +35,14 @@ def documents(make: Callable[[], Scratchpads], split: str) -> list[str]:
     if not (path / INFO).is_file():
         _prepare(builder, path)
         builder = make()
-    with foreign.damaged(path, "data_dir", PREPARED):
+    with reading.damaged(path, "data_dir", PREPARED):
         return _read(builder, split)
 
 
 def _prepare(builder: Scratchpads, path: epath.Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         path.rmdir()  # An empty one holds nothing, but TFDS takes it for the dataset.
-    with foreign.damaged(path, "data_dir", PREPARED):
+    with reading.damaged(path, "data_dir", PREPARED):
         if path.exists():
             raise ValueError(f"it has no {INFO}")
     try:

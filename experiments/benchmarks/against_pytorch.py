@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import pretrain, sharding
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.episodes import Episodes, collect
-from ckl_jax.finetune import make_mesh
-from ckl_jax.problems import Problems
-from ckl_jax.rollout import answer_mask
-from ckl_jax.sharding import everywhere, over_rows
-from ckl_jax.speculative import generate
-from ckl_jax.updates import train_round, update
+from ckl_jax import pretrain
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.rl.collect import Episodes, collect
+from ckl_jax.rl.program import make_mesh
+from ckl_jax.rl.updates import train_round, update
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import answer_mask
+from ckl_jax.runtime import sharding
+from ckl_jax.runtime.sharding import everywhere, over_rows
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.problems import Problems
 from experiments import authors_round
 from experiments import pytorch_baselines as baselines
 from experiments.benchmarks.enlarge import enlarge

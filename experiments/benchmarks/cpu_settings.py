@@ -1,4 +1,4 @@
-"""What the settings of ``ckl_jax.xla_cpu`` do to the speed: processes with and without them, in turn."""
+"""What the settings of ``ckl_jax.runtime.xla_cpu`` do to the speed: processes with and without them, in turn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import finetune, pretrain, sharding, startup, xla_cpu
-from ckl_jax.config import pretrain_preset
-from ckl_jax.updates import init_run, train_rounds
+from ckl_jax import pretrain
+from ckl_jax.presets import pretrain_preset
+from ckl_jax.rl.program import draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.runtime import sharding, startup, xla_cpu
 from experiments.benchmarks.timing import speedup, spread
 from experiments.benchmarks.workload import (
     Plan,
@@ -60,10 +62,10 @@ def _pretraining(plan: Plan, seconds: list[float]) -> None:
 def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
     """Rounds of both arms of Figure 4."""
     model, config = tiny_model(plan), tiny_config(plan, **overrides)
-    program = finetune.make_program(config, model)
-    runs, hypers = finetune.make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
-    mesh = finetune.make_mesh(config, len(runs))
-    drawn = finetune.draw_problems(program, 0, 0)
+    program = make_program(config, model)
+    runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
+    mesh = make_mesh(config, len(runs))
+    drawn = draw_problems(program, 0, 0)
     problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
     hypers, problems = sharding.put((hypers, problems), sharding.by_run(mesh))
     reference = sharding.put(model.params, sharding.everywhere(mesh))

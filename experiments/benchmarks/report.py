@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import plots
+from ckl_jax.analysis import plots
 
 AXES = {
     "runs": "runs in one program",
