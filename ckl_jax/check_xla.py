@@ -169,7 +169,8 @@ class _Process:
     """A process on CPU with given flags of XLA; another one takes its place if it dies."""
 
     def __init__(self, flag: str):
-        self._variables = {"XLA_FLAGS": f"{xla_cpu.flags_without_fusions()} {flag}", "JAX_PLATFORMS": "cpu"}
+        flags = f"{xla_cpu.flags_without_fusions()} {flag}".strip()  # XLA takes a space alone for the name of a file.
+        self._variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:

@@ -139,6 +139,17 @@ def test_a_difference_is_measured_against_the_greatest_value_of_its_kind():
     assert check_xla.difference(terms, terms | {"kl": [0.05]}) == (0.5, "kl")
 
 
+@pytest.mark.parametrize("own", [None, "", "--xla_backend_optimization_level=0"])
+def test_the_check_computes_with_xlas_own_flags_alone(monkeypatch, own):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("XLA_FLAGS", own)
+    process = check_xla._Process("")
+    assert process.start(os.getenv, "XLA_FLAGS")() == (own or "")
+    assert process.start(check_xla.is_right, 0)() is not None
+    process.close()
+
+
 @pytest.mark.slow
 def test_every_program_is_the_same_with_xlas_default_fusions(monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
