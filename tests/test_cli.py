@@ -14,6 +14,7 @@ from ckl_jax import evaluate, finetune, pretrain
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.fields import Chapter, bound, kinds
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 
@@ -157,6 +158,48 @@ def test_help_names_every_field(capsys, command, options):
         cli.parse(*command[1:], ["--help"])
     assert stop.value.code == 0
     assert options - set(capsys.readouterr().out.replace(",", " ").split()) == set()
+
+
+def _entries(capsys, monkeypatch, command, columns):
+    """For every option of a help: the title of its box, and its text in one line."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        cli.parse(*command[1:], ["--help"])
+    boxes = re.findall(r"^╭─ (?:(\w+) )?options ─+╮\n(.*?)^╰", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
+    found = {}
+    for title, box in boxes:
+        assert {len(line) for line in box.splitlines()} == {columns}
+        lines = "\n".join(line.strip("│ ") for line in box.splitlines())
+        for entry in re.split(r"^(?=--)", lines, flags=re.MULTILINE)[1:]:
+            option, _, text = " ".join(entry.split()).partition(" ")
+            found[option.strip(",")] = (title, text)
+    return found
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", [name for name in TYPES if name.startswith("ckl_jax.")])
+def test_help_says_of_every_option_what_it_is_and_its_default(capsys, monkeypatch, name, columns):
+    module = importlib.import_module(name)
+    command = module.main, getattr(module, TYPES[name]), getattr(module, "preset", None)
+    for option, (_, text) in _entries(capsys, monkeypatch, command, columns).items():
+        assert re.fullmatch(r"(, --\S+|{.*?}\S*|\[{.*}\]|[A-Z]+) \S.* \(default: [^)]+\)", text), f"{option} {text}"
+
+
+@pytest.mark.parametrize(("command", "config_type"), [(PRETRAIN, PretrainConfig), (FINETUNE, FinetuneConfig)])
+def test_help_comes_in_chapters_and_shows_bounds(capsys, monkeypatch, command, config_type):
+    entries, config = _entries(capsys, monkeypatch, command, 80), command[2]().config
+    chapters = config_type.__bases__
+    assert all(issubclass(chapter, Chapter) for chapter in chapters)
+    own = [name for name in kinds(config_type) if not any(name in kinds(chapter) for chapter in chapters)]
+    assert own == ["model"] * (command is PRETRAIN)
+    for chapter in chapters:
+        for name, kind in kinds(chapter).items():
+            title, text = entries["--" + name.replace("_", "-")]
+            assert title.lower() == chapter.__name__.lower()
+            limits = "" if bound(kind) is None else f"; {bound(kind)}"
+            assert text.endswith(f"(default: {getattr(config, name)}{limits})")
+    titles = [*dict.fromkeys(title.lower() for title, _ in entries.values())]
+    assert titles == ["", *(chapter.__name__.lower() for chapter in reversed(chapters)), *own]
 
 
 def test_a_preset_gives_the_defaults_and_options_override_them():
