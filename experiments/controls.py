@@ -51,8 +51,8 @@ from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, percent
-from experiments import arms as arms_lib
-from experiments import comparison
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
 
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")

@@ -42,7 +42,7 @@ from ckl_jax.config import ConfigError, ModelConfig, require
 from ckl_jax.problems import Problems
 from ckl_jax.runs import earlier_results, machine
 from ckl_jax.speculative import generate
-from experiments.claims import Claim, as_json
+from experiments.common.claims import Claim, as_json
 
 COMMAND = "experiments.figure1_scratchpad"
 COLORMAP = "YlGnBu_r"  # Its luminance rises with J: it survives grey print and every colour blindness.

@@ -26,9 +26,9 @@ from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, percent
-from experiments import arms as arms_lib
-from experiments import comparison
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.common.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure4_prioritized_kl"
 

@@ -38,8 +38,8 @@ from ckl_jax.report import Character, Scratchpad, Section
 from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import mean_interval, share_interval
 from ckl_jax.tasks import Problem, Task
-from experiments import claims as claims_lib
-from experiments.claims import Claim, decided
+from experiments.common import claims as claims_lib
+from experiments.common.claims import Claim, decided
 
 COMMAND = "experiments.figure5_certainty_colors"
 LIKELIEST = 5

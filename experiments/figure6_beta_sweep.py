@@ -43,8 +43,8 @@ from ckl_jax.columns import TaskName
 from ckl_jax.config import require
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
-from experiments import arms as arms_lib
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"

@@ -34,8 +34,8 @@ from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, earlier_results, read_json, read_metrics
 from ckl_jax.statistics import mean_interval, mean_intervals, percent
-from experiments.claims import Claim, as_json, verdict
-from experiments.comparison import COMMA
+from experiments.common.claims import Claim, as_json, verdict
+from experiments.common.comparison import COMMA
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")

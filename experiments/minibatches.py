@@ -44,8 +44,8 @@ from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory, earlier_results, machine
 from ckl_jax.statistics import mean_interval, percent
-from experiments import arms as arms_lib
-from experiments import comparison
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
 
 COMMAND = "experiments.minibatches"
 KINDS = ("episodes", "transitions")

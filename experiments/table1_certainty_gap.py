@@ -49,7 +49,7 @@ from ckl_jax.critical import Generations, Sampling
 from ckl_jax.paths import require_directory
 from ckl_jax.runs import earlier_results, machine
 from ckl_jax.statistics import mean_interval, share_interval
-from experiments.claims import Claim, as_json, decided
+from experiments.common.claims import Claim, as_json, decided
 
 COMMAND = "experiments.table1_certainty_gap"
 Interval = tuple[float, float, float]

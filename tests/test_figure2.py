@@ -13,8 +13,8 @@ from ckl_jax.columns import ADDITION
 from ckl_jax.config import ConfigError, PretrainConfig
 from ckl_jax.statistics import share_interval
 from experiments import figure2_pretraining as figure2
-from experiments import models
-from experiments.models import Models
+from experiments.common import models
+from experiments.common.models import Models
 
 
 def made_cells(numbers, problems=1000):

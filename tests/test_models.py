@@ -6,8 +6,8 @@ import pytest
 
 from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.config import ConfigError, PretrainConfig, pretrain_preset
-from experiments import models
-from experiments.models import Models, models_preset, pretrained
+from experiments.common import models
+from experiments.common.models import Models, models_preset, pretrained
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.runs import RunDirectory
 from ckl_jax.sharding import by_run, make_mesh, state_shardings
 from ckl_jax.updates import init_run, train_rounds
-from experiments.benchmarks.workload import text_stream
+from experiments.benchmark.workload import text_stream
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 2.0}}
 CONFIG = FinetuneConfig(

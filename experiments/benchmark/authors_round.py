@@ -18,7 +18,7 @@ from ckl_jax import alphabet
 from ckl_jax.config import ModelConfig, require
 from ckl_jax.episodes import Episodes
 from ckl_jax.finetune_config import FinetuneConfig
-from experiments.pytorch_baselines import GPT, device, functional, load_flax, nn, torch
+from experiments.benchmark.pytorch import GPT, device, functional, load_flax, nn, torch
 
 VALUE_FEATURES = 128
 TIMED_REPEATS = 3

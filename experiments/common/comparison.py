@@ -12,8 +12,8 @@ from ckl_jax import plots
 from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import mean_interval, percent
 from ckl_jax.tasks import Task
-from experiments.arms import after
-from experiments.claims import Interval
+from experiments.common.arms import after
+from experiments.common.claims import Interval
 
 COMMA = 0
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}

@@ -27,8 +27,8 @@ from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout import CACHE_BLOCK, rollout, score
 from ckl_jax.sharding import make_mesh
 from ckl_jax.updates import init_run, train_round, train_rounds, update
-from experiments.benchmarks.timing import alternate, seconds_of, spread, timed
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import alternate, seconds_of, spread, timed
+from experiments.benchmark.workload import (
     Plan,
     Progress,
     Section,
@@ -106,7 +106,7 @@ def _in_process(plan: Plan, work: str, cache: str | None) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "experiments.benchmarks.process",
+        "experiments.benchmark.process",
         "--work",
         work,
         "--quick" if plan.quick else "--no-quick",

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from ckl_jax import plots
 from ckl_jax.runs import by_run
 from ckl_jax.statistics import mean_interval, percent
-from experiments import arms as arms_lib
-from experiments import comparison
-from experiments.methods import ALWAYS, BY_NAME, CONTROLS, Cell
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.regularizers.methods import ALWAYS, BY_NAME, CONTROLS, Cell
 
 LAST_ROUNDS = 3
 

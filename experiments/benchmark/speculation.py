@@ -17,8 +17,8 @@ from ckl_jax.columns import ADDITION
 from ckl_jax.problems import Problems
 from ckl_jax.rollout import gumbel_noise, score
 from ckl_jax.speculative import generate, speculative_rollout
-from experiments.benchmarks.timing import alternate, speedup, spread, timed
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import alternate, speedup, spread, timed
+from experiments.benchmark.workload import (
     PLAIN_BATCH,
     Plan,
     Progress,
