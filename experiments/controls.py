@@ -54,8 +54,8 @@ from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
 
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")

@@ -47,7 +47,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
-from experiments.claims import Claim, as_json
+from experiments.common.claims import Claim, as_json
 
 COMMAND = "experiments.figure1_scratchpad"
 COLORMAP = "YlGnBu_r"  # Its luminance rises with J: it survives grey print and every colour blindness.

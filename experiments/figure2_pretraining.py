@@ -9,8 +9,8 @@ Accuracy on N, N + 1, N + 2 and N + 3 digits of models of several N, where both 
 (*identical*) or one has and the other's length is drawn from 1 up to it (*varying*), decoded greedily: the paper does
 not say how it decodes. A cell whose longest answer (plus ``extra_length``) the block cannot hold "does not fit".
 
-The models come from the cache that experiments share (``experiments.models``); the missing ones are trained first. A
-call that was interrupted goes on with the same command, and cells that are done are kept; ``--plot-only`` draws again.
+The models come from the cache that experiments share (``common.models``); the missing ones are trained first. A call
+that was interrupted goes on with the same command, and cells that are done are kept; ``--plot-only`` draws again.
 
 Intervals shown are the bootstrap's over problems, as in the paper. The rules below read Wilson's score interval
 instead, which keeps a width at 0% and 100% (all of 95%). They were written before any model but tiny's N = 5 was
@@ -48,8 +48,8 @@ from ckl_jax.evaluate import DRAWS, judge_cell
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
-from experiments.models import Models, colors_of, models_preset
-from experiments.pretraining_claims import figure2_claims, overlap
+from experiments.common.models import Models, colors_of, models_preset
+from experiments.common.pretraining_claims import figure2_claims, overlap
 
 COMMAND = "experiments.figure2_pretraining"
 Interval = tuple[float, float, float]

@@ -9,8 +9,8 @@ where section 5.3 has 5), on each round's new problems (lines) and on common tes
 paper's text says N + 1 digits and its caption N + 2: a panel for each. A run with several seeds per N and panel lies
 under ``out``; all have the same budget, but not the same problems, since these have other lengths.
 
-The models come from the cache that experiments share (``experiments.models``); the missing ones are trained first. A
-call that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
+The models come from the cache that experiments share (``common.models``); the missing ones are trained first. A call
+that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
 model's block cannot hold are refused before anything is trained.
 
 The paper's claims, compared between the largest and the smallest N in each panel by rules that were written before any
@@ -47,10 +47,10 @@ from ckl_jax.rl.program import make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.records import by_run, earlier_results, machine
 from ckl_jax.runtime import cli
-from experiments.claims import as_json
+from experiments.common.claims import as_json
+from experiments.common.models import Models, colors_of, models_preset
+from experiments.common.pretraining_claims import from_verdicts
 from experiments.figure2_pretraining import above
-from experiments.models import Models, colors_of, models_preset
-from experiments.pretraining_claims import from_verdicts
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"

@@ -29,9 +29,9 @@ from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.common.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure4_prioritized_kl"
 

@@ -41,8 +41,8 @@ from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Problem, Task
-from experiments import claims as claims_lib
-from experiments.claims import Claim, decided
+from experiments.common import claims as claims_lib
+from experiments.common.claims import Claim, decided
 
 COMMAND = "experiments.figure5_certainty_colors"
 LIKELIEST = 5

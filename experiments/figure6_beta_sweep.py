@@ -46,8 +46,8 @@ from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common.claims import Claim, as_json, verdict
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"

@@ -49,8 +49,8 @@ from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
 
 COMMAND = "experiments.minibatches"
 KINDS = ("episodes", "transitions")

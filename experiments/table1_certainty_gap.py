@@ -51,7 +51,7 @@ from ckl_jax.errors import ConfigError, require
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
-from experiments.claims import Claim, as_json, decided
+from experiments.common.claims import Claim, as_json, decided
 
 COMMAND = "experiments.table1_certainty_gap"
 Interval = tuple[float, float, float]

@@ -25,9 +25,9 @@ from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.alphabet import PAD, decode
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Problem
-from experiments import benchmark
-from experiments.benchmarks import against_pytorch, ours, report, speculation, timing, workload
-from experiments.benchmarks.enlarge import enlarge
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import against_pytorch, ours, report, speculation, timing, workload
+from experiments.benchmark.enlarge import enlarge
 
 ROOT = pathlib.Path(__file__).parents[1]
 STORED = ROOT / "tests" / "data" / "benchmark_results.json"
@@ -166,9 +166,9 @@ def test_near_ties_are_where_two_rollouts_begin_to_differ():
 def test_without_pytorch_the_error_names_the_extra(monkeypatch, tmp_path):
     quick = command("--quick", "--sections", "rollout", "--out", str(tmp_path))
     monkeypatch.setitem(sys.modules, "torch", None)
-    for name in ("pytorch_baselines", "authors_round", "benchmarks.against_pytorch"):
-        monkeypatch.delitem(sys.modules, f"experiments.{name}")
-        monkeypatch.delattr(f"experiments.{name}")
+    for name in ("pytorch", "authors_round", "against_pytorch"):
+        monkeypatch.delitem(sys.modules, f"experiments.benchmark.{name}")
+        monkeypatch.delattr(f"experiments.benchmark.{name}")
     with pytest.raises(ConfigError, match=r"torch: not installed.*\[bench\]"):
         benchmark.main(quick)
 

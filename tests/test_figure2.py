@@ -14,8 +14,8 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
 from experiments import figure2_pretraining as figure2
-from experiments import models
-from experiments.models import Models
+from experiments.common import models
+from experiments.common.models import Models
 
 
 def made_cells(numbers, problems=1000):

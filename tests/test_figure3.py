@@ -15,8 +15,8 @@ from ckl_jax.model import GPT2
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from experiments import figure3_pretraining_levels as figure3
-from experiments import models
-from experiments.models import Models
+from experiments.common import models
+from experiments.common.models import Models
 
 
 def records(seeds, before, after):

@@ -11,8 +11,8 @@ from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from experiments import arms as arms_lib
 from experiments import figure6_beta_sweep as figure6
+from experiments.common import arms as arms_lib
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "

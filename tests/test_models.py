@@ -8,8 +8,8 @@ from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import pretrain_preset
-from experiments import models
-from experiments.models import Models, models_preset, pretrained
+from experiments.common import models
+from experiments.common.models import Models, models_preset, pretrained
 
 
 @pytest.fixture

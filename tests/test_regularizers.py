@@ -13,10 +13,10 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from experiments import arms as arms_lib
-from experiments import regularizers
-from experiments import regularizers_results as found
-from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
+from experiments.common import arms as arms_lib
+from experiments.regularizers import __main__ as regularizers
+from experiments.regularizers import results as found
+from experiments.regularizers.methods import ALWAYS, BY_NAME, METHODS, Cell
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "

@@ -9,8 +9,8 @@ import pytest
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.preemption import PreemptedError
-from experiments import reproduce
-from experiments.reproduce import Item, ReproduceCommand
+from experiments.reproduce import __main__ as reproduce
+from experiments.reproduce.__main__ import Item, ReproduceCommand
 
 STAND_IN = """
 import argparse, json, pathlib, sys

@@ -3,10 +3,10 @@
     python -m experiments.regularizers
     python -m experiments.regularizers --screen-only         # then the same command without it goes on
 
-``experiments.methods`` lists the methods: the standard and the prioritized KL with their controls, peers' weights of
-the KL, estimators, an adapted coefficient, KL-Cov, peers' weights of the policy gradient, and other algorithms. All
-have the same budget: rounds, episodes a round, passes over them, learning rate, first policy, problems (those with
-groups answer an eighth of them 8 times). Two stages:
+``methods.py`` lists the methods: the standard and the prioritized KL with their controls, peers' weights of the KL,
+estimators, an adapted coefficient, KL-Cov, peers' weights of the policy gradient, and other algorithms. All have the
+same budget: rounds, episodes a round, passes over them, learning rate, first policy, problems (those with groups answer
+an eighth of them 8 times). Two stages:
 
 1. The screen: every method at each share of ``--grid`` of its strength (its coefficient; ``adaptive``: its target), 2
    seeds, 7 rounds with their own learning-rate decay. Kept is the share with the highest mean accuracy over the last
@@ -57,9 +57,9 @@ from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
-from experiments import arms as arms_lib
-from experiments import regularizers_results
-from experiments.methods import ALWAYS, BY_NAME, METHODS, Cell
+from experiments.common import arms as arms_lib
+from experiments.regularizers import results as results_lib
+from experiments.regularizers.methods import ALWAYS, BY_NAME, METHODS, Cell
 
 COMMAND = "experiments.regularizers"
 SCREEN_SEEDS_FROM = 1_000
@@ -214,15 +214,15 @@ def measure(command: RegularizersCommand) -> dict[str, Any]:
     whole = RunDirectory(command.out, described)
     cells = [cell for cell in command.cells if cell.name not in kept]
     run = run_stage(command, model, "screen", command.screen_config, cells, command.screen_seeds)
-    screen = kept | regularizers_results.screened(run, cells)
-    best = regularizers_results.best_shares(screen)
-    chosen = regularizers_results.choose(best, command.leaders)
+    screen = kept | results_lib.screened(run, cells)
+    best = results_lib.best_shares(screen)
+    chosen = results_lib.choose(best, command.leaders)
     results = {"digits": run.digits, "screen": screen, "best": best, "chosen": chosen, **run.made}
     if not command.screen_only:
         known = {name: arm for name, arm in earlier["confirmation"]["arms"].items() if name in chosen}
         cells = [Cell(BY_NAME[name], best[name]["share"]) for name in chosen if name not in known]
         run = run_stage(command, model, "confirmation", command.config, cells, command.seeds)
-        results["confirmation"] = regularizers_results.confirmed(run, cells, chosen, earlier["confirmation"])
+        results["confirmation"] = results_lib.confirmed(run, cells, chosen, earlier["confirmation"])
         results["wall_seconds"] += run.made["wall_seconds"]
     whole.record_config()
     whole.close()
@@ -237,8 +237,8 @@ def main(command: RegularizersCommand) -> None:
     elif results is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
     with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        shown = f"{regularizers_results.text(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
-        regularizers_results.draw(results, command.out)
+        shown = f"{results_lib.text(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+        results_lib.draw(results, command.out)
     write_json(command.out / "results.json", results)
     print(f"{shown}; results.json, regularizers.png and .svg in {command.out}")
 

@@ -18,7 +18,7 @@ from typing import Any
 from ckl_jax.analysis import report
 from ckl_jax.errors import ConfigError
 from ckl_jax.runs.records import read_json
-from experiments.claims import VERDICTS, Claim
+from experiments.common.claims import VERDICTS, Claim
 
 MARKS: dict[str, str] = dict(zip(VERDICTS, ("✓", "✗", "?", "≠"), strict=True))
 FAILED, MISSING = "failed", "not run"

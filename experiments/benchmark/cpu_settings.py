@@ -23,8 +23,8 @@ from ckl_jax.presets import pretrain_preset
 from ckl_jax.rl.program import draw_problems, make_mesh, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runtime import sharding, startup, xla_cpu
-from experiments.benchmarks.timing import speedup, spread
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import speedup, spread
+from experiments.benchmark.workload import (
     Plan,
     Progress,
     Section,
@@ -97,7 +97,7 @@ def measure(work: str, quick: bool) -> None:
 
 
 def _in_process(plan: Plan, work: str, tunables: str, calls: str) -> dict[str, Any]:
-    code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmarks import cpu_settings; "
+    code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmark import cpu_settings; "
     code += f"cpu_settings.measure({work!r}, {plan.quick})"
     environment = os.environ | {"XLA_FLAGS": xla_cpu.flags_without_fusions(), xla_cpu.TUNABLES: tunables}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # A loaded program may run at another speed than a compiled one.

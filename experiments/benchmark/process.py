@@ -1,6 +1,6 @@
 """What ``compile`` and ``memory`` start as a process of its own: one kind of work, done twice, and what it cost.
 
-python -m experiments.benchmarks.process --work round
+python -m experiments.benchmark.process --work round
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rl.updates import train_round
 from ckl_jax.runtime import cli
-from experiments.benchmarks.timing import seconds_of
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import seconds_of
+from experiments.benchmark.workload import (
     Plan,
     choose_plan,
     first_round,

@@ -24,8 +24,7 @@ from ckl_jax.rollout.trajectory import answer_mask, score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
-from experiments import authors_round
-from experiments import pytorch_baselines as baselines
+from experiments.benchmark import authors_round, pytorch
 
 
 def random_params(config, seed=0):
@@ -46,8 +45,8 @@ def test_both_torch_models_give_our_logits(small_model, use_bias, activation):
     tokens = np.array(jax.random.randint(jax.random.key(7), (2, 17), 0, config.vocab_size))
     expected = jax.jit(forward, static_argnums=0)(config, params, tokens)
     with torch.no_grad():
-        logits, hidden = baselines.GPT.from_params(config, params)(torch.tensor(tokens))
-        theirs = baselines.to_transformers(config, params)(torch.tensor(tokens)).logits
+        logits, hidden = pytorch.GPT.from_params(config, params)(torch.tensor(tokens))
+        theirs = pytorch.to_transformers(config, params)(torch.tensor(tokens)).logits
     assert float(jnp.std(expected.logits_BxTxV)) > 0.5
     np.testing.assert_allclose(logits, expected.logits_BxTxV, atol=1e-4)
     np.testing.assert_allclose(hidden, expected.hidden_BxTxD, atol=1e-4)
@@ -60,7 +59,7 @@ def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
     packed = problems_lib.pack(ADDITION, drawn, 3, model.max_pretrain_digits)
     limit = ADDITION.max_answer_length(3, extra=10)
     ours = greedy(model.config, model.params, packed, limit)
-    found = baselines.generate(baselines.to_transformers(model.config, model.params), packed, limit, None, 0)
+    found = pytorch.generate(pytorch.to_transformers(model.config, model.params), packed, limit, None, 0)
     np.testing.assert_array_equal(found, ours.answers_BxT)
     assert ours.reward_B.sum() >= 2
     assert (np.asarray(ours.mask_BxT).sum(axis=1) < limit).any()
@@ -68,7 +67,7 @@ def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
 
 def test_transformers_samples_until_the_limit_or_the_end_of_the_episode(small_model):
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
-    answers = baselines.generate(baselines.to_transformers(small_model, random_params(small_model)), packed, 12, 1.0, 3)
+    answers = pytorch.generate(pytorch.to_transformers(small_model, random_params(small_model)), packed, 12, 1.0, 3)
     assert answers.shape == (3, 12)
     after = ~np.asarray(answer_mask(jnp.asarray(answers)))
     assert (answers[after] == alphabet.PAD_ID).all()
@@ -83,9 +82,9 @@ def test_the_pretraining_step_has_our_loss_and_learns(small_model):
     positions = np.broadcast_to(np.arange(20)[None], inputs.shape)
     windows = Windows(*map(jnp.asarray, (inputs, targets, positions, zeros, zeros == 0)))
     expected = next_token_loss(config, params, windows, jax.random.key(0))
-    model = baselines.GPT.from_params(small_model, params)
-    optimizer = baselines.make_adamw(config, model)
-    losses = [baselines.pretrain_step(model, optimizer, (inputs, targets)) for _ in range(5)]
+    model = pytorch.GPT.from_params(small_model, params)
+    optimizer = pytorch.make_adamw(config, model)
+    losses = [pytorch.pretrain_step(model, optimizer, (inputs, targets)) for _ in range(5)]
     assert losses[0] == pytest.approx(float(expected), abs=1e-4)
     assert losses[-1] < losses[0]
 
@@ -150,7 +149,7 @@ def test_the_rollout_without_a_cache_gives_our_greedy_characters(small_model):
     params = random_params(small_model)
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
     ours = greedy(small_model, params, packed, 24)
-    model = baselines.GPT.from_params(small_model, params)
+    model = pytorch.GPT.from_params(small_model, params)
     prefixes = [
         torch.tensor(prompt[-length:].astype(np.int64))
         for prompt, length in zip(packed.prompts_BxP, packed.prompt_lengths_B, strict=True)

@@ -8,8 +8,9 @@ from browser import CHROMIUM, Browser
 
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError
-from experiments import reproduce, summary_page
-from experiments.claims import VERDICTS, Claim, as_json, decided, verdict
+from experiments.common.claims import VERDICTS, Claim, as_json, decided, verdict
+from experiments.reproduce import __main__ as reproduce
+from experiments.reproduce import page
 
 PUBLISHED = pathlib.Path(__file__).parent.parent / "experiments" / "results" / "tiny"
 NAMES = [item.name for item in reproduce.ITEMS]
@@ -37,8 +38,8 @@ def write(directory, values, name=None):
 @pytest.fixture(scope="module")
 def published():
     titles = {item.name: item.title for item in reproduce.ITEMS}
-    cards = [summary_page.read_card(name, titles[name], PUBLISHED / name, "") for name in sorted(NAMES)]
-    return cards, summary_page.page("Everything", cards)
+    cards = [page.read_card(name, titles[name], PUBLISHED / name, "") for name in sorted(NAMES)]
+    return cards, page.page("Everything", cards)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,14 @@ def test_a_claim_has_one_of_four_verdicts():
 
 def test_a_card_counts_its_verdicts_in_one_order(tmp_path):
     write(tmp_path / "a", results(claim("undecided"), claim("reproduced"), claim("undecided")), "a")
-    card = summary_page.read_card("a", "A", tmp_path / "a", "")
+    card = page.read_card("a", "A", tmp_path / "a", "")
     assert list(card.verdicts.items()) == [("reproduced", 1), ("undecided", 2)]
     assert card.command == "python -m experiments.x"
     assert card.picture.startswith("data:image/svg+xml;base64,")
 
 
 def test_a_card_says_what_is_missing_or_damaged(tmp_path):
-    read = summary_page.read_card
+    read = page.read_card
     assert read("a", "A", tmp_path / "a", "").verdicts == {"not run": 1}
     assert read("a", "A", tmp_path / "a", "", "exit code 3").verdicts == {"failed": 1}
     lacking = {key: value for key, value in results(claim()).items() if key != "claims"}
@@ -83,16 +84,16 @@ def test_a_card_says_what_is_missing_or_damaged(tmp_path):
 
 
 def test_old_results_stay_visible_beside_a_new_error(tmp_path):
-    card = summary_page.read_card("a", "A", write(tmp_path / "a", results(claim()), "a"), "", "exit code 3")
-    section = summary_page.card_html(card)
+    card = page.read_card("a", "A", write(tmp_path / "a", results(claim()), "a"), "", "exit code 3")
+    section = page.card_html(card)
     assert "exit code 3" in section
     assert "Water is wet" in section
     assert card.verdicts == {"failed": 1}
 
 
 def test_a_section_shows_claim_numbers_rule_and_how_it_was_made(tmp_path):
-    card = summary_page.read_card("a", "A & B", write(tmp_path / "a", results(claim()), "a"), "python -m x --seeds 3")
-    section = summary_page.card_html(card)
+    card = page.read_card("a", "A & B", write(tmp_path / "a", results(claim()), "a"), "python -m x --seeds 3")
+    section = page.card_html(card)
     for text in ("A &amp; B", "Water is wet", "12 &lt;of&gt; 12", "+3.0 [+1.0, +5.0]", "above &amp; beyond"):
         assert text in section
     for text in ("python -m x --seeds 3", "3 (3 to 5)", "abacus (wood)", "2 min", "✓ reproduced"):
@@ -101,17 +102,17 @@ def test_a_section_shows_claim_numbers_rule_and_how_it_was_made(tmp_path):
 
 def test_a_rule_that_all_claims_share_is_shown_once(tmp_path):
     write(tmp_path / "a", results(claim(), claim("undecided")))
-    shared = summary_page.card_html(summary_page.read_card("a", "A", tmp_path / "a", ""))
+    shared = page.card_html(page.read_card("a", "A", tmp_path / "a", ""))
     assert shared.count("above &amp; beyond") == 1
     write(tmp_path / "a", results(claim(), claim(rule="another")))
-    assert "above &amp; beyond" in summary_page.card_html(summary_page.read_card("a", "A", tmp_path / "a", ""))
+    assert "above &amp; beyond" in page.card_html(page.read_card("a", "A", tmp_path / "a", ""))
 
 
 def test_seeds_and_times_are_shown_in_short():
-    assert summary_page.seeds_text([0]) == "1 (0)"
-    assert summary_page.seeds_text([4, 7]) == "2 (4, 7)"
-    assert summary_page.seeds_text(list(range(10))) == "10 (0 to 9)"
-    assert [summary_page.duration(x) for x in (12.4, 2774.7, 9000.0)] == ["12 s", "46 min", "2.5 h"]
+    assert page.seeds_text([0]) == "1 (0)"
+    assert page.seeds_text([4, 7]) == "2 (4, 7)"
+    assert page.seeds_text(list(range(10))) == "10 (0 to 9)"
+    assert [page.duration(x) for x in (12.4, 2774.7, 9000.0)] == ["12 s", "46 min", "2.5 h"]
 
 
 def test_everything_published_is_shown_as_it_was_decided(published):
@@ -134,8 +135,8 @@ def test_the_page_loads_nothing_from_elsewhere(published):
 
 def test_a_title_cannot_break_out_of_the_page(tmp_path):
     write(tmp_path / "a", results(claim(claim="<script>alert(1)")), "a")
-    card = summary_page.read_card("a", '"><script>alert(2)', tmp_path / "a", "</code><script>", "<script>3")
-    text = summary_page.page("<script>4", [card])
+    card = page.read_card("a", '"><script>alert(2)', tmp_path / "a", "</code><script>", "<script>3")
+    text = page.page("<script>4", [card])
     assert "<script" not in text
 
 

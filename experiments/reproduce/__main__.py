@@ -36,8 +36,8 @@ from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory
 from ckl_jax.tasks.task import Task
-from experiments import summary_page
-from experiments.child import run_process
+from experiments.reproduce import page
+from experiments.reproduce.child import run_process
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,17 @@ def run_item(command: ReproduceCommand, item: Item, notes: dict[str, Any]) -> No
         error = f"exit code {code}\n{output}" if code else ""
     seconds = time.monotonic() - started
     notes[item.name] = {**wanted, "error": error, "seconds": seconds}
-    print(f"{item.name}: {'failed' if error else 'done'} after {summary_page.duration(seconds)}", flush=True)
+    print(f"{item.name}: {'failed' if error else 'done'} after {page.duration(seconds)}", flush=True)
 
 
-def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[summary_page.Card]:
+def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[page.Card]:
     """Writes report.html from what is on disk; its cards."""
     cards = []
     for item in sorted(ITEMS, key=lambda item: item.name):
         typed, error = (notes.get(item.name, {}).get(key, "") for key in ("command", "error"))
-        cards.append(summary_page.read_card(item.name, item.title, command.out / item.name, typed, error))
+        cards.append(page.read_card(item.name, item.title, command.out / item.name, typed, error))
     title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {command.scale} scale"
-    text = summary_page.page(title, cards)
+    text = page.page(title, cards)
     replace(command.out / "report.html", text)
     return cards
 

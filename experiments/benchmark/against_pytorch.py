@@ -23,11 +23,10 @@ from ckl_jax.runtime.sharding import everywhere, over_rows
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.problems import Problems
-from experiments import authors_round
-from experiments import pytorch_baselines as baselines
-from experiments.benchmarks.enlarge import enlarge
-from experiments.benchmarks.timing import alternate, on_mesh, speedup, spread, timed
-from experiments.benchmarks.workload import (
+from experiments.benchmark import authors_round, pytorch
+from experiments.benchmark.enlarge import enlarge
+from experiments.benchmark.timing import alternate, on_mesh, speedup, spread, timed
+from experiments.benchmark.workload import (
     PLAIN_BATCH,
     Plan,
     Progress,
@@ -52,7 +51,7 @@ def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: 
     episodes = len(problems.episodes_B)
     mesh = sharding.make_mesh(1, episodes)
     whole = jax.device_put((model.params, jax.random.key(0)), everywhere(mesh))
-    theirs = baselines.to_transformers(model.config, model.params)
+    theirs = pytorch.to_transformers(model.config, model.params)
     ways: dict[str, Any] = {"ours": {"how": "plain", "batch": batch}, "speculative": {"how": "auto"}}
 
     def answers(way: dict[str, Any]) -> Callable[[], jax.Array]:
@@ -68,7 +67,7 @@ def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: 
         return call
 
     calls: dict[str, Callable[[], Any]] = {name: answers(way) for name, way in ways.items()}
-    calls["transformers"] = lambda: baselines.generate(theirs, problems, max_length, 1.0, seed=0)
+    calls["transformers"] = lambda: pytorch.generate(theirs, problems, max_length, 1.0, seed=0)
     characters = {name: int(answer_mask(jnp.asarray(call())).sum()) for name, call in calls.items()}
     sides = {name: timed(call) for name, call in calls.items()}
     seconds = alternate(sides, repeats)
@@ -195,8 +194,8 @@ def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict
     tokens_N, on_device = np.asarray(stream.tokens_N), jax.device_put(stream, everywhere(mesh))
     state = jax.jit(functools.partial(pretrain.init_state, config), out_shardings=everywhere(mesh))()
     parameters = num_parameters(state.params)
-    model = baselines.GPT.from_params(config.model, state.params)
-    optimizer = baselines.make_adamw(config, model)
+    model = pytorch.GPT.from_params(config.model, state.params)
+    optimizer = pytorch.make_adamw(config, model)
     window, rng = config.model.block_size, np.random.default_rng(0)
 
     def ours() -> None:
@@ -209,7 +208,7 @@ def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict
         for _ in range(steps):
             offsets_B = rng.integers(0, len(tokens_N) - window, batch)
             text_BxT = tokens_N[offsets_B[:, None] + np.arange(window + 1)]
-            baselines.pretrain_step(model, optimizer, (text_BxT[:, :-1], text_BxT[:, 1:]), config.clip_norm)
+            pytorch.pretrain_step(model, optimizer, (text_BxT[:, :-1], text_BxT[:, 1:]), config.clip_norm)
 
     seconds = alternate({"ours": on_mesh(mesh, timed(ours)), "pytorch": timed(theirs)}, plan.repeats)
     characters = batch * window * steps

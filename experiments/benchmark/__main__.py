@@ -37,8 +37,8 @@ from ckl_jax.checkpoint.store import load_model, write_json
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.runtime import cli, startup
 from ckl_jax.runtime.paths import replace, require_directory
-from experiments.benchmarks import cpu_settings, ours, report, speculation
-from experiments.benchmarks.workload import Section, choose_plan
+from experiments.benchmark import cpu_settings, ours, report, speculation
+from experiments.benchmark.workload import Section, choose_plan
 
 SECTIONS = ("rollout", "speculation", "round", "pretraining", "scaling", "compile", "memory", "limit", "settings")
 IDLE_LOAD = 0.5
@@ -75,7 +75,7 @@ def _measurements(names: list[str]) -> dict[str, Section]:
     alone = ours.SECTIONS | speculation.SECTIONS | cpu_settings.SECTIONS
     if set(names) <= set(alone):
         return alone
-    from experiments.benchmarks import against_pytorch
+    from experiments.benchmark import against_pytorch
 
     return against_pytorch.SECTIONS | alone
 

@@ -18,8 +18,8 @@ from ckl_jax.rollout.trajectory import gumbel_noise, score
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.problems import Problems
-from experiments.benchmarks.timing import alternate, speedup, spread, timed
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import alternate, speedup, spread, timed
+from experiments.benchmark.workload import (
     PLAIN_BATCH,
     Plan,
     Progress,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckl_jax.analysis.statistics import percent
-from experiments.claims import Claim, Interval, Verdict, as_json
+from experiments.common.claims import Claim, Interval, Verdict, as_json
 
 NOT_COMPARABLE: Verdict = "not comparable at this size"
 PAPER = {

@@ -12,8 +12,8 @@ from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.runs.records import critical_probability
 from ckl_jax.tasks.task import Task
-from experiments.arms import after
-from experiments.claims import Interval
+from experiments.common.arms import after
+from experiments.common.claims import Interval
 
 COMMA = 0
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}

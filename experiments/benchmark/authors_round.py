@@ -18,7 +18,7 @@ from ckl_jax.config import FinetuneConfig, ModelConfig
 from ckl_jax.errors import require
 from ckl_jax.rl.collect import Episodes
 from ckl_jax.tasks import alphabet
-from experiments.pytorch_baselines import GPT, device, functional, load_flax, nn, torch
+from experiments.benchmark.pytorch import GPT, device, functional, load_flax, nn, torch
 
 VALUE_FEATURES = 128
 TIMED_REPEATS = 3

@@ -28,8 +28,8 @@ from ckl_jax.rl.updates import init_run, train_round, train_rounds, update
 from ckl_jax.rollout.decoding import CACHE_BLOCK, rollout
 from ckl_jax.rollout.trajectory import score
 from ckl_jax.runtime.sharding import make_mesh
-from experiments.benchmarks.timing import alternate, seconds_of, spread, timed
-from experiments.benchmarks.workload import (
+from experiments.benchmark.timing import alternate, seconds_of, spread, timed
+from experiments.benchmark.workload import (
     Plan,
     Progress,
     Section,
@@ -107,7 +107,7 @@ def _in_process(plan: Plan, work: str, cache: str | None) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
-        "experiments.benchmarks.process",
+        "experiments.benchmark.process",
         "--work",
         work,
         "--quick" if plan.quick else "--no-quick",
