@@ -24,7 +24,7 @@ from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
 from ckl_jax.errors import ConfigError, extra, require, require_choice, require_types
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
-from ckl_jax.tasks.columns import TaskName, task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 TOKENIZER_FILES = [*VOCABULARIES, *ADDED]
 HUB_FILES = ["config.json", *TOKENIZER_FILES, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]

@@ -115,7 +115,8 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     base = model.max_pretrain_digits
     digits = len(str(max(a, b)))
     require(digits > base, "a", a, f"an operand (or b) of more than the {base} digits of the model's pre-training")
-    problems = problems_lib.pack(model.task, [model.task.problem(a, b)], digits, base)
+    problem = model.task.problem(a, b)
+    problems = problems_lib.pack(model.task, [problem], digits, base)
     trajectory, logits_1xTxV, (indices, recorded) = _write(
         model.config,
         model.params,
@@ -127,14 +128,13 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     )
     length = int(trajectory.mask_BxT.sum())
     tokens_T, logits_TxV = trajectory.answers_BxT[0, :length], logits_1xTxV[0, :length]
-    text, right_text = alphabet.decode(np.asarray(tokens_T), beyond=alphabet.UNKNOWN), model.task.answer_text(a, b)
+    text, right_text = alphabet.decode(np.asarray(tokens_T), beyond=alphabet.UNKNOWN), model.task.answer_text(problem)
     sure_T = np.asarray(certainty(logits_TxV))
     p_TxV = np.asarray(jax.nn.softmax(logits_TxV / (temperature or 1.0)))
     critical: list[dict[str, Any]] = []
-    tokens = model.task.critical_tokens(a, b, base)
+    tokens = model.task.critical_tokens(problem, base)
     for token in tokens:
-        slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
-        where = (0, token.step - 1, token.operand - 1, slot)
+        where = (0, token.step - 1, token.operand - 1, token.slot)
         if recorded[where]:
             index = int(indices[where])
             critical.append(
@@ -153,7 +153,7 @@ def measure(model: Model, a: int, b: int, *, temperature: float | None = None, s
     deviation = next((i for i, (x, y) in enumerate(zip(text, right_text, strict=False)) if x != y), None)
     is_critical = np.isin(np.arange(length), [token["index"] for token in critical])
     return {
-        "prompt": model.task.prompt_text(a, b),
+        "prompt": model.task.prompt_text(problem),
         "text": text,
         "right_text": right_text,
         "max_pretrain_digits": base,

@@ -82,7 +82,7 @@ class Figure5Command:
 
 def scratchpad(task: Task, found: Generations, problem: Problem, row: int) -> Scratchpad:
     """The answer of one row, ready to be shown."""
-    text, right = found.text(row), task.answer_text(problem.a, problem.b)
+    text, right = found.text(row), task.answer_text(problem)
     deviation = critical.first_deviation(text, right)
     probabilities_TxV, ref_probabilities_TxV = found.probabilities_BxTxV[row], found.ref_probabilities_BxTxV[row]
     best_TxK = np.argsort(-probabilities_TxV, axis=1)[:, :LIKELIEST]
@@ -102,7 +102,7 @@ def scratchpad(task: Task, found: Generations, problem: Problem, row: int) -> Sc
         )
         for t, (character, token) in enumerate(zip(text, found.answers_BxT[row], strict=False))
     )
-    title = f"{problem.a} {task.operator} {problem.b} = {task.result_text(problem.a, problem.b).replace(' ', '')}"
+    title = f"{problem.a} {task.operator} {problem.b} = {task.result_text(problem).replace(' ', '')}"
     return Scratchpad(title, bool(found.reward_B[row] > 0), _note(text, right, deviation, characters), characters)
 
 

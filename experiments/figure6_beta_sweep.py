@@ -45,7 +45,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
+from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common.claims import Claim, as_json, verdict
 

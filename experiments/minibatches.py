@@ -48,7 +48,7 @@ from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
+from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 

@@ -87,9 +87,9 @@ def show(figure: Figure, name: str) -> None:
 N = 5
 DIGITS = N + 1
 PROBLEM = ADDITION.problem(788400, 756689)
-PROMPT = ADDITION.prompt_text(PROBLEM.a, PROBLEM.b)
-RIGHT = ADDITION.answer_text(PROBLEM.a, PROBLEM.b)
-MARKS = ADDITION.critical_tokens(PROBLEM.a, PROBLEM.b, N)
+PROMPT = ADDITION.prompt_text(PROBLEM)
+RIGHT = ADDITION.answer_text(PROBLEM)
+MARKS = ADDITION.critical_tokens(PROBLEM, N)
 MAX_LENGTH = ADDITION.max_answer_length(DIGITS, extra=20)
 VOCABULARY, decode, encode = alphabet.VOCABULARY, alphabet.decode, alphabet.encode
 drawn = functools.partial(ADDITION.rl_problems, digits=DIGITS, max_pretrain_digits=N)

@@ -146,7 +146,7 @@ def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_wr
     packed = problems_lib.pack(ADDITION, [Problem(357, 68), Problem(9, 4)], 3, 2)
     wrong = np.full((2, 160), 5, np.int32)
     got = speculation.first_draft(jnp.asarray(packed.lists_Bx3x2xJ[:, 0]), wrong, jnp.array([7, 30]), 40)
-    expected = [ADDITION.answer_text(357, 68)[7:47], ADDITION.answer_text(9, 4)[30:70]]
+    expected = [ADDITION.answer_text(Problem(357, 68))[7:47], ADDITION.answer_text(Problem(9, 4))[30:70]]
     assert [decode(row) for row in np.array(got)] == [text.ljust(40, PAD) for text in expected]
 
 

@@ -57,7 +57,7 @@ def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character
         np.testing.assert_allclose(run(tokens), expected, atol=1e-4)
 
         ours = np.zeros((1, 30), np.int32)
-        prompt = alphabet.encode(ADDITION.prompt_text(12, 7))
+        prompt = alphabet.encode(ADDITION.prompt_text(tasks.Problem(12, 7)))
         ours[0, : len(prompt)] = prompt
         theirs = ours.copy()
         for end in range(len(prompt), 30):

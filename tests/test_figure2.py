@@ -162,7 +162,7 @@ def test_another_number_of_problems_is_refused_before_anything_is_trained(finish
 
 def test_a_cell_counts_what_the_model_solves(command, small_model):
     problem = ADDITION.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
-    params = scripted_policy(ADDITION.answer_text(problem.a, problem.b), ADDITION.max_prompt_length(1))
+    params = scripted_policy(ADDITION.answer_text(problem), ADDITION.max_prompt_length(1))
     cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
     asked = ADDITION.identical_problems(np.random.default_rng([0, 1]), 4, 1)
     assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1

@@ -12,7 +12,8 @@ from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import MULTIPLICATION, TASKS
+from ckl_jax.tasks.catalog import TASKS
+from ckl_jax.tasks.columns import MULTIPLICATION
 from experiments import figure4_prioritized_kl as figure4
 
 OPTIONS = (

@@ -153,7 +153,7 @@ def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding
 
 
 def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(monkeypatch):
-    problems, right = pack([(123, 405), (123, 406)]), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405), (123, 406)]), ADDITION.answer_text(tasks.Problem(123, 405))
     params = scripted_policy(right + "1+1=2\n" * 3, first=22)
     trajectory, steps = steps_taken(monkeypatch, SCRIPT_MODEL, params, problems, KEY, max_length=250)
     assert steps == len(right) > decoding.CACHE_BLOCK
@@ -163,7 +163,7 @@ def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(mo
 
 
 def test_an_answer_that_the_end_of_the_block_cuts_gets_no_reward():
-    problems, right = pack([(123, 405)]), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405)]), ADDITION.answer_text(tasks.Problem(123, 405))
     config = dataclasses.replace(SCRIPT_MODEL, block_size=22 + len(right) - 1)
     params = scripted_policy(right[:-1], first=22, config=config)
     trajectory = generate(config, params, problems, KEY, len(right) - 1, greedy=True)
@@ -236,7 +236,7 @@ def test_a_given_start_of_its_own_answer_goes_on_to_the_same_episode(short_traje
 
 
 def test_a_given_character_changes_the_answer_and_is_judged_with_it():
-    problems, right = pack([(123, 405)] * 3), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405)] * 3), ADDITION.answer_text(tasks.Problem(123, 405))
     params = scripted_policy(right, first=22)
     last = right.rindex("8")
     given = np.full((3, 250), -1)

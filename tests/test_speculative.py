@@ -134,7 +134,7 @@ def test_scores_are_given_only_when_asked_for():
 
 
 def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episode():
-    right, window = ADDITION.answer_text(123, 405), 64
+    right, window = ADDITION.answer_text(tasks.Problem(123, 405)), 64
     params = scripted_policy(right, first=22)
     problems = pack([(123, 405)] * 3)
     # 21 characters of the prompt after its first, and the answer, which a window's last sample can end.
@@ -148,8 +148,8 @@ def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episod
 
 
 def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
-    right = ADDITION.answer_text(123, 405)
-    wrong = ADDITION.answer_text(12, 405)
+    right = ADDITION.answer_text(tasks.Problem(123, 405))
+    wrong = ADDITION.answer_text(tasks.Problem(12, 405))
     wrong = right[: right.index(",3]")] + wrong[wrong.index(",2]") + 2 :]
     window = 64
     params = scripted_policy(wrong, first=22)
@@ -248,7 +248,7 @@ def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(
     problems, length = problems_lib.pack(ADDITION, drawn, 6, 5), 150
     given = np.full((8, 80), -1)
     for row, problem in enumerate(drawn):
-        text = ADDITION.answer_text(problem.a, problem.b)[: 10 * row]
+        text = ADDITION.answer_text(problem)[: 10 * row]
         given[row, : len(text)] = alphabet.encode(text[:-1] + "]" if text else "")
     sampling = {"max_length": length, "given_BxT": given}
     expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, **sampling))()

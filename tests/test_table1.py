@@ -17,8 +17,8 @@ from ckl_jax.tasks.columns import ADDITION
 from experiments import table1_certainty_gap as table1
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-TOKENS = ADDITION.critical_tokens(123, 45, 2)
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+TOKENS = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)
 LENGTH = len(RIGHT)
 
 

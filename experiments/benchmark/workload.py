@@ -191,6 +191,6 @@ def pretrain_config(plan: Plan, scale: str, batch: int) -> PretrainConfig:
 def text_stream(digits: int, count: int = 2000) -> TokenStream:
     """Scratchpads back to back as the dataset has them, made in memory."""
     drawn: Sequence[tasks.Problem] = ADDITION.short_problems(np.random.default_rng(0), count, digits)
-    documents = [alphabet.encode(ADDITION.prompt_text(p.a, p.b) + ADDITION.answer_text(p.a, p.b)) for p in drawn]
+    documents = [alphabet.encode(ADDITION.prompt_text(p) + ADDITION.answer_text(p)) for p in drawn]
     starts = np.cumsum([0, *(len(document) for document in documents[:-1])]).astype(np.int32)
     return TokenStream(np.concatenate(documents), starts)

@@ -22,7 +22,8 @@ from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
-from ckl_jax.tasks.columns import ADDITION, TaskName
+from ckl_jax.tasks.catalog import TaskName
+from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 
 
