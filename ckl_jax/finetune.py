@@ -2,8 +2,24 @@
 
     python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
 
-An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
-change the speed alone may be others then, and ``rounds`` may be more if the learning rate does not decay.
+**What it writes.** All numbers go to metrics.jsonl. At every test two answers of each arm with their rewards go to
+samples.jsonl. The checkpoints lie under checkpoints/, and each run's policy under `<arm>/seed_<seed>`.
+
+**Going on.** A call that was interrupted goes on from its last checkpoint with the same command and ends with the same
+bits. Options that change the speed alone may be others then (``--rollout-batch``, ``--runs-at-once``,
+``--data-devices``, ...), and so may those of logging. A finished run takes more ``--rounds`` if its learning rate does
+not decay (``--no-learning-rate-decay``). A second process in the same directory is refused; in a bucket it is not.
+
+**Exit codes**, of this command and of all others:
+
+| code | meaning |
+|---|---|
+| 0 | it has finished |
+| 1 | a file cannot be written or read; one line names it |
+| 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
+| 3 | a loss or parameter is not finite; the line names run, round and term |
+| 75 | SIGTERM came, the work is saved, and the same command goes on |
+| 130 | ctrl-C |
 """
 
 from __future__ import annotations
