@@ -37,6 +37,7 @@ from ckl_jax.rl.evaluation import test
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.rollout import generation
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, sharding, xla_cpu
 from ckl_jax.tasks import alphabet
 
@@ -110,10 +111,9 @@ def values_of(stage: str, episodes: int) -> dict[str, np.ndarray]:
         generation.generate,
         program.model,
         key=jax.random.key(0),
+        sampling=Sampling(program.max_length, config.temperature),
         how="plain" if stage == "rollout" else "speculative",
         batch=config.rollout_batch,
-        max_length=program.max_length,
-        temperature=config.temperature,
     )
     problems = draw_problems(program, 0, 0)
     trajectory = jax.jit(lambda params, problems: generate(params, problems).trajectory)(model.params, problems)

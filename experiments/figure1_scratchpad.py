@@ -42,6 +42,7 @@ from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
@@ -93,11 +94,9 @@ def _write(config: ModelConfig, params: Any, problems: Problems, key, *, max_len
         params,
         problems,
         key,
+        Sampling(max_length, temperature, greedy),
         how="plain",
         with_scores=True,
-        max_length=max_length,
-        temperature=temperature,
-        greedy=greedy,
     )
     trajectory = verified.trajectory
     return trajectory, verified.logits_BxTxV, problems_lib.critical_indices(trajectory.answers_BxT, problems)

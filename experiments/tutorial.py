@@ -50,7 +50,7 @@ from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, update
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import score
+from ckl_jax.rollout.trajectory import Sampling, score
 from ckl_jax.runtime import xla_cpu
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
@@ -141,9 +141,7 @@ EPISODES = 64
 
 @functools.partial(jax.jit, static_argnums=0)
 def write(config, params, problems, key):
-    written = generate(
-        config, params, problems, key, how="plain", with_scores=True, max_length=MAX_LENGTH, temperature=1.0
-    )
+    written = generate(config, params, problems, key, Sampling(MAX_LENGTH), how="plain", with_scores=True)
     return written.trajectory, written.logits_BxTxV
 
 

@@ -20,6 +20,7 @@ from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.alphabet import PAD, decode
@@ -67,7 +68,7 @@ def test_the_decoding_steps_of_each_cache_size_add_up_to_every_groups_longest_ep
 def test_episodes_of_the_unending_model_run_to_the_limit():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 8, 1), 1, 1)
-    trajectory = rollout(model.config, model.params, packed, jax.random.key(0), max_length=50)
+    trajectory = rollout(model.config, model.params, packed, jax.random.key(0), Sampling(50))
     assert trajectory.mask_BxT.all()
     assert len(np.unique(trajectory.answers_BxT)) > 10
 
@@ -154,7 +155,7 @@ def test_near_ties_are_where_two_rollouts_begin_to_differ():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     key = jax.random.key(0)
-    plain = generate(model.config, model.params, packed, key, how="plain", max_length=10)
+    plain = generate(model.config, model.params, packed, key, Sampling(10), how="plain")
     assert speculation._near_ties(model, packed, key, 1.0, plain, plain) == {"differing": 0, "widest_gap": None}
     tokens = plain.trajectory.tokens_BxL.at[1, -4].add(1)
     other = plain._replace(trajectory=plain.trajectory._replace(tokens_BxL=tokens))

@@ -42,12 +42,13 @@ def mask(*shape):
     return np.ones(shape, bool)
 
 
-def generated(**options):
-    return rollout.rollout(CONFIG, None, PACKED, None, **{"max_length": 10} | options)
+def generated(batch=None, **sampling):
+    return rollout.rollout(CONFIG, None, PACKED, None, Sampling(**{"max_length": 10} | sampling), batch=batch)
 
 
-def verified(**options):
-    return speculative.speculative_rollout(CONFIG, None, PACKED, None, **{"max_length": 10} | options)
+def verified(window=32, slots=None, **sampling):
+    how = Sampling(**{"max_length": 10} | sampling)
+    return speculative.speculative_rollout(CONFIG, None, PACKED, None, how, window=window, slots=slots)
 
 
 def judged(**options):
@@ -155,7 +156,7 @@ GENERATION = [
     (lambda: verified(slots=0), r"slots: got 0, allowed is 1 or more"),
     (lambda: verified(temperature=-1.0), r"temperature: got -1\.0, allowed is above 0 and finite .*"),
     (
-        lambda: generation.generate(CONFIG, None, PACKED, None, how="fast", max_length=9),
+        lambda: generation.generate(CONFIG, None, PACKED, None, Sampling(9), how="fast"),
         r"how: got 'fast', allowed .*",
     ),
     (lambda: evaluate.judge(MODEL, [], 1), r"problems: got 0, allowed is 1 or more"),

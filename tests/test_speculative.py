@@ -15,7 +15,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.speculative import TRIAL_PASSES, speculative_rollout
-from ckl_jax.rollout.trajectory import gumbel_noise, score
+from ckl_jax.rollout.trajectory import Sampling, gumbel_noise, score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -33,15 +33,18 @@ def pack(pairs=PAIRS, digits=3):
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "greedy"))
 def plain(config, params, problems, key, max_length=LENGTH, temperature=1.0, greedy=False):
-    return rollout(config, params, problems, key, max_length=max_length, temperature=temperature, greedy=greedy)
+    return rollout(config, params, problems, key, Sampling(max_length, temperature, greedy))
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("config", "max_length", "greedy", "slots", "window", "drafter", "with_scores", "least_accepted"),
 )
-def speculative(config, params, problems, key, max_length=LENGTH, **options):
-    return speculative_rollout(config, params, problems, key, max_length=max_length, **options)
+def speculative(
+    config, params, problems, key, max_length=LENGTH, temperature=1.0, greedy=False, given_BxT=None, **more
+):
+    sampling = Sampling(max_length, temperature, greedy, given_BxT)
+    return speculative_rollout(config, params, problems, key, sampling, **more)
 
 
 score_of = jax.jit(score, static_argnums=0)
@@ -160,7 +163,7 @@ def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
 
 @functools.partial(jax.jit, static_argnames=("how", "with_scores"))
 def generated(params, how, with_scores=True):
-    return generate(MODEL, params, pack(PAIRS * 3), KEY, how=how, batch=4, max_length=LENGTH, with_scores=with_scores)
+    return generate(MODEL, params, pack(PAIRS * 3), KEY, Sampling(LENGTH), how=how, batch=4, with_scores=with_scores)
 
 
 def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
@@ -175,8 +178,7 @@ def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
 def test_auto_is_speculative_for_a_policy_that_follows_the_drafts(shipped):
     problems = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(1), 40, 4), 4, 2)
     length = ADDITION.max_answer_length(4, 20)
-    sampling = {"max_length": length, "batch": 4}
-    chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, how="auto", **sampling))
+    chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, Sampling(length), batch=4))
     verified = chosen(shipped.params)
     assert verified.complete
     assert verified.passes > TRIAL_PASSES
@@ -193,7 +195,7 @@ def test_giving_up_is_told():
 
 def test_an_unknown_way_is_refused():
     with pytest.raises(ConfigError, match=r"^how: got 'fast', allowed is auto \| speculative \| plain"):
-        generate(MODEL, None, pack(), KEY, how="fast", max_length=30)
+        generate(MODEL, None, pack(), KEY, Sampling(30), how="fast")
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
@@ -201,8 +203,7 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
     keys = jax.random.split(KEY, 2)
 
     def one(params, key):
-        options = {"max_length": LENGTH, "slots": 3, "axis_name": "run"}
-        return speculative_rollout(MODEL, params, pack(), key, **options)
+        return speculative_rollout(MODEL, params, pack(), key, Sampling(LENGTH), slots=3, axis_name="run")
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
@@ -213,17 +214,17 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("sampling", "options", "name"),
     [
-        ({"max_length": 30, "temperature": 0.0}, "temperature"),
-        ({"max_length": 379}, "block_size"),
-        ({"max_length": 30, "window": 0}, "window"),
-        ({"max_length": 30, "slots": 0}, "slots"),
+        (Sampling(30, temperature=0.0), {}, "temperature"),
+        (Sampling(379), {}, "block_size"),
+        (Sampling(30), {"window": 0}, "window"),
+        (Sampling(30), {"slots": 0}, "slots"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
+def test_what_cannot_work_is_refused_before_the_model_is_touched(sampling, options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        speculative_rollout(MODEL, None, pack(), KEY, **options)
+        speculative_rollout(MODEL, None, pack(), KEY, sampling, **options)
 
 
 @pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
@@ -237,7 +238,7 @@ def test_given_starts_go_on_as_step_by_step(options):
     verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
     assert_same_characters(MODEL, params, pack(), KEY, expected, verified)
     given[:, :30] = np.where(given[:, :30] >= 0, 30, -1)
-    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, max_length=LENGTH, given_BxT=given))(given)
+    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, Sampling(LENGTH, given_BxT=given)))(given)
     verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
     assert (np.array(other.answers_BxT) == 30).any()
     assert_same_characters(MODEL, params, pack(), KEY, other, verified)

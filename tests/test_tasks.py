@@ -13,6 +13,7 @@ from policies import SCRIPT_MODEL, scripted_policy
 from ckl_jax import tasks
 from ckl_jax.errors import ConfigError
 from ckl_jax.rollout import generation
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.tasks import alphabet, catalog, problems
 from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION
@@ -168,9 +169,9 @@ def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_
     task = Maximum("maximum", ">")
     packed = problems.pack(task, [task.problem(3, 7), task.problem(8, 1)], 1, 1)
     params = scripted_policy(task.answer_text(task.problem(3, 7)), len(task.prompt_text(task.problem(3, 7))))
-    sampling = {"max_length": task.max_answer_length(1, 2), "temperature": 0.01}
-    generated = generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), **sampling)
+    sampling = Sampling(task.max_answer_length(1, 2), temperature=0.01)
+    generated = generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling)
     assert generated.trajectory.reward_B.tolist() == [1, 0]
     assert not problems.critical_indices(generated.trajectory.answers_BxT, packed)[1].any()
     with pytest.raises(ConfigError, match=r"^drafter: got None, allowed is one: maximum has no drafts of its own"):
-        generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), how="speculative", **sampling)
+        generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling, how="speculative")

@@ -17,7 +17,7 @@ from ckl_jax.rl.collect import Episodes, collect
 from ckl_jax.rl.program import make_mesh
 from ckl_jax.rl.updates import train_round, update
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import answer_mask
+from ckl_jax.rollout.trajectory import Sampling, answer_mask
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.sharding import everywhere, over_rows
 from ckl_jax.tasks import problems as problems_lib
@@ -56,7 +56,7 @@ def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: 
 
     def answers(way: dict[str, Any]) -> Callable[[], jax.Array]:
         def roll_out(whole, problems):
-            return generate(model.config, whole[0], problems, whole[1], max_length=max_length, **way).trajectory
+            return generate(model.config, whole[0], problems, whole[1], Sampling(max_length), **way).trajectory
 
         compiled = jax.jit(functools.partial(over_rows, roll_out))
 

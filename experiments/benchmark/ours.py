@@ -26,7 +26,7 @@ from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_round, train_rounds, update
 from ckl_jax.rollout.decoding import CACHE_BLOCK, rollout
-from ckl_jax.rollout.trajectory import score
+from ckl_jax.rollout.trajectory import Sampling, score
 from ckl_jax.runtime.sharding import make_mesh
 from experiments.benchmark.timing import alternate, seconds_of, spread, timed
 from experiments.benchmark.workload import (
@@ -188,7 +188,7 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     program, params = first.program, first.state.params
     key = jax.random.key(0)
     generate = jax.jit(
-        functools.partial(rollout, model.config, max_length=program.max_length, batch=config.rollout_batch)
+        functools.partial(rollout, model.config, sampling=Sampling(program.max_length), batch=config.rollout_batch)
     )
     trajectory = generate(params["policy"], first.problems, key)
     num_prompt, total = first.problems.prompts_BxP.shape[1], trajectory.tokens_BxL.shape[1]
