@@ -47,8 +47,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
@@ -56,6 +55,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
+from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")
@@ -94,12 +94,9 @@ def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, A
     return {"standard": uniform, **words, **smaller, "no_kl": uniform | {"kl_coefficient": 0.0}}
 
 
-def summarize(run: arms_lib.Run, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Per-seed values, means with 95% intervals over seeds, pairs and the answer.
-
-    Args:
-      by_name: the arms' overrides.
-    """
+def summarize(run: arms_lib.Run) -> Results:
+    """Per-seed values, means with 95% intervals over seeds, pairs and the answer."""
+    by_name = arms(FinetuneConfig(**run.config["config"]), run.config["grid"])
     of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
     results = arms_lib.summarize(run, by_name, of_rounds)
     for arm, values in results["arms"].items():
@@ -121,20 +118,25 @@ def answer(pairs: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) -> str:
     return f"Does prioritization beat its own controls? {word}. At full pressure, {at_full}."
 
 
-def table(results: dict[str, Any], digits: int) -> str:
-    """Arms and pairs as Markdown tables, shares in percent, and the answer."""
-    columns = f"arm | coefficient | mean weight | {digits} digits after | old lengths after | last KL | last comma"
-    lines = [f"| {columns} |", "|---|---|---|---|---|---|---|"]
+def text(results: Results, run: arms_lib.Run) -> str:
+    """Arms and pairs as Markdown tables, shares in percent, the answer and how long the run took."""
+    rows = []
     for arm, values in results["arms"].items():
         target, old, comma = (percent(values[name]) for name in ("target_after", "old_after", "comma_after"))
         weight, kl = (values[name][0] for name in ("weight", "kl_after"))
-        lines.append(f"| {arm} | {values['kl_coefficient']:g} | {weight:.3f} | {target} | {old} | {kl:.4f} | {comma} |")
+        rows.append([arm, f"{values['kl_coefficient']:g}", f"{weight:.3f}", target, old, f"{kl:.4f}", comma])
     before = next(iter(results["arms"].values()))["target_before"][0]
-    lines += [f"| before | | | {100 * before:.1f} | | 0 | |", "", comparison.table(results["pairs"], digits)]
-    return "\n".join([*lines, "", results["answer"]])
+    rows.append(["before", "", "", f"{100 * before:.1f}", "", "0", ""])
+    after = (f"{run.digits} digits after", "old lengths after", "last KL", "last comma")
+    tables = [
+        markdown(["arm", "coefficient", "mean weight", *after], rows),
+        comparison.table(results["pairs"], run.digits),
+    ]
+    return "\n\n".join([*tables, f"{results['answer']}\n{results['wall_seconds']:.0f} s"])
 
 
-def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
+def draw(results: Results, run: arms_lib.Run) -> Figure:
+    digits = run.digits
     names = list(results["arms"])
     others = [arm for arm in names if arm not in plots.COLORS]
     colors = plots.COLORS | {arm: PALETTE[index % len(PALETTE)] for index, arm in enumerate(others)}
@@ -162,19 +164,12 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     panels[1, 1].axvline(0, color=plots.INK, linewidth=1)
     panels[1, 1].set(xlabel="difference after RL, paired by seed (points)")
     figure.suptitle(f"RL on {digits} digits, {len(results['seeds'])} seeds")
-    plots.save(figure, directory, "controls")
+    return figure
 
 
 def main(command: ControlsCommand) -> None:
-    run = arms_lib.run_arms(command, COMMAND, arms(command.config, command.grid), grid=command.grid)
-    with reading.only_read(command.out, "plot_only", command.plot_only):
-        config = FinetuneConfig(**run.config["config"])
-        results = summarize(run, arms(config, run.config["grid"]))
-        results |= {"config": run.config, **run.made}
-        shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"
-        draw(results, run.digits, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, controls.png and controls.svg in {command.out}")
+    of_run = arms(command.config, command.grid)
+    arms_lib.publish(command, COMMAND, "controls", of_run, summarize, text, draw, grid=command.grid)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,21 +33,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ckl_jax import tasks
-from ckl_jax.analysis import plots
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.errors import require
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling
-from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
 from experiments.common.claims import Claim, as_json
+from experiments.common.figure import Results, publish
 
 COMMAND = "experiments.figure1_scratchpad"
 COLORMAP = "YlGnBu_r"  # Its luminance rises with J: it survives grey print and every colour blindness.
@@ -102,7 +99,7 @@ def _write(config: ModelConfig, params: Any, problems: Problems, key, *, max_len
     return trajectory, verified.logits_BxTxV, problems_lib.critical_indices(trajectory.answers_BxT, problems)
 
 
-def measure(model: Model, a: int, b: int, *, temperature: float | None = None, seed: int = 0) -> dict[str, Any]:
+def answer(model: Model, a: int, b: int, *, temperature: float | None = None, seed: int = 0) -> dict[str, Any]:
     """The model's answer to its task's problem of ``a`` and ``b`` with, per character, certainty and probability.
 
     Probabilities are at the sampling temperature (1 when greedy), J at 1. ``critical`` are the critical tokens that the
@@ -216,7 +213,7 @@ def legend(results: dict[str, Any], operand: int) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     prompt, text, deviation = results["prompt"], results["text"], results["first_deviation"]
     longest, longest_right = (max(map(len, t.split("\n"))) for t in (text, results["right_text"]))
     columns = max(FEWEST_COLUMNS, min(longest, longest_right + EXTRA_COLUMNS) + 1)
@@ -260,7 +257,7 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     axes.text(0, top - 0.3, f"{title}: {'right' if results['solved'] else 'wrong'} result", va="top", fontsize=10)
     for operand, x in ((1, 0.0), (2, columns / 2)):
         axes.text(x, table_top, legend(results, operand), va="top", fontsize=7, family="monospace")
-    plots.save(figure, directory, "figure1")
+    return figure
 
 
 def _draw_characters(axes: Axes, corners: Sequence[tuple[float, float]], text: str, colors: list[Any]) -> None:
@@ -278,34 +275,26 @@ def _draw_characters(axes: Axes, corners: Sequence[tuple[float, float]], text: s
         )
 
 
+def measure(command: Figure1Command) -> Results:
+    """The model's answer, with what it was made from."""
+    model = load_model(command.checkpoint)
+    names = ("a", "b", "temperature", "seed")
+    config = {"command": COMMAND, **{name: getattr(command, name) for name in names}}
+    found = answer(model, command.a, command.b, temperature=command.temperature, seed=command.seed)
+    return found | {"config": config | {"checkpoint": fingerprint(model.params)}}
+
+
+def judge(results: Results) -> Results:
+    return {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
+
+
+def text(results: Results) -> str:
+    """The answer, and its critical tokens by operand."""
+    return "\n".join([results["text"], *(legend(results, operand) for operand in (1, 2))])
+
+
 def main(command: Figure1Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        model = load_model(command.checkpoint)
-        start = time.monotonic()
-        results = measure(model, command.a, command.b, temperature=command.temperature, seed=command.seed)
-        results |= {
-            "config": {
-                "command": COMMAND,
-                "a": command.a,
-                "b": command.b,
-                "temperature": command.temperature,
-                "seed": command.seed,
-                "checkpoint": fingerprint(model.params),
-            },
-            **machine(),
-            "wall_seconds": time.monotonic() - start,
-        }
-        command.out.mkdir(parents=True, exist_ok=True)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results |= {"seeds": [results["config"]["seed"]], "claims": as_json(claims(results))}
-        shown = "\n".join([results["text"], *(legend(results, operand) for operand in (1, 2))])
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(shown)
-    print(f"results.json, figure1.png and figure1.svg in {command.out}")
+    publish(command, COMMAND, "figure1", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

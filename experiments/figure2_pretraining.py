@@ -39,15 +39,13 @@ import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax import tasks
-from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import bootstrap_interval, percent, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import Model, fingerprint, write_json
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.checkpoint.store import Model, fingerprint
+from ckl_jax.errors import require
 from ckl_jax.evaluate import DRAWS, judge_cell
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
+from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
 from experiments.common.pretraining_claims import figure2_claims, overlap
 
@@ -157,31 +155,30 @@ def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Our cells above the paper's, in percent, and the verdicts, as Markdown."""
-    header = ["| operands | N | N digits | N+1 | N+2 | N+3 |", "|---|---|---|---|---|---|"]
-    lines = []
+    lines: list[list[str]] = []
     for operands in DRAWS:
         rows: dict[int, list[str]] = {}
         for cell in results["cells"]:
             if cell["operands"] == operands:
                 rows.setdefault(cell["max_pretrain_digits"], []).append(_shown(cell))
-        lines += [f"| {operands} | {base} | {' | '.join(cells)} |" for base, cells in rows.items()]
+        lines += [[operands, str(base), *cells] for base, cells in rows.items()]
         for base, numbers in PAPER[operands].items():
-            shown = " | ".join(f"{mean:g} ± {half:g}" for mean, half in numbers)
-            lines.append(f"| {operands}, paper (85M) | {base} | {shown} |")
-    said = ["| claim | operands | N | verdict |", "|---|---|---|---|"]
-    for row in results["verdicts"]:
-        compared = " against ".join(map(str, row["max_pretrain_digits"]))
-        said.append(f"| {row['claim']} | {row['operands']} | {compared} | {row['verdict']} |")
-    return "\n".join([*header, *lines, "", *said])
+            lines.append([f"{operands}, paper (85M)", str(base), *(f"{mean:g} ± {half:g}" for mean, half in numbers)])
+    said = [
+        [row["claim"], row["operands"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
+        for row in results["verdicts"]
+    ]
+    cells = markdown(["operands", "N", "N digits", *LENGTHS[1:]], lines)
+    return f"{cells}\n\n{markdown(['claim', 'operands', 'N', 'verdict'], said)}"
 
 
 def _shown(cell: dict[str, Any]) -> str:
     return percent(cell["accuracy"]) if cell["fits"] else "does not fit"
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     bases = sorted({cell["max_pretrain_digits"] for cell in results["cells"]})
@@ -200,11 +197,11 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="greedy accuracy (%)", ylim=(-2, 102))
     panels[1].legend(frameon=False, title="pre-trained on up to N digits")
-    plots.save(figure, directory, "figure2")
+    return figure
 
 
-def measure(command: Figure2Command) -> dict[str, Any]:
-    """All cells, those of an interrupted call kept, with verdicts, config, device and wall seconds of evaluating."""
+def measure(command: Figure2Command) -> Results:
+    """All cells, those of an interrupted call kept, with verdicts, config and wall seconds of evaluating."""
     settings = {name: getattr(command, name) for name in ("problems", "seed", "extra_length")}
     described = {"command": COMMAND, "models": command.models.describe(), **settings}
     directory = RunDirectory(command.out, described)
@@ -229,23 +226,20 @@ def measure(command: Figure2Command) -> dict[str, Any]:
         "paper": {operands: {str(base): row for base, row in rows.items()} for operands, rows in PAPER.items()},
         "seeds": [command.seed],
         "config": described,
-        **machine(),
         "wall_seconds": directory.seconds(),
     }
 
 
+def judge(results: Results) -> Results:
+    return {"claims": figure2_claims(results)}
+
+
+def text(results: Results) -> str:
+    return f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
+
+
 def main(command: Figure2Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results["claims"] = figure2_claims(results)
-        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure2.png and .svg in {command.out}")
+    publish(command, COMMAND, "figure2", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

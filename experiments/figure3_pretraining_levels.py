@@ -37,17 +37,17 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import Model, fingerprint, write_json
+from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runs.records import by_run, earlier_results, machine
+from ckl_jax.runs.records import by_run
 from ckl_jax.runtime import cli
 from experiments.common.claims import as_json
+from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
 from experiments.common.pretraining_claims import from_verdicts
 from experiments.figure2_pretraining import above
@@ -155,27 +155,28 @@ def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Accuracies in percent and the verdicts, as Markdown."""
-    lines = [
-        "| N | digits | before | after | gain | since the test before | old lengths before | old lengths after |",
-        "|---|---|---|---|---|---|---|---|",
+    rows = [
+        [
+            str(run["max_pretrain_digits"]),
+            str(run["digits"]),
+            *(percent(run[name]) for name in ("before", "after")),
+            *(percent(run[name], "+") for name in ("gain", "last_change")),
+            f"{100 * run['old_before']:.1f}",
+            percent(run["old_after"]),
+        ]
+        for run in results["runs"]
     ]
-    for run in results["runs"]:
-        changes = " | ".join(percent(run[name], "+") for name in ("gain", "last_change"))
-        lines.append(
-            f"| {run['max_pretrain_digits']} | {run['digits']} | {percent(run['before'])} | {percent(run['after'])} "
-            f"| {changes} | {100 * run['old_before']:.1f} | {percent(run['old_after'])} |"
-        )
-    lines += ["", "| claim | N | verdict |", "|---|---|---|"]
-    for row in results["verdicts"]:
-        lines.append(
-            f"| {row['claim']} | {' against '.join(map(str, row['max_pretrain_digits']))} | {row['verdict']} |"
-        )
-    return "\n".join(lines)
+    said = [
+        [row["claim"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
+        for row in results["verdicts"]
+    ]
+    changes = ("before", "after", "gain", "since the test before", "old lengths before", "old lengths after")
+    return f"{markdown(['N', 'digits', *changes], rows)}\n\n{markdown(['claim', 'N', 'verdict'], said)}"
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     runs = results["runs"]
     extras = sorted({run["extra_digits"] for run in runs})
     colors = colors_of(sorted({run["max_pretrain_digits"] for run in runs}))
@@ -194,11 +195,11 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
     panels[0, 0].set_ylim(bottom=-1)
     panels[0, -1].legend(frameon=False, title=f"standard KL, {len(runs[0]['seeds'])} seeds")
-    plots.save(figure, directory, "figure3")
+    return figure
 
 
-def measure(command: Figure3Command) -> dict[str, Any]:
-    """All runs with their verdicts, config, device and wall seconds of the fine-tuning."""
+def measure(command: Figure3Command) -> Results:
+    """All runs with their verdicts, config and wall seconds of the fine-tuning."""
     settings = {"finetune": dataclasses.asdict(command.finetune), "extra_digits": list(command.extra_digits)}
     described = {"command": COMMAND, "models": command.models.describe(), "seeds": command.seeds, **settings}
     whole = RunDirectory(command.out, described)
@@ -214,7 +215,6 @@ def measure(command: Figure3Command) -> dict[str, Any]:
         "verdicts": verdicts(runs),
         "seeds": runs[0]["seeds"],
         "config": described,
-        **machine(),
         "wall_seconds": sum(run["wall_seconds"] for run in runs),
     }
 
@@ -231,18 +231,16 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
 
 
+def judge(results: Results) -> Results:
+    return {"claims": as_json(from_verdicts(results["verdicts"]))}
+
+
+def text(results: Results) -> str:
+    return f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+
+
 def main(command: Figure3Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results["claims"] = as_json(from_verdicts(results["verdicts"]))
-        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure3.png and .svg in {command.out}")
+    publish(command, COMMAND, "figure3", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

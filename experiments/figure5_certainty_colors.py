@@ -21,28 +21,27 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from ckl_jax.analysis import critical, plots, report
 from ckl_jax.analysis.critical import Generations, Sampling
 from ckl_jax.analysis.report import Character, Scratchpad, Section
 from ckl_jax.analysis.statistics import mean_interval, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model, write_json
-from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.records import earlier_results, machine
-from ckl_jax.runtime import cli, hosts
-from ckl_jax.runtime.paths import replace, require_directory
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.errors import require
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Problem, Task
 from experiments.common import claims as claims_lib
 from experiments.common.claims import Claim, decided
+from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.figure5_certainty_colors"
 LIKELIEST = 5
@@ -217,11 +216,11 @@ def _rounded(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def table(policies: dict[str, Any]) -> str:
-    """A line per policy, as Markdown."""
+def text(results: Results) -> str:
+    """A line per policy, as Markdown, and the verdict."""
     header = ["policy", "right, %", "J at critical", "J at others", "p(right) at critical", "least certain critical, %"]
-    lines = [header, ["---"] * len(header)]
-    for name, found in policies.items():
+    rows = []
+    for name, found in results["policies"].items():
         probability = found["probability_of_right_at_critical"]
         cells = [
             name,
@@ -231,8 +230,9 @@ def table(policies: dict[str, Any]) -> str:
             "none" if probability is None else f"{probability:.3f}",
             _cell(found["least_certain_is_critical"], 100, 1),
         ]
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append(cells)
+    said = f"colour finds the critical tokens, before RL: {results['verdict']}"
+    return f"{markdown(header, rows)}\n{said}\n{results['wall_seconds']:.0f} s"
 
 
 def _cell(interval: tuple[float, float, float], scale: float, digits: int) -> str:
@@ -240,9 +240,8 @@ def _cell(interval: tuple[float, float, float], scale: float, digits: int) -> st
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "none"
 
 
-def measure(command: Figure5Command) -> dict[str, Any]:
+def measure(command: Figure5Command) -> Results:
     """Both policies' answers: what is counted on all of them, and the first right and wrong ones as they are shown."""
-    started = time.perf_counter()
     reference = load_model(command.checkpoint)
     digits = reference.max_pretrain_digits + 1
     critical.require_room(reference, digits, command.sampling.extra_length)
@@ -269,39 +268,32 @@ def measure(command: Figure5Command) -> dict[str, Any]:
         "policies": summaries,
         "seeds": [command.sampling.seed],
         "config": config,
-        **machine(),
-        "wall_seconds": time.perf_counter() - started,
     }
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def judge(results: Results) -> Results:
+    policies = results["policies"]
+    return {"verdict": verdict(policies["Before RL"]), "claims": claims_lib.as_json(claims(policies))}
+
+
+def sections(results: Results) -> list[Section]:
+    """What is shown of each policy."""
+    policies = results["policies"].items()
+    return [Section(name, found["note"], tuple(map(from_json, found["shown"]))) for name, found in policies]
+
+
+def page(results: Results) -> str:
     base = results["max_pretrain_digits"]
-    sections = [
-        Section(name, found["note"], tuple(map(from_json, found["shown"])))
-        for name, found in results["policies"].items()
-    ]
     title = f"Where a model pre-trained on {base} digits is unsure when it adds {base + 1} digits"
-    if hosts.is_first():
-        replace(directory / "figure5.html", report.page(title, INTRODUCTION, sections))
-    plots.save(plots.scratchpads([(part.title, one_of_each(part)) for part in sections]), directory, "figure5")
+    return report.page(title, INTRODUCTION, sections(results))
+
+
+def draw(results: Results) -> Figure:
+    return plots.scratchpads([(part.title, one_of_each(part)) for part in sections(results)])
 
 
 def main(command: Figure5Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-        command.out.mkdir(parents=True, exist_ok=True)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        policies = results["policies"]
-        results |= {"verdict": verdict(policies["Before RL"]), "claims": claims_lib.as_json(claims(policies))}
-        shown = f"{table(policies)}\ncolour finds the critical tokens, before RL: {results['verdict']}"
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(shown)
-    files = "results.json, figure5.html, figure5.png and figure5.svg"
-    print(f"{results['wall_seconds']:.0f} s; {files} in {command.out}")
+    publish(command, COMMAND, "figure5", measure, text, draw, judge=judge, page=page)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.presets import finetune_preset
@@ -48,6 +47,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common.claims import Claim, as_json, verdict
+from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"
@@ -81,8 +81,8 @@ def arm_name(beta: float) -> str:
     return f"beta_{beta:g}" if beta else STANDARD
 
 
-def summarize(run: arms_lib.Run) -> dict[str, Any]:
-    """Per-seed curves, the KL pressure, and differences to the standard arm, each mean with its 95% interval.
+def summarize(run: arms_lib.Run) -> Results:
+    """Per-seed curves, the KL pressure, and differences to the standard arm, means with 95% intervals, and claims.
 
     Raises:
       ConfigError: the config names no betas.
@@ -98,10 +98,11 @@ def summarize(run: arms_lib.Run) -> dict[str, Any]:
             paired = arms_lib.after(results, arm, curve) - arms_lib.after(results, STANDARD, curve)
             values[f"{name}_minus_standard"] = mean_interval(paired)
         values["against_standard"] = AGAINST[verdict(values["target_minus_standard"])]
-    return {"betas": betas, **results}
+    results["betas"] = betas
+    return results | {"claims": as_json(claims(results))}
 
 
-def claims(results: dict[str, Any]) -> list[Claim]:
+def claims(results: Results) -> list[Claim]:
     """What the paper says of Figure 6 about the betas that were swept, by the rules of this module's docstring."""
     betas = results["betas"]
     final = {beta: arms_lib.after(results, arm_name(beta)) for beta in (0.0, *betas)}
@@ -131,20 +132,19 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     return found
 
 
-def table(results: dict[str, Any], digits: int) -> str:
-    """An arm per line, as Markdown: KL pressure as means over rounds, accuracies in percent."""
-    lines = [
-        f"| arm | J^beta | KL, nats | weighted KL loss | {digits} digits after | minus standard, paired | "
-        "old lengths after | against standard |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def text(results: Results, run: arms_lib.Run) -> str:
+    """An arm per line, as Markdown: KL pressure as means over rounds, accuracies in percent. Then the claims."""
+    accuracies = (f"{run.digits} digits after", "minus standard, paired", "old lengths after", "against standard")
+    rows = []
     for arm, values in results["arms"].items():
         pressure = [_interval(values["pressure"][name]) for name in PRESSURES]
         difference = "" if arm == STANDARD else percent(values["target_minus_standard"], "+")
         accuracy = [percent(values["target_after"]), difference, percent(values["old_after"])]
         said = "" if arm == STANDARD else values["against_standard"]
-        lines.append("| " + " | ".join([arm.replace("_", " "), *pressure, *accuracy, said]) + " |")
-    return "\n".join(lines)
+        rows.append([arm.replace("_", " "), *pressure, *accuracy, said])
+    table = markdown(["arm", "J^beta", "KL, nats", "weighted KL loss", *accuracies], rows)
+    claimed = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]
+    return "\n".join([table, *claimed, f"{results['wall_seconds']:.0f} s"])
 
 
 def _interval(interval: tuple[float, float, float]) -> str:
@@ -152,8 +152,8 @@ def _interval(interval: tuple[float, float, float]) -> str:
     return f"{mean:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else "")
 
 
-def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
-    betas = results["betas"]
+def draw(results: Results, run: arms_lib.Run) -> Figure:
+    digits, betas = run.digits, results["betas"]
     shades = colormaps["plasma_r"](np.linspace(0.12, 0.95, len(betas)))
     colors: dict[str, Any] = {STANDARD: STANDARD_COLOR} | dict(zip(map(arm_name, betas), shades, strict=True))
     figure = Figure(figsize=(9, 7.5), layout="constrained")
@@ -195,20 +195,13 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     for panel in (top, left, right):
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-    plots.save(figure, directory, "figure6")
+    return figure
 
 
 def main(command: Figure6Command) -> None:
-    arms = {arm_name(beta): {"beta": beta} for beta in (0.0, *sorted(command.betas))}
-    run = arms_lib.run_arms(command, COMMAND, arms, betas=sorted(command.betas))
-    with reading.only_read(command.out, "plot_only", command.plot_only):
-        results = summarize(run)
-        results |= {"claims": as_json(claims(results)), "config": run.config, **run.made}
-        said = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]
-        shown = "\n".join([table(results, run.digits), *said, f"{results['wall_seconds']:.0f} s"])
-        draw(results, run.digits, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure6.png and figure6.svg in {command.out}")
+    betas = sorted(command.betas)
+    arms = {arm_name(beta): {"beta": beta} for beta in (0.0, *betas)}
+    arms_lib.publish(command, COMMAND, "figure6", arms, summarize, text, draw, betas=betas)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import collections
 import dataclasses
 import math
 import pathlib
-import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -45,13 +44,12 @@ import tyro
 from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Generations, Sampling
 from ckl_jax.analysis.statistics import mean_interval, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.records import earlier_results, machine
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.errors import require
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from experiments.common.claims import Claim, as_json, decided
+from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.table1_certainty_gap"
 Interval = tuple[float, float, float]
@@ -257,21 +255,23 @@ def _cell(interval: Interval, scale: float = 1.0, digits: int = 4) -> str:
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def text(results: Results) -> str:
     """Table 1 beside the paper's, the kinds of critical tokens, and criterion 1, as Markdown."""
+    rows = results["models"]
     return "\n\n".join(
         [
             "Delta J, mean over answers with 95% interval",
-            _markdown(
+            markdown(
                 ["N", "critical", "non-critical (minimum)", "paper: critical", "paper: non-critical", "gap", "size"],
                 [_gap_cells(row) for row in rows],
             ),
-            _markdown(["N", "tokens", "Delta J", "answers"], [cells for row in rows for cells in _kind_cells(row)]),
+            markdown(["N", "tokens", "Delta J", "answers"], [cells for row in rows for cells in _kind_cells(row)]),
             "Criterion 1, % with 95% interval",
-            _markdown(
+            markdown(
                 ["N", "answers", "right", *(name.replace("_", " ") for name in SHARES), "wrong token decides"],
                 [_criterion_cells(row) for row in rows],
             ),
+            f"{results['wall_seconds']:.0f} s",
         ]
     )
 
@@ -301,10 +301,6 @@ def _criterion_cells(row: dict[str, Any]) -> list[str]:
     return [*start, *shares, row["verdicts"]["wrong_critical_token_decides"]]
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
-
-
 def _row(command: Table1Command, model: Model) -> dict[str, Any]:
     base = model.max_pretrain_digits
     count = max(command.generations, command.criterion_generations)
@@ -323,9 +319,8 @@ def _row(command: Table1Command, model: Model) -> dict[str, Any]:
     }
 
 
-def measure(command: Table1Command) -> dict[str, Any]:
-    """A row per model, with config, device and wall seconds."""
-    started = time.perf_counter()
+def measure(command: Table1Command) -> Results:
+    """A row per model, with config."""
     models = [load_model(path) for path in command.checkpoints]
     for model in models:
         critical.require_room(model, model.max_pretrain_digits + 1, command.sampling.extra_length)
@@ -339,25 +334,21 @@ def measure(command: Table1Command) -> dict[str, Any]:
         "paper": {str(base): values for base, values in PAPER.items()},
         "seeds": [command.sampling.seed],
         "config": config,
-        **machine(),
-        "wall_seconds": time.perf_counter() - started,
     }
 
 
+def judge(results: Results) -> Results:
+    """Every model's verdicts, and the claims."""
+
+    def said(row: dict[str, Any]) -> dict[str, str]:
+        return verdicts(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"])
+
+    models = [row | {"verdicts": said(row)} for row in results["models"]]
+    return {"models": models, "claims": as_json(claims(models))}
+
+
 def main(command: Table1Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-        command.out.mkdir(parents=True, exist_ok=True)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        for row in results["models"]:
-            row["verdicts"] = verdicts(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"])
-        results["claims"] = as_json(claims(results["models"]))
-        shown = f"{table(results['models'])}\n\n{results['wall_seconds']:.0f} s; results.json in {command.out}"
-    write_json(command.out / "results.json", results)
-    print(shown)
+    publish(command, COMMAND, "table1", measure, text, judge=judge)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The controls end to end on a random model of width 16, and their numbers and answers from records made by hand."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
@@ -117,9 +119,8 @@ def records(after):
 
 
 def summarized(after):
-    config = {"config": {"seed": 0, "episodes": 4, "kl_coefficient": 0.5}, "seeds": len(after["standard"])}
-    by_name = {arm: {} for arm in after}
-    return controls.summarize(arms_lib.Run(config, records(after), {}, 2), by_name)
+    config = {"config": dataclasses.asdict(FinetuneConfig()), "grid": [0.1, 0.3], "seeds": len(after["standard"])}
+    return controls.summarize(arms_lib.Run(config, records(after), {}, 2))
 
 
 @pytest.fixture(scope="module")
@@ -213,5 +214,5 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
 def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
     results = summarized(after)
-    controls.draw(results, 2, tmp_path)
-    assert (tmp_path / "controls.png").exists()
+    run = arms_lib.Run({}, [], {}, 2)
+    controls.draw(results, run).savefig(tmp_path / "controls.png")

@@ -16,6 +16,7 @@ from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.analysis import plots
 from ckl_jax.runtime import cli, preemption
+from experiments.common import figure
 
 # Orbax leaves threads of its own behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -188,8 +189,7 @@ def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(publish
     module, _, options = PLOTTED[published].partition(" ")
     name, directory = f"experiments.{module}", tmp_path / published
     shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg", "*_*"))
-    monkeypatch.setattr(plots, "save", _go_on)
-    monkeypatch.setattr(command_of(name)[0], "write_json", _go_on)
+    monkeypatch.setattr(figure, "write_json", _go_on)
     arguments = f"--plot-only --out {directory} {options}"
     assert _ended(name, arguments, monkeypatch, capsys) is None
     reads_a_run = "figure4" in published or published == "figure6"

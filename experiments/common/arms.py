@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.checkpoint import reading
@@ -25,6 +26,8 @@ from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, re
 from ckl_jax.tasks.catalog import TaskName
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
+from experiments.common import figure
+from experiments.common.figure import Results
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,38 @@ def load(command: ArmsCommand) -> Model:
     model = load_model(command.checkpoint)
     require(model.task.name == command.task, "task", command.task, f"{model.task.name}, the checkpoint's")
     return model
+
+
+def publish(
+    command: ArmsCommand,
+    module: str,
+    name: str,
+    arms: Arms,
+    results: Callable[[Run], Results],
+    text: Callable[[Results, Run], str],
+    draw: Callable[[Results, Run], Figure],
+    **described: Any,
+) -> None:
+    """Trains what is missing, or with ``plot_only`` reads a finished run, and presents its results.
+
+    Args:
+      module: the command's name, as after ``python -m``.
+      results: what is computed from the run's records; its config, device and wall seconds are added.
+      name, text, draw: as in ``figure.present``.
+      described: as in ``run_arms``.
+
+    Raises:
+      ConfigError: what ``run_arms`` refuses.
+    """
+    run = run_arms(command, module, arms, **described)
+    figure.present(
+        command.out,
+        name,
+        lambda: results(run) | {"config": run.config, **run.made},
+        lambda found: text(found, run),
+        lambda found: draw(found, run),
+        read=command.out if command.plot_only else None,
+    )
 
 
 def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> Run:

@@ -14,6 +14,7 @@ from ckl_jax.runs.records import critical_probability
 from ckl_jax.tasks.task import Task
 from experiments.common.arms import after
 from experiments.common.claims import Interval
+from experiments.common.figure import markdown
 
 COMMA = 0
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
@@ -65,11 +66,11 @@ def beats_all(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
     """A line per pair, in percentage points, as Markdown."""
-    lines = [f"| difference, paired | {digits} digits | | old lengths |", "|---|---|---|---|"]
+    rows = []
     for found in pairs:
         target, old = (percent(found[name], "+") for name in ("target", "old"))
-        lines.append(f"| {found['arm']} - {found['control']} | {target} | {found['verdict']} | {old} |")
-    return "\n".join(lines)
+        rows.append([f"{found['arm']} - {found['control']}", target, found["verdict"], old])
+    return markdown(["difference, paired", f"{digits} digits", "", "old lengths"], rows)
 
 
 def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:

@@ -46,18 +46,19 @@ import jax
 import tyro
 
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model, write_json
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.errors import require
 from ckl_jax.finetune import describe, finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Hyper, make_program, make_runs
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
-from ckl_jax.runs.records import earlier_results, machine
+from ckl_jax.runs.records import earlier_results
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
+from experiments.common.figure import Results, publish
 from experiments.regularizers import results as results_lib
 from experiments.regularizers.methods import ALWAYS, BY_NAME, METHODS, Cell
 
@@ -198,8 +199,8 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
         return {"confirmation": {"arms": {}}, **found}
 
 
-def measure(command: RegularizersCommand) -> dict[str, Any]:
-    """Both stages, what was chosen between them, config, device and wall seconds."""
+def measure(command: RegularizersCommand) -> Results:
+    """Both stages, what was chosen between them, config and wall seconds."""
     model = load_model(command.checkpoint)
     for config, seeds in ((command.screen_config, command.screen_seeds), (command.config, command.seeds)):
         make_program(config, model)
@@ -227,20 +228,11 @@ def measure(command: RegularizersCommand) -> dict[str, Any]:
     whole.record_config()
     whole.close()
     results["wall_seconds"] += earlier["wall_seconds"]
-    return {**results, "config": described, **machine()}
+    return results | {"config": described}
 
 
 def main(command: RegularizersCommand) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        shown = f"{results_lib.text(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
-        results_lib.draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, regularizers.png and .svg in {command.out}")
+    publish(command, COMMAND, "regularizers", measure, results_lib.text, results_lib.draw)
 
 
 if __name__ == "__main__":

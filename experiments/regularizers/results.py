@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.runs.records import by_run
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
+from experiments.common.figure import Results, markdown
 from experiments.regularizers.methods import ALWAYS, BY_NAME, CONTROLS, Cell
 
 LAST_ROUNDS = 3
@@ -76,49 +76,43 @@ def confirmed(
     return {**results, "against_standard": against, "against_controls": controls}
 
 
-def text(results: dict[str, Any]) -> str:
+def text(results: Results) -> str:
     """Everything as Markdown: the screen, and where it was run the confirmation with its answers."""
     parts = [screen_table(results)]
     if "confirmation" in results:
         parts += [confirmation_table(results), *answers(results["confirmation"])]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + f"\n{results['wall_seconds']:.0f} s of fine-tuning"
 
 
-def _share(results: dict[str, Any], name: str) -> str:
+def _share(results: Results, name: str) -> str:
     return f"{results['best'][name]['share']:g}x" if BY_NAME[name].strength else "-"
 
 
-def screen_table(results: dict[str, Any]) -> str:
+def screen_table(results: Results) -> str:
     """A line per method, best first: mean accuracy over the last rounds at each share."""
     grid = sorted(results["config"]["grid"])
     success = {(cell["method"], cell["share"]): np.mean(cell["success"]) for cell in results["screen"].values()}
-    lines = [
-        f"| method | {' | '.join(f'{share:g}x' for share in grid)} | confirmed at | what it is |",
-        "|---|" + "---|" * (len(grid) + 2),
-    ]
+    rows = []
     for name in results["best"]:
         shares = grid if BY_NAME[name].strength else [1.0]
         shown = [f"{100 * success[name, share]:.1f}" for share in shares] + [""] * (len(grid) - len(shares))
         at = _share(results, name) if name in results["chosen"] else ""
-        lines.append(f"| {' | '.join([name, *shown, at, BY_NAME[name].idea])} |")
-    return "\n".join(lines)
+        rows.append([name, *shown, at, BY_NAME[name].idea])
+    return markdown(["method", *(f"{share:g}x" for share in grid), "confirmed at", "what it is"], rows)
 
 
-def confirmation_table(results: dict[str, Any]) -> str:
+def confirmation_table(results: Results) -> str:
     """A line per method: accuracies in percent, the exact KL in nats a token, the critical comma's probability."""
     found = results["confirmation"]
-    lines = [
-        f"| method | share | {results['digits']} digits after | minus standard, paired | | old lengths after | last KL "
-        "| last comma |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     pairs = {pair["arm"]: pair for pair in found["against_standard"]}
     for name, values in found["arms"].items():
         target, old, comma = (percent(values[key]) for key in ("target_after", "old_after", "comma_after"))
         paired = [percent(pairs[name]["target"], "+"), pairs[name]["verdict"]] if name in pairs else ["", ""]
-        cells = [name, _share(results, name), target, *paired, old, f"{values['kl_after'][0]:.4f}", comma]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", comparison.table(found["against_controls"], results["digits"])])
+        rows.append([name, _share(results, name), target, *paired, old, f"{values['kl_after'][0]:.4f}", comma])
+    after = (f"{results['digits']} digits after", "minus standard, paired", "", "old lengths after")
+    methods = markdown(["method", "share", *after, "last KL", "last comma"], rows)
+    return f"{methods}\n\n{comparison.table(found['against_controls'], results['digits'])}"
 
 
 def answers(found: dict[str, Any]) -> list[str]:
@@ -136,7 +130,7 @@ def answers(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     """The screen, and where it was run the confirmation: curves, paired differences, accuracy against KL."""
     if "confirmation" in results:
         figure = Figure(figsize=(12, 10.5), layout="constrained")
@@ -148,10 +142,10 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
         axes = figure.subplots()
         _draw_screen(axes, results)
     figure.suptitle(f"Regularizers in RL on {results['digits']} digits")
-    plots.save(figure, directory, "regularizers")
+    return figure
 
 
-def _draw_screen(axes: Axes, results: dict[str, Any]) -> None:
+def _draw_screen(axes: Axes, results: Results) -> None:
     grid = sorted(results["config"]["grid"])
     shades = dict(zip(grid, colormaps["viridis_r"](np.linspace(0.15, 0.95, len(grid))), strict=True))
     cells, row = results["screen"].values(), {name: number for number, name in enumerate(results["best"])}
@@ -170,7 +164,7 @@ def _draw_screen(axes: Axes, results: dict[str, Any]) -> None:
     axes.legend(frameon=False, title="strength", loc="lower right")
 
 
-def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: dict[str, Any]) -> None:
+def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
     palette = iter(colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3]))
     colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(palette) for arm in found["arms"]}
