@@ -39,7 +39,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 KEEP, AVOID = "xla_cpu.keep_freed_memory(); ", "xla_cpu.avoid_wrong_fusions(); "
 VARIANTS = {
     "none": ("", ""),
-    "one arena": ("", KEEP),
     "huge pages": (xla_cpu.HUGE_PAGES, KEEP),
     "huge pages, no wrong fusions": (xla_cpu.HUGE_PAGES, KEEP + AVOID),
 }
@@ -97,7 +96,7 @@ def measure(work: str, quick: bool) -> None:
 
 
 def _in_process(plan: Plan, work: str, tunables: str, calls: str) -> dict[str, Any]:
-    code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmark import cpu_settings; "
+    code = f"from ckl_jax.runtime import xla_cpu; {calls}from experiments.benchmark import cpu_settings; "
     code += f"cpu_settings.measure({work!r}, {plan.quick})"
     environment = os.environ | {"XLA_FLAGS": xla_cpu.flags_without_fusions(), xla_cpu.TUNABLES: tunables}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # A loaded program may run at another speed than a compiled one.
