@@ -63,7 +63,8 @@ def _printed(code, **variables):
 def test_a_command_computes_every_pattern_rightly():
     code = """
 import dataclasses
-from ckl_jax import check_xla, cli
+from ckl_jax import check_xla
+from ckl_jax.runtime import cli
 Nothing = dataclasses.make_dataclass("Nothing", ())
 cli.run(lambda _: print(*map(check_xla.is_right, range(len(check_xla.PATTERNS)))), Nothing)
 """
@@ -74,7 +75,7 @@ cli.run(lambda _: print(*map(check_xla.is_right, range(len(check_xla.PATTERNS)))
 def test_memory_freed_by_a_thread_is_not_mapped_anew():
     code = """
 import concurrent.futures, ctypes, resource
-from ckl_jax import xla_cpu
+from ckl_jax.runtime import xla_cpu
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def fill(_):
@@ -96,7 +97,8 @@ with concurrent.futures.ThreadPoolExecutor(1) as thread:
 @pytest.mark.parametrize("own", ["", "glibc.malloc.hugetlb=0", "glibc.malloc.arena_max=3"])
 def test_a_command_starts_once_more_with_huge_pages_and_the_same_arguments(tmp_path, own):
     (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "__init__.py").write_text("from ckl_jax import xla_cpu; xla_cpu.start_with_huge_pages()")
+    start = "from ckl_jax.runtime import xla_cpu; xla_cpu.start_with_huge_pages()"
+    (tmp_path / "probe" / "__init__.py").write_text(start)
     (tmp_path / "probe" / "show.py").write_text(
         "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:]); sys.exit(7)"
     )

@@ -3,7 +3,7 @@
 The commands do all of it. Whoever imports the library calls the first two, before JAX is imported, and may start Python
 with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 instead of the second:
 
-    from ckl_jax import xla_cpu
+    from ckl_jax.runtime import xla_cpu
 
     xla_cpu.avoid_wrong_fusions()
     xla_cpu.keep_freed_memory()
