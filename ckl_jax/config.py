@@ -123,8 +123,7 @@ class PretrainConfig:
             require_number(self, "target_accuracy", 0, exclusive=True, high=1)
         require_number(self, "adam_beta2", 0, high=0.9999)
         tested = self.max_digits + 1
-        task = task_named(self.task)
-        longest = task.max_prompt_length(tested) + task.max_answer_length(tested)
+        longest = task_named(self.task).longest_episode(tested)
         require(
             self.model.block_size >= longest,
             "model.block_size",

@@ -85,11 +85,6 @@ def judge(
     return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])
 
 
-def longest_episode(task: Task, digits: int, extra_length: int = tasks.EXTRA_LENGTH) -> int:
-    """Characters that a block must hold for problems of up to ``digits`` digits: prompt and length limit."""
-    return task.max_prompt_length(digits) + task.max_answer_length(digits, extra_length)
-
-
 def judge_cell(
     model: Model,
     operands: str,
@@ -139,7 +134,7 @@ def main(config: EvaluateConfig) -> None:
     )
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
-        length = longest_episode(model.task, digits)
+        length = model.task.longest_episode(digits)
         if length > model.config.block_size:
             print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
             continue

@@ -18,9 +18,10 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import describe, finetune
 from ckl_jax.rl.program import MOST_SEEDS, Arms, make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory, by_run, earlier_results, machine, read_json, read_metrics
+from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
+from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.tasks.columns import ADDITION, TaskName
 from ckl_jax.tasks.task import Task
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.runs.directory import critical_probability
+from ckl_jax.runs.records import critical_probability
 from ckl_jax.tasks.task import Task
 from experiments.arms import after
 from experiments.claims import Interval

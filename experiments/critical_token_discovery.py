@@ -59,7 +59,7 @@ from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.evaluate import judge
-from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 
 COMMAND = "experiments.critical_token_discovery"

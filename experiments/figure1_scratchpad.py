@@ -42,7 +42,7 @@ from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.rollout.generation import generate
-from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib

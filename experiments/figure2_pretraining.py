@@ -44,8 +44,9 @@ from ckl_jax.analysis.statistics import bootstrap_interval, percent, share_inter
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import Model, fingerprint, write_json
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
-from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
+from ckl_jax.evaluate import DRAWS, judge_cell
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from experiments.models import Models, colors_of, models_preset
 from experiments.pretraining_claims import figure2_claims, overlap
@@ -102,7 +103,7 @@ def preset(scale: str = "tiny") -> Figure2Command:
 def measure_cell(command: Figure2Command, model: Model, operands: str, digits: int) -> dict[str, Any]:
     """One cell: how many problems are solved, with both intervals, or that the block is too short for it."""
     cell = {"max_pretrain_digits": model.max_pretrain_digits, "operands": operands, "digits": digits}
-    longest, block = longest_episode(model.task, digits, command.extra_length), model.config.block_size
+    longest, block = model.task.longest_episode(digits, command.extra_length), model.config.block_size
     if longest > block:
         return cell | {"fits": False, "characters": longest, "block_size": block}
     settings: dict[str, Any] = {"seed": command.seed, "extra_length": command.extra_length}

@@ -44,7 +44,8 @@ from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory, by_run, earlier_results, machine
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.records import by_run, earlier_results, machine
 from ckl_jax.runtime import cli
 from experiments.claims import as_json
 from experiments.figure2_pretraining import above

@@ -36,7 +36,7 @@ from ckl_jax.analysis.statistics import mean_interval, share_interval
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model, write_json
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory
 from ckl_jax.tasks import alphabet

@@ -33,7 +33,7 @@ from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.directory import by_run, critical_probability, earlier_results, read_json, read_metrics
+from ckl_jax.runs.records import by_run, critical_probability, earlier_results, read_json, read_metrics
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import task_named
 from experiments.claims import Claim, as_json, verdict

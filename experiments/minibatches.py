@@ -44,8 +44,9 @@ from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import describe, finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
+from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.progress import display
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import TaskName
 from experiments import arms as arms_lib

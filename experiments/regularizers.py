@@ -52,9 +52,10 @@ from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import describe, finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Hyper, make_program, make_runs
-from ckl_jax.runs.directory import RESUMABLE, RunDirectory, earlier_results, machine
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from experiments import arms as arms_lib
 from experiments import regularizers_results

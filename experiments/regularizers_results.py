@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.runs.directory import by_run
+from ckl_jax.runs.records import by_run
 from experiments import arms as arms_lib
 from experiments import comparison
 from experiments.methods import ALWAYS, BY_NAME, CONTROLS, Cell

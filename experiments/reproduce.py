@@ -32,7 +32,7 @@ from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.directory import read_json
+from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory
 from ckl_jax.tasks.task import Task

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckl_jax.analysis import report
 from ckl_jax.errors import ConfigError
-from ckl_jax.runs.directory import read_json
+from ckl_jax.runs.records import read_json
 from experiments.claims import VERDICTS, Claim
 
 MARKS: dict[str, str] = dict(zip(VERDICTS, ("✓", "✗", "?", "≠"), strict=True))

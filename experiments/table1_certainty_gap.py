@@ -48,7 +48,7 @@ from ckl_jax.analysis.statistics import mean_interval, share_interval
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.directory import earlier_results, machine
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from experiments.claims import Claim, as_json, decided

@@ -39,7 +39,7 @@ from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import require
 from ckl_jax.losses import kl_estimate, prioritized_kl
-from ckl_jax.runs.directory import machine
+from ckl_jax.runs.records import machine
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet

@@ -15,7 +15,7 @@ from ckl_jax.datasets.stream import Windows
 from ckl_jax.model import GPT2, forward, values
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import next_token_loss
-from ckl_jax.rl.collect import collect, weighed
+from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run
@@ -105,7 +105,6 @@ def round_of(small_model):
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
     run = jax.jit(lambda p, r, problems: collect(program, p, r, hyper, problems, (key, key), None)[0])
     episodes = run(params, reference, draw_problems(program, 0, 0))
-    episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
     return program, hyper, params, reference, episodes
 
 

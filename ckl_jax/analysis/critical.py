@@ -132,7 +132,7 @@ def _answer(
 
 def require_room(model: Model, digits: int, extra_length: int) -> None:
     """Raises ConfigError where episodes of that many digits do not fit into the model's block."""
-    total = model.task.max_prompt_length(digits) + model.task.max_answer_length(digits, extra_length)
+    total = model.task.longest_episode(digits, extra_length)
     room = model.config.block_size
     require(total <= room, "extra_length", extra_length, f"at most {extra_length - total + room} (block_size = {room})")
 

@@ -126,6 +126,10 @@ class Task(abc.ABC):
         problem = self._longest(digits)
         return len(self.answer_text(problem.a, problem.b)) + extra
 
+    def longest_episode(self, digits: int, extra: int = EXTRA_LENGTH) -> int:
+        """Characters that a model's block must hold: the longest prompt and the length limit of its answer."""
+        return self.max_prompt_length(digits) + self.max_answer_length(digits, extra)
+
     def identical_problems(self, rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
         """Evaluation problems whose operands both have ``digits`` digits (Table 4)."""
         _check_counts(count, digits)
