@@ -41,12 +41,11 @@ from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import finetune, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.runs import RunDirectory, by_run
-from ckl_jax.statistics import mean_interval, percent, share_interval
-from experiments.common.claims import as_json
+from ckl_jax.statistics import Interval, mean_interval, percent, share_interval
+from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
 from experiments.common.pretraining_claims import from_verdicts
-from experiments.figure2_pretraining import above
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -144,7 +143,7 @@ def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "claim": f"larger N {claim} on N+{extra}",
                     "max_pretrain_digits": [high["max_pretrain_digits"], low["max_pretrain_digits"]],
-                    "verdict": above(high[name], low[name]),
+                    "verdict": LIES_ABOVE[Interval(*high[name]).side(low[name])],
                     "intervals": (high[name], low[name]),
                 }
             )

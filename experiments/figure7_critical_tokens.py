@@ -33,8 +33,8 @@ from ckl_jax import cli, foreign, plots
 from ckl_jax.columns import task_named
 from ckl_jax.config import ConfigError, require
 from ckl_jax.runs import by_run, critical_probability, read_json, read_metrics
-from ckl_jax.statistics import mean_interval, mean_intervals, percent
-from experiments.common.claims import Claim, as_json, verdict
+from ckl_jax.statistics import Interval, mean_interval, mean_intervals, percent
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import COMMA
 from experiments.common.figure import Results, markdown, publish
 
@@ -116,7 +116,7 @@ def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int,
         "arms": arms,
         "final_difference": difference,
         "pairs": len(paired),
-        "verdict": verdict(difference),
+        "verdict": LIES_ABOVE[difference.side()],
     }
 
 
@@ -128,7 +128,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     )
     found = []
     for token in results["tokens"]:
-        difference = token["final_difference"]
+        difference = Interval(*token["final_difference"])
         final = {arm: percent(token["arms"][arm]["final"]) for arm in ARMS}
         found.append(
             Claim(
@@ -137,7 +137,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
                 f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
                 f"({token['pairs']} seeds)",
                 (difference,),
-                verdict(difference),
+                LIES_ABOVE[difference.side()],
                 rule,
             )
         )

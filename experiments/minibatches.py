@@ -158,7 +158,7 @@ def compare(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "arm": arm,
                 "seeds_compared": len(compared),
                 "difference": interval,
-                "verdict": comparison.verdict(interval) if interval else "none",
+                "verdict": comparison.JUDGED[interval.side()] if interval else "none",
             }
         )
     return pairs

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from ckl_jax import plots
 from ckl_jax.runs import critical_probability
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.statistics import Side, mean_interval, percent
 from ckl_jax.tasks import Task
 from experiments.common.arms import after
-from experiments.common.claims import Interval
 from experiments.common.figure import markdown
 
 COMMA = 0
+JUDGED: dict[Side, str] = {"above": "better", "below": "worse", "undecided": "undecided"}
+"""A pair's verdict from its difference."""
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
 
 
@@ -24,12 +25,6 @@ def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], f
     """Probability of the right character at a step's critical comma of the last operand that can have one (operand 2,
     in multiplication 1), as a function of a round's record."""
     return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
-
-
-def verdict(difference: Interval) -> Literal["better", "worse", "undecided"]:
-    """Of a pair's difference (mean, low, high): better if the interval is above 0, worse if below, else undecided."""
-    _, low, high = difference
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"
 
 
 def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
@@ -49,7 +44,7 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
         "target": mean_interval(target),
         "old": mean_interval(differences("old_curve")),
         "differences": target.tolist(),
-        "verdict": verdict(mean_interval(target)),
+        "verdict": JUDGED[mean_interval(target).side()],
     }
 
 
