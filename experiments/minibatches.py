@@ -23,7 +23,6 @@ is a run of its own under ``out``; an interrupted call goes on with the same com
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -35,13 +34,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ckl_jax import cli, plots
+from ckl_jax import cli, finetune, plots
 from ckl_jax.checkpoint import Model, Params, load_model, shipped
 from ckl_jax.columns import TaskName
 from ckl_jax.config import require
-from ckl_jax.finetune import describe, finetune, make_program, make_runs
+from ckl_jax.finetune import describe, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.progress import display
 from ckl_jax.runs import RunDirectory
 from ckl_jax.statistics import mean_interval, percent
 from experiments.common import arms as arms_lib
@@ -120,15 +118,12 @@ def measure(command: MinibatchesCommand) -> Results:
 def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any]:
     config, arms = command.configured(kind), command.arms(kind)
     described = {"command": COMMAND, "config": dataclasses.asdict(config), "arms": arms, "seeds": command.seeds}
-    with (
-        contextlib.closing(RunDirectory(command.out / kind, described, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        runs = finetune(config, model, directory, arms, command.seeds, progress)
+    directory = finetune.run(command.out / kind, described, config, model, arms, command.seeds, command.logs)
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():
-        policies = [load_model(directory.path / run.name).params for run in runs if run.arm == arm]
+        runs = [finetune.Run(arm, seed) for seed in found["seeds"]]
+        policies = [load_model(directory.path / run.name).params for run in runs]
         values |= {"minibatch": kind, "displacement": [displacement(policy, model.params) for policy in policies]}
     return {**found, "digits": digits, "seconds": directory.seconds()}
 

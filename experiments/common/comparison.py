@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from ckl_jax import plots
 from ckl_jax.runs import critical_probability
 from ckl_jax.statistics import Side, mean_interval, percent
 from ckl_jax.tasks import Task
-from experiments.common.arms import after
-from experiments.common.figure import markdown
+from experiments.common import arms as arms_lib
+from experiments.common.figure import Results, markdown
 
 COMMA = 0
 JUDGED: dict[Side, str] = {"above": "better", "below": "worse", "undecided": "undecided"}
@@ -27,6 +27,17 @@ def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], f
     return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
 
 
+def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
+    """``arms.summarize`` with the weight of the KL and the critical comma of every round, and the last KL and comma."""
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": critical_comma(run.task)}
+    results = arms_lib.summarize(run, arms, of_rounds)
+    for values in results["arms"].values():
+        commas = np.array(values["comma"], float)[:, -1]
+        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
+        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
+    return results
+
+
 def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
     """Differences of an arm and a control after the last round, paired by seed, with Student's 95% intervals.
 
@@ -35,7 +46,7 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
     """
 
     def differences(curve: str) -> np.ndarray:
-        return after(results, arm, curve) - after(results, control, curve)
+        return arms_lib.after(results, arm, curve) - arms_lib.after(results, control, curve)
 
     target = differences("learning_curve")
     return {

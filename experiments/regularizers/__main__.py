@@ -34,7 +34,6 @@ call with the same settings has measured, of a few of the methods say, so that o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -45,14 +44,13 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ckl_jax import cli, foreign
+from ckl_jax import cli, finetune, foreign
 from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import require
 from ckl_jax.episodes import Hyper
-from ckl_jax.finetune import describe, finetune, make_program, make_runs
+from ckl_jax.finetune import describe, make_program, make_runs
 from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.logs import LogOptions
-from ckl_jax.progress import display
 from ckl_jax.runs import RESUMABLE, RunDirectory, earlier_results
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, publish
@@ -163,11 +161,8 @@ def run_stage(
         made, traced = configured(config, cell)
         arms = {cell.name: traced}
         settings = {"config": dataclasses.asdict(made), "arms": arms, "seeds": seeds}
-        described = {"command": COMMAND, **settings}
-        directory = RunDirectory(command.out / stage / cell.name, described, command.logs)
-        with contextlib.closing(directory), display(command.logs.quiet) as progress:
-            progress(f"{stage} {number}/{len(cells)}: {cell.name}")
-            finetune(made, model, directory, arms, seeds, progress)
+        path, title = command.out / stage / cell.name, f"{stage} {number}/{len(cells)}: {cell.name}"
+        directory = finetune.run(path, {"command": COMMAND, **settings}, made, model, arms, seeds, command.logs, title)
         records += directory.metrics()
         seconds += directory.seconds()
     digits = model.max_pretrain_digits + config.extra_digits
