@@ -19,8 +19,8 @@ Nothing is imported with the package; take the modules that you need.
   from; `ckl_jax.rl` calls them.
 - **What a model does.** `ckl_jax.checkpoint.load_model` reads one, `ckl_jax.analysis` looks at it.
 
-**How a round computes.** Data flows through the folders in this order; `experiments/tutorial.py` follows one problem
-through them.
+**How a round computes.** `experiments/tutorial.py` follows one problem through these folders. Their docstrings
+say what lives there and what may be imported.
 
 - `ckl_jax.tasks`: what is drawn, written and judged. `alphabet` has the paper's 41 characters as tokens, `task` says
   what a task has to say, `columns` has addition, subtraction, and multiplication by one digit, `catalog` their names,
