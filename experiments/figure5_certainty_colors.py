@@ -29,7 +29,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import critical, plots, report
-from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.report import Character, Scratchpad, Section
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
@@ -68,7 +68,7 @@ class Figure5Command:
     """Answers sampled per policy."""
     examples: int = 2
     """Right and wrong answers shown per policy, at most; the picture has one of each."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Page, pictures and table again from results.json, without the models."""
 

@@ -43,7 +43,7 @@ import numpy as np
 import tyro
 
 from ckl_jax.analysis import critical
-from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.statistics import Interval, Side, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.errors import require
@@ -86,7 +86,7 @@ class Table1Command:
     """Answers per model that Delta J is averaged over."""
     criterion_generations: int = 1000
     """Answers per model that criterion 1 is counted on; the first of them are those of Delta J."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Tables and verdicts again from results.json, without the models."""
 
