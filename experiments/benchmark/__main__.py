@@ -32,8 +32,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import matplotlib
 
-from ckl_jax import cli, startup
+from ckl_jax import cli, plots, startup
 from ckl_jax.checkpoint import load_model, write_json
 from ckl_jax.config import ConfigError, require
 from ckl_jax.paths import replace, require_directory
@@ -158,7 +159,8 @@ def main(command: BenchmarkCommand) -> None:
     results = json.loads(path.read_text(encoding="utf-8"))
     replace(command.out / "table.md", report.table(results))
     if "scaling" in sections:
-        report.draw(results, command.out)
+        with matplotlib.rc_context(plots.STYLE):
+            plots.save(report.draw(results), command.out, "scaling")
     print(report.table(results))
 
 

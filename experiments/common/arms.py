@@ -5,18 +5,18 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax import finetune, foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, shipped
 from ckl_jax.columns import ADDITION, TaskName
 from ckl_jax.config import ConfigError, require
 from ckl_jax.finetune import MOST_SEEDS, Arms, describe
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.logs import LogOptions
 from ckl_jax.runs import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.statistics import mean_interval
@@ -43,6 +43,11 @@ class ArmsCommand:
     """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
     other options say; the checkpoint must be the run's."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+
+    @classmethod
+    def preset(cls, scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Self:
+        """The command of a scale, a recipe and a task's tiny model."""
+        return cls(finetune_preset(scale, recipe), task, shipped(task))
 
 
 class Run(NamedTuple):
@@ -180,6 +185,11 @@ def summarize(
         "round_episodes": [step * episodes for step in round_steps],
         "arms": by_arm,
     }
+
+
+def episodes_before(results: Mapping[str, Any]) -> np.ndarray:
+    """Episodes before each round, [rounds]: the policy that solved its new problems had learned from these."""
+    return np.array(results["round_episodes"]) - results["round_episodes"][0]
 
 
 def after(results: Mapping[str, Any], arm: str, curve: str = "learning_curve") -> np.ndarray:
