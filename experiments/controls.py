@@ -47,12 +47,9 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.figure import Results, markdown
@@ -82,8 +79,7 @@ class ControlsCommand(arms_lib.ArmsCommand):
         require(shares, "grid", self.grid, "different numbers between 0 and 1, both excluded")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> ControlsCommand:
-    return ControlsCommand(finetune_preset(scale, recipe), task, shipped(task))
+preset = ControlsCommand.preset
 
 
 def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -136,10 +132,10 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     names = list(results["arms"])
     others = [arm for arm in names if arm not in plots.COLORS]
     colors = plots.COLORS | {arm: PALETTE[index % len(PALETTE)] for index, arm in enumerate(others)}
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8))
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     less = tuple(arm for arm in names if arm not in SAME_WEIGHTS[2:])
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     titles = {"J^beta and its controls": SAME_WEIGHTS, "less KL": less}
@@ -147,7 +143,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         panel.set_prop_cycle(color=[colors[arm] for arm in shown if arm in others])
         plots.curves(panel, before, {arm: success[arm] for arm in shown}, scale=100)
         panel.set(xlabel="RL episodes", title=title)
-        panel.legend(frameon=False, loc="upper left", fontsize=9)
+        panel.legend(loc="upper left", fontsize=9)
     panels[0, 0].set_ylabel(f"accuracy on each round's {digits}-digit problems (%)")
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])
     after = [100 * arms_lib.after(results, arm) for arm in names]

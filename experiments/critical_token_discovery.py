@@ -170,7 +170,7 @@ def text(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     bars = [kind for kind in reversed(results["types"]) if kind["verdict"] != "too few"]
-    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))), layout="constrained")
+    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))))
     (left, right) = figure.subplots(1, 2)
     probes = [probe for probe in results["probes"] if probe["open"]]
     groups = (
@@ -184,7 +184,7 @@ def draw(results: Results) -> Figure:
         drops_P = 100 * discovery.drops(some) + jitter_P
         left.scatter([p["gap"] for p in some], drops_P, s=16, color=color, alpha=0.6, linewidth=0, label=label)
     left.set(xlabel="certainty gap ΔJ", ylabel="drop in success, points")
-    left.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9)
     for height, kind in enumerate(bars):
         mean, low, high = (100 * value for value in kind["drop"])
         color = KNOWN if discovery.is_known(kind) else OTHER
@@ -196,9 +196,6 @@ def draw(results: Results) -> Figure:
     title = f"Types judged; critical (strong colour): {found}, of them known: {known}"
     right.set(xlabel="drop in success, points, mean and 95% interval", ylim=(-0.6, max(len(bars), 5) - 0.4))
     right.set_title(title, fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

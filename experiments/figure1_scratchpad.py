@@ -228,7 +228,7 @@ def draw(results: Results) -> Figure:
     table_lines = 2 + max(sum(t["operand"] == operand for t in results["critical"]) for operand in (1, 2))
     table_top = heights[-1] - 1.2
     top, bottom = 3.2, table_top - 0.57 * table_lines
-    figure = Figure(figsize=(CELL_WIDTH * (columns + 1), CELL_HEIGHT * (top - bottom)))
+    figure = Figure(figsize=(CELL_WIDTH * (columns + 1), CELL_HEIGHT * (top - bottom)), layout="none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.5, columns + 0.5), ylim=(bottom, top))
     axes.set_axis_off()
@@ -248,6 +248,7 @@ def draw(results: Results) -> Figure:
 
     color_axes = axes.inset_axes((columns * 0.5, 0.1, columns * 0.47, 0.9), transform=axes.transData)
     bar = figure.colorbar(palette, cax=color_axes, orientation="horizontal")
+    bar.ax.grid(False)
     bar.set_label("certainty J of each generated character", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     operands = prompt.split("\n")[1].replace("+", " + ")

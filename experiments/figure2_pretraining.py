@@ -168,7 +168,7 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def draw(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     bases = sorted({cell["max_pretrain_digits"] for cell in results["cells"]})
     colors = colors_of(bases)
@@ -177,15 +177,13 @@ def draw(results: Results) -> Figure:
             of_base = [c for c in results["cells"] if c["max_pretrain_digits"] == base and c["operands"] == operands]
             cells = [cell for cell in of_base if cell["fits"]]
             mean, low, high = (100 * np.array([cell["accuracy"][part] for cell in cells]) for part in range(3))
-            style: dict[str, Any] = {"marker": "o", "capsize": 4, "markeredgecolor": "white", "linewidth": 2}
+            style: dict[str, Any] = {"marker": "o", "markeredgecolor": "white", "linewidth": 2}
             x = [cell["digits"] for cell in cells]
             panel.errorbar(x, mean, [mean - low, high - mean], label=f"N = {base}", color=colors[base], **style)
         panel.set(title=f"{operands} lengths", xlabel="digits")
         panel.set_xticks(range(bases[0], bases[-1] + max(BEYOND) + 1))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="greedy accuracy (%)", ylim=(-2, 102))
-    panels[1].legend(frameon=False, title="pre-trained on up to N digits")
+    panels[1].legend(title="pre-trained on up to N digits")
     return figure
 
 

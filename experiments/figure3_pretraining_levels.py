@@ -171,20 +171,20 @@ def draw(results: Results) -> Figure:
     extras = sorted({run["extra_digits"] for run in runs})
     colors = colors_of(sorted({run["max_pretrain_digits"] for run in runs}))
     size = (5.2 * len(extras), 4.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     panels = figure.subplots(1, len(extras), sharey=True, squeeze=False)
     for panel, extra in zip(panels[0], extras, strict=True):
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"
             panel.set_prop_cycle(color=[colors[run["max_pretrain_digits"]]])
-            before = np.array(run["round_episodes"]) - run["round_episodes"][0]
+            before = arms_lib.episodes_before(run)
             plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100)
             tested = {name: np.array(run["learning_curve"])}
             plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_")
         panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
     panels[0, 0].set_ylim(bottom=-1)
-    panels[0, -1].legend(frameon=False, title=f"standard KL, {len(runs[0]['seeds'])} seeds")
+    panels[0, -1].legend(title=f"standard KL, {len(runs[0]['seeds'])} seeds")
     return figure
 
 

@@ -21,12 +21,9 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
@@ -46,8 +43,7 @@ class Figure4Command(arms_lib.ArmsCommand):
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure4Command:
-    return Figure4Command(finetune_preset(scale, recipe), task, shipped(task))
+preset = Figure4Command.preset
 
 
 def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
@@ -96,17 +92,17 @@ def text(results: Results, run: arms_lib.Run) -> str:
 
 def draw(results: Results, run: arms_lib.Run) -> Figure:
     digits, operand = run.digits, run.task.long_operands[-1]
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top = figure.add_subplot(grid[0, :])
     collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     tested = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
     top.set_title(f"{run.task.name}, N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
-    top.legend(frameon=False, loc="upper left", ncols=2)
+    top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])
         by_arm = {arm: np.array(v[f"critical_comma_step{line}"], float) for arm, v in results["arms"].items()}

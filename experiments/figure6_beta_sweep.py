@@ -39,12 +39,9 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
-from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown
@@ -72,8 +69,7 @@ class Figure6Command(arms_lib.ArmsCommand):
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure6Command:
-    return Figure6Command(finetune_preset(scale, recipe), task, shipped(task))
+preset = Figure6Command.preset
 
 
 def arm_name(beta: float) -> str:
@@ -150,17 +146,17 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     digits, betas = run.digits, results["betas"]
     shades = colormaps["plasma_r"](np.linspace(0.12, 0.95, len(betas)))
     colors: dict[str, Any] = {STANDARD: STANDARD_COLOR} | dict(zip(map(arm_name, betas), shades, strict=True))
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     for arm, values in results["arms"].items():
         mean, _, _ = mean_intervals(np.array(values["collect_success"]))
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
         top.plot(before, 100 * mean, color=colors[arm], label=arm.replace("_", " "), **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
     top.set_title(f"N = {digits - 1} to {digits} digits, mean over {len(results['seeds'])} seeds")
-    top.legend(frameon=False, loc="upper left", ncols=2)
+    top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]
     final = arms_lib.after(results, STANDARD)
@@ -181,14 +177,11 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     for panel in (left, right):
         panel.set(xscale="log", xlabel="beta", ylim=(0, None))
         panel.set_ylim(top=1.15 * panel.get_ylim()[1])
-        panel.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+        panel.legend(fontsize=8, loc="upper right", ncols=2)
     left.set_ylabel(f"accuracy on {digits} digits (%)")
     right.set_ylabel("weight of a token's KL")
     right.set_title("mean of J^beta over all rounds", fontsize=10)
     left.set_title("after training, common test problems", fontsize=10)
-    for panel in (top, left, right):
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -160,7 +160,7 @@ def text(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     operands = sorted({token["operand"] for token in results["tokens"]})
-    figure = Figure(figsize=(11, 3.2 * len(operands)), layout="constrained")
+    figure = Figure(figsize=(11, 3.2 * len(operands)))
     panels = figure.subplots(len(operands), 3, sharex=True, sharey=True, squeeze=False)
     for token in results["tokens"]:
         panel = panels[operands.index(token["operand"]), token["step"] - 1]
@@ -178,7 +178,7 @@ def draw(results: Results) -> Figure:
         f"mean over {len(results['seeds'])} seeds; below the panels' names: prioritized minus standard "
         "in the last round, paired by seed, with 95% interval"
     )
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS), "frameon": False}
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS)}
     figure.legend(handles, labels, title=caption, **place)
     return figure
 

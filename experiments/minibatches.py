@@ -87,8 +87,8 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
 
 
 def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> MinibatchesCommand:
-    config = dataclasses.replace(finetune_preset(scale, recipe), rounds=4, episodes=64, test_every=2)
-    config = dataclasses.replace(config, minibatch="episodes", learning_rate=3e-4)
+    budget: dict[str, Any] = {"rounds": 4, "episodes": 64, "test_every": 2}
+    config = dataclasses.replace(finetune_preset(scale, recipe), minibatch="episodes", learning_rate=3e-4, **budget)
     return MinibatchesCommand(config, task, shipped(task))
 
 
@@ -191,7 +191,7 @@ def text(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
     panels = figure.subplots(1, 2, sharex=True)
     names = {"target": f"{results['digits']} digits", "old": "the lengths of pre-training"}
     for panel, (curve, title) in zip(panels, names.items(), strict=True):
@@ -208,10 +208,8 @@ def draw(results: Results) -> Figure:
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy after RL (%)")
-    panels[0].legend(frameon=False, title="minibatches of")
+    panels[0].legend(title="minibatches of")
     figure.suptitle(f"Equal samples, several learning rates, {len(results['seeds'])} seeds")
     return figure
 

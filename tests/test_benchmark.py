@@ -90,7 +90,7 @@ def test_the_text_stream_trains(small_model):
     assert np.isfinite(metrics["loss"])
 
 
-def test_tables_and_figure_come_from_the_stored_results(tmp_path):
+def test_tables_and_figure_come_from_the_stored_results():
     results = json.loads(STORED.read_text())
     table = report.table(results)
     for section in benchmark.SECTIONS:
@@ -100,9 +100,7 @@ def test_tables_and_figure_come_from_the_stored_results(tmp_path):
     body = [line for line in table.splitlines() if line.startswith("|")]
     assert len(body) > 20
     assert "nan" not in table
-    report.draw(results, tmp_path)
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+    assert len(report.draw(results).axes) == 4
 
 
 def test_a_table_of_some_sections_has_those_alone():

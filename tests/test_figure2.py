@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import made_runs
 import numpy as np
 import pytest
-from policies import SCRIPT_MODEL, policy, scripted_policy
+from policies import SCRIPT_MODEL, scripted_policy
 
 from ckl_jax.analysis.statistics import share_interval
-from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
@@ -97,9 +98,6 @@ def finished(command, monkeypatch):
     """Interrupted before its fourth cell, with a line half written, and started again; half of all is solved."""
     measured = []
 
-    def write_model(config, run, data_dir, progress):
-        save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits)), {})
-
     def half_right(model, operands, digits, count, *, seed, extra_length):
         assert (seed, extra_length) == (0, 40)
         if len(measured) == 3:
@@ -107,7 +105,7 @@ def finished(command, monkeypatch):
         measured.append((model.max_pretrain_digits, operands, digits))
         return np.arange(count, dtype=np.float32) % 2
 
-    monkeypatch.setattr(models, "pretrain", write_model)
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
     monkeypatch.setattr(figure2, "judge_cell", half_right)
     with pytest.raises(KeyboardInterrupt):
         figure2.main(command)

@@ -32,7 +32,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import matplotlib
 
+from ckl_jax.analysis import plots
 from ckl_jax.checkpoint.store import load_model, write_json
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.runtime import cli, startup
@@ -158,7 +160,8 @@ def main(command: BenchmarkCommand) -> None:
     results = json.loads(path.read_text(encoding="utf-8"))
     replace(command.out / "table.md", report.table(results))
     if "scaling" in sections:
-        report.draw(results, command.out)
+        with matplotlib.rc_context(plots.STYLE):
+            plots.save(report.draw(results), command.out, "scaling")
     print(report.table(results))
 
 

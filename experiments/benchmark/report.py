@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from ckl_jax.analysis import plots
 
 AXES = {
     "runs": "runs in one program",
@@ -202,23 +199,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join([head, *parts]) + "\n"
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
-    """Seconds of a round against runs, episodes, target length and model size: scaling.png and scaling.svg."""
+def draw(results: dict[str, Any]) -> Figure:
+    """Seconds of a round against runs, episodes, target length and model size."""
     found = results["sections"]["scaling"]["found"]
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5))
     panels = figure.subplots(2, 2)
     for panel, (axis, label) in zip(panels.flat, AXES.items(), strict=True):
         x = np.array([float(value) for value in found[axis]])
         median, low, high = (np.array([s[name] for s in found[axis].values()]) for name in ("median", "low", "high"))
-        panel.errorbar(x, median, [median - low, high - median], fmt="o-", capsize=3, label="a round")
+        panel.errorbar(x, median, [median - low, high - median], fmt="o-", label="a round")
         if axis == "runs":
             panel.plot(x, median[0] / x[0] * x, ":", color="gray", label="as many rounds one after another")
-            panel.legend(frameon=False)
+            panel.legend()
         if axis != "digits":
             panel.set(xscale="log", yscale="log")
         panel.set_xticks(x, [_millions(v) if axis == "parameters" else f"{v:g}" for v in x])
         panel.minorticks_off()
         panel.set(xlabel=label, ylabel="seconds per round")
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    plots.save(figure, directory, "scaling")
+    return figure

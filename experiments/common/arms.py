@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
 import tyro
@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from ckl_jax import finetune
 from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.finetune import describe
+from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
@@ -46,6 +47,11 @@ class ArmsCommand:
     """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
     other options say; the checkpoint must be the run's."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+
+    @classmethod
+    def preset(cls, scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Self:
+        """The command of a scale, a recipe and a task's tiny model."""
+        return cls(finetune_preset(scale, recipe), task, shipped(task))
 
 
 class Run(NamedTuple):
@@ -183,6 +189,11 @@ def summarize(
         "round_episodes": [step * episodes for step in round_steps],
         "arms": by_arm,
     }
+
+
+def episodes_before(results: Mapping[str, Any]) -> np.ndarray:
+    """Episodes before each round, [rounds]: the policy that solved its new problems had learned from these."""
+    return np.array(results["round_episodes"]) - results["round_episodes"][0]
 
 
 def after(results: Mapping[str, Any], arm: str, curve: str = "learning_curve") -> np.ndarray:

@@ -85,10 +85,9 @@ def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors
         mean, low, high = mean_interval(of_seeds)
         few = len(of_seeds) < plots.FEW_SEEDS
         error = None if few else [[mean - low], [high - mean]]
-        axes.errorbar(mean, row, xerr=error, fmt="o", markersize=8, capsize=4, color=color, markeredgecolor="white")
+        axes.errorbar(mean, row, xerr=error, color=color, **plots.POINT)
         if few:
             axes.plot(of_seeds, np.full(len(of_seeds), row), ".", color=color, markersize=5)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.grid(alpha=0.3, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(False, axis="y")

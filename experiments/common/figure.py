@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
@@ -82,7 +83,8 @@ def present(
     with reading.only_read(read or out, "plot_only", applies=read is not None):
         found = results()
         shown = text(found)
-        picture = draw(found) if draw else None
+        with matplotlib.rc_context(plots.STYLE):
+            picture = draw(found) if draw else None
         document = page(found) if page else None
     write_json(out / "results.json", found)
     files = ["results.json"]

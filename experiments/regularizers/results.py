@@ -128,12 +128,12 @@ def answers(found: dict[str, Any]) -> list[str]:
 def draw(results: Results) -> Figure:
     """The screen, and where it was run the confirmation: curves, paired differences, accuracy against KL."""
     if "confirmation" in results:
-        figure = Figure(figsize=(12, 10.5), layout="constrained")
+        figure = Figure(figsize=(12, 10.5))
         panels = figure.subplots(2, 2, height_ratios=(1.15, 1))
         _draw_screen(panels[0, 0], results)
         _draw_confirmation(panels[0, 1], panels[1, 0], panels[1, 1], results)
     else:
-        figure = Figure(figsize=(7, 6.5), layout="constrained")
+        figure = Figure(figsize=(7, 6.5))
         axes = figure.subplots()
         _draw_screen(axes, results)
     figure.suptitle(f"Regularizers in RL on {results['digits']} digits")
@@ -152,18 +152,16 @@ def _draw_screen(axes: Axes, results: Results) -> None:
     axes.plot([100 * np.mean(c["success"]) for c in fixed], [row[c["method"]] for c in fixed], "D", color=plots.INK)
     axes.set_yticks(range(len(row)), [f"{name} *" if name in results["chosen"] else name for name in row])
     axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     seeds, rounds = (results["config"][name] for name in ("screen_seeds", "screen_rounds"))
     axes.set(xlabel="accuracy over the last rounds (%)", title=f"screen: {seeds} seeds, {rounds} rounds (* confirmed)")
-    axes.legend(frameon=False, title="strength", loc="lower right")
+    axes.legend(title="strength", loc="lower right")
 
 
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
     palette = iter(colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3]))
     colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(palette) for arm in found["arms"]}
-    before = np.array(found["round_episodes"]) - found["round_episodes"][0]
+    before = arms_lib.episodes_before(found)
     curves.set_prop_cycle(color=[color for arm, color in colors.items() if arm not in plots.COLORS])
     for arm, values in found["arms"].items():
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
@@ -185,7 +183,4 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
         )
     frontier.set(xlabel="exact KL to the pre-trained model, last round (nats a token)", ylabel="accuracy after RL (%)")
     frontier.set_xscale("log")
-    for axes in (curves, frontier):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    curves.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    curves.legend(fontsize=8, loc="upper left", ncols=2)
