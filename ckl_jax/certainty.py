@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.arrays import require_logits, require_temperature
-from ckl_jax.config import require
-from ckl_jax.finetune_config import CertaintyKind
+from ckl_jax.checks import require_logits, require_temperature
+from ckl_jax.errors import require
+
+CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
 
 
 def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature: float | jax.Array = 1.0) -> jax.Array:

@@ -1,8 +1,20 @@
 """Checkpoints of transformers' GPT-2 and of nanoGPT (the authors' released models) to ours, and ours to transformers.
 
-python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
-python -m ckl_jax.convert --source nanoGPT/out --activation gelu_erf --tokenizer stoi.json --digits 7 --out models/N7
-python -m ckl_jax.convert --source models/N7 --out exported --to transformers
+    python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
+    python -m ckl_jax.convert --source nanoGPT/out --activation gelu_erf --tokenizer stoi.json --digits 7 --out N7
+    python -m ckl_jax.convert --source models/N7 --out exported --to transformers
+
+It needs the extra ``convert``. The first model is the authors' for N = 7. Fine-tune with ``--checkpoint models/N7``.
+
+**What is read.** A directory or one file of it; weights as safetensors or PyTorch (``weights_only``), whole or in
+shards. nanoGPT's files do not say which GELU they compute, so ``--activation`` does. ``--tokenizer`` names the
+vocabulary if it lies elsewhere. A setting that our model lacks is refused by name.
+
+**The vocabulary** keeps its size of 41 to 256, because J divides by log V. ``--vocabulary ours`` keeps our 41
+characters alone, which the stock GPT-2 needs.
+
+Models with random weights give the logits of the other side. The released models themselves have not been loaded:
+there was no network.
 """
 
 from __future__ import annotations
@@ -16,15 +28,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckl_jax import cli, foreign
-from ckl_jax.checkpoint import load_model, save_model, write_json
-from ckl_jax.columns import TaskName, task_named
-from ckl_jax.config import ConfigError, require
-from ckl_jax.errors import extra, require_choice, require_types
-from ckl_jax.gpt2_files import described, load_foreign, save_transformers
-from ckl_jax.paths import in_bucket, require_directory, resolved
-from ckl_jax.tensor_files import INDICES, SUFFIXES
-from ckl_jax.token_files import ADDED, VOCABULARIES
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers
+from ckl_jax.checkpoint.store import load_model, save_model, write_json
+from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
+from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
+from ckl_jax.errors import ConfigError, extra, require, require_choice, require_types
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 TOKENIZER_FILES = [*VOCABULARIES, *ADDED]
 HUB_FILES = ["config.json", *TOKENIZER_FILES, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]
@@ -88,7 +100,7 @@ def _local(source: str, field: str, files: list[str]) -> pathlib.Path:
     try:
         snapshot = pathlib.Path(hub.snapshot_download(source, allow_patterns=files))
     except Exception as error:  # Of any kind: the network, the hub's refusals, its own checks of names.
-        said = " ".join(f"{type(error).__name__}: {error}".split())[: foreign.MOST_SAID]
+        said = " ".join(f"{type(error).__name__}: {error}".split())[: reading.MOST_SAID]
         raise ConfigError(
             f"{field}: {source} is no directory here and could not be had from the hub ({said})"
         ) from error
@@ -100,7 +112,7 @@ def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) 
     """Raises a ConfigError if something would be lost: if anything is there that the same command did not make."""
     if out.is_dir() and any(out.iterdir()):
         found = [out / name for name in (UNFINISHED, description) if (out / name).exists()]
-        earlier = foreign.read_object(found[0], "out") if found else {}
+        earlier = reading.read_object(found[0], "out") if found else {}
         same = earlier.get("made_by") == made_by
         require(same, "out", f"{out}, which is not empty", "a new or empty directory, or what this command made before")
 

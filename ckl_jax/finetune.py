@@ -2,8 +2,24 @@
 
     python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
 
-An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
-change the speed alone may be others then, and ``rounds`` may be more if the learning rate does not decay.
+**What it writes.** All numbers go to metrics.jsonl. At every test two answers of each arm with their rewards go to
+samples.jsonl. The checkpoints lie under checkpoints/, and each run's policy under `<arm>/seed_<seed>`.
+
+**Going on.** A call that was interrupted goes on from its last checkpoint with the same command and ends with the same
+bits. Options that change the speed alone may be others then (``--rollout-batch``, ``--runs-at-once``,
+``--data-devices``, ...), and so may those of logging. A finished run takes more ``--rounds`` if its learning rate does
+not decay (``--no-learning-rate-decay``). A second process in the same directory is refused; in a bucket it is not.
+
+**Exit codes**, of this command and of all others:
+
+| code | meaning |
+|---|---|
+| 0 | it has finished |
+| 1 | a file cannot be written or read; one line names it |
+| 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
+| 3 | a loss or parameter is not finite; the line names run, round and term |
+| 75 | SIGTERM came, the work is saved, and the same command goes on |
+| 130 | ctrl-C |
 """
 
 from __future__ import annotations
@@ -11,99 +27,55 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 
-from ckl_jax import cli, finite, preemption, sharding, token_weights
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, save_model
-from ckl_jax.config import require
-from ckl_jax.episodes import Hyper, Program
-from ckl_jax.errors import is_integer
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.paths import AnyPath
-from ckl_jax.problems import Problems
-from ckl_jax.progress import Status, display
-from ckl_jax.runs import RunDirectory
-from ckl_jax.testing import test
-from ckl_jax.updates import RunState, init_run, train_rounds
-
-Arms = Mapping[str, Mapping[str, Any]]
-MOST_SEEDS = 1_000
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.evaluation import test
+from ckl_jax.rl.program import Arms, Program, Run, draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import RunState, init_run, train_rounds
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.progress import Status, display
+from ckl_jax.runtime import cli, finite, preemption, sharding
+from ckl_jax.runtime.paths import AnyPath
 
 
-class Run(NamedTuple):
-    """One run of a program: an arm's name and a seed."""
-
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}/seed_{self.seed}"
-
-
-def make_program(config: FinetuneConfig, model: Model) -> Program:
-    """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
-    program = Program(model.config, config, model.max_pretrain_digits, model.task)
-    total, block = program.task.max_prompt_length(program.digits) + program.max_length, model.config.block_size
-    allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
-    require(total <= block, "extra_digits", config.extra_digits, allowed)
-    return program
-
-
-def make_mesh(config: FinetuneConfig, num_runs: int) -> Mesh:
-    """Devices for the runs and for what they collect and learn from; raises ConfigError like ``sharding.make_mesh``."""
-    size = config.minibatch_episodes if config.minibatch == "episodes" else config.minibatch_transitions
-    return sharding.make_mesh(num_runs, math.gcd(config.episodes, size), data_devices=config.data_devices)
-
-
-def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
-    """All arms x seeds and what differs between them, as arrays [runs].
+def run(
+    path: AnyPath,
+    described: Mapping[str, Any],
+    config: FinetuneConfig,
+    model: Model,
+    arms: Arms,
+    seeds: int,
+    logs: LogOptions,
+    title: str = "",
+) -> RunDirectory:
+    """Trains what is missing of all arms x seeds in a directory of their own; that directory, closed, to be read.
 
     Args:
-      arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
+      described: its config.json.
+      title: shown before the progress.
 
     Raises:
-      ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
+      ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
     """
-    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
-    require(len(arms) >= 1, "arms", dict(arms), "at least one")
-    traced = tuple(name for name in Hyper._fields if name != "seed")
-    runs, rows = [], []
-    for arm, overrides in arms.items():
-        require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
-        of_arm = dataclasses.replace(config, **overrides)
-        for seed in range(config.seed, config.seed + seeds):
-            runs.append(Run(arm, seed))
-            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
-            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": np.uint32, "kl_weights": np.int32}
-    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
-    return runs, Hyper(**arrays)
-
-
-def draw_problems(program: Program, seed: int, round_index: int) -> Problems:
-    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
-    rng, group = np.random.default_rng([seed, round_index]), program.config.group_size
-    drawn = program.task.rl_problems(rng, program.config.episodes // group, program.digits, program.max_pretrain_digits)
-    repeated = [problem for problem in drawn for _ in range(group)]
-    return problems_lib.pack(program.task, repeated, program.digits, program.max_pretrain_digits)
-
-
-def _stack(items: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+    make_program(config, model)
+    make_runs(config, arms, seeds)
+    with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
+        if title:
+            progress(title)
+        finetune(config, model, directory, arms, seeds, progress)
+    return directory
 
 
 @preemption.deferred()
@@ -137,49 +109,18 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-
-    def problems_at(step: int) -> int:
-        return config.final_problems if step in (0, config.rounds) else config.test_problems
-
+    logbook = _Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(
         done if restored else -1,
         recorded=done if restored else None,
-        tested=problems_at(done) if restored else None,
+        tested=logbook.problems_at(done) if restored else None,
     )
-    start, first = time.monotonic(), done
-
-    def run_test(step: int, states: RunState) -> np.ndarray:
-        count = problems_at(step)
-        policies = states.params["policy"]
-        if step == 0:
-            policies = jax.tree.map(lambda x: x[:1], policies)
-        tested = test(program, policies, count)
-        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
-        directory.log_samples(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed} | sample
-                for index, run in enumerate(runs)
-                if run.seed == config.seed
-                for sample in tested.samples(index if step else 0)
-            ]
-        )
-        directory.log(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
-                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
-                for index, run in enumerate(runs)
-            ]
-        )
-        return per_run["target"]
-
     if again:  # Until now the run was to end here.
-        run_test(done, states)
+        logbook.test(done, states)
     if not restored:
-        target = run_test(0, states)
-        line = f"before: {100 * target.mean():.1f}% on {program.digits} digits ({time.monotonic() - start:.0f} s)"
-        progress(Status(line, 0, config.rounds, f"{100 * target.mean():.1f}%", None))
+        logbook.tell_start(logbook.test(0, states))
         directory.checkpoints.save(0, states)
-        directory.log_seconds(0, time.monotonic() - start)
+        directory.log_seconds(0, time.monotonic() - logbook.start)
     while done < config.rounds:
         if preemption.requested():
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
@@ -194,16 +135,10 @@ def finetune(
         finite.require_state("round", done + config.test_every, names, states, by_run=True)
         directory.log(_round_records(runs, done, metrics))
         done += config.test_every
-        target = run_test(done, states)
+        target = logbook.test(done, states)
         directory.checkpoints.save(done, states)
         directory.log_seconds(done, time.monotonic() - chunk_start)
-        elapsed = time.monotonic() - start
-        left = elapsed / (done - first) * (config.rounds - done)
-        accuracy, kl = (_by_arm(runs, values) for values in (target, metrics["kl"][:, -1]))
-        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
-        line = f"round {done}/{config.rounds}: {shown} on {program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
-        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
-        progress(Status(line, done, config.rounds, values, left))
+        logbook.tell(done, target, metrics["kl"][:, -1])
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
@@ -211,32 +146,64 @@ def finetune(
     return runs
 
 
-def run(
-    path: AnyPath,
-    described: Mapping[str, Any],
-    config: FinetuneConfig,
-    model: Model,
-    arms: Arms,
-    seeds: int,
-    logs: LogOptions,
-    title: str = "",
-) -> RunDirectory:
-    """Trains what is missing of all arms x seeds in a directory of their own; that directory, closed, to be read.
+def _stack(items: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
-    Args:
-      described: its config.json.
-      title: shown before the progress.
 
-    Raises:
-      ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
-    """
-    make_program(config, model)
-    make_runs(config, arms, seeds)
-    with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
-        if title:
-            progress(title)
-        finetune(config, model, directory, arms, seeds, progress)
-    return directory
+@dataclass
+class _Logbook:
+    """Tests of all runs, their records, and what is told of them."""
+
+    program: Program
+    runs: list[Run]
+    directory: RunDirectory
+    progress: Callable[[str], None]
+    first: int
+    """Rounds that were done before this process."""
+    start: float = field(default_factory=time.monotonic)
+
+    def problems_at(self, step: int) -> int:
+        config = self.program.config
+        return config.final_problems if step in (0, config.rounds) else config.test_problems
+
+    def test(self, step: int, states: RunState) -> np.ndarray:
+        """Accuracy of every run on the target length: float [R]. Before the first round all have the same policy."""
+        count, runs = self.problems_at(step), self.runs
+        policies = states.params["policy"]
+        if step == 0:
+            policies = jax.tree.map(lambda x: x[:1], policies)
+        tested = test(self.program, policies, count)
+        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
+        self.directory.log_samples(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed} | sample
+                for index, run in enumerate(runs)
+                if run.seed == self.program.config.seed
+                for sample in tested.samples(index if step else 0)
+            ]
+        )
+        self.directory.log(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
+                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
+                for index, run in enumerate(runs)
+            ]
+        )
+        return per_run["target"]
+
+    def tell_start(self, target_R: np.ndarray) -> None:
+        accuracy, elapsed = f"{100 * target_R.mean():.1f}%", time.monotonic() - self.start
+        line = f"before: {accuracy} on {self.program.digits} digits ({elapsed:.0f} s)"
+        self.progress(Status(line, 0, self.program.config.rounds, accuracy, None))
+
+    def tell(self, done: int, target_R: np.ndarray, kl_R: np.ndarray) -> None:
+        rounds, elapsed = self.program.config.rounds, time.monotonic() - self.start
+        left = elapsed / (done - self.first) * (rounds - done)
+        accuracy, kl = _by_arm(self.runs, target_R), _by_arm(self.runs, kl_R)
+        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
+        line = f"round {done}/{rounds}: {shown} on {self.program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
+        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
+        self.progress(Status(line, done, rounds, values, left))
 
 
 def _by_arm(runs: list[Run], values_R: np.ndarray) -> dict[str, float]:

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import overflow, token_weights
-from ckl_jax.arrays import as_mask, require_array, require_integers, require_logits, require_temperature
 from ckl_jax.certainty import entropy_of
-from ckl_jax.config import require
+from ckl_jax.checks import as_mask, require_array, require_integers, require_logits, require_temperature
+from ckl_jax.errors import require
 
 KLKind = Literal["k1", "k2", "k3"]
 

@@ -23,10 +23,9 @@ import optax
 import tyro
 from jax.sharding import Mesh
 
-from ckl_jax import cli, finite, foreign, preemption, sharding
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import TaskName, task_named
-from ckl_jax.config import PretrainConfig, pretrain_preset
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets.stream import (
     TokenStream,
     Windows,
@@ -36,12 +35,15 @@ from ckl_jax.datasets.stream import (
     sample_stream,
 )
 from ckl_jax.evaluate import judge
-from ckl_jax.logs import LogOptions
 from ckl_jax.losses import masked_mean
 from ckl_jax.model import GPT2, forward
-from ckl_jax.paths import require_directory
-from ckl_jax.progress import Status, display
-from ckl_jax.runs import RunDirectory
+from ckl_jax.presets import pretrain_preset
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.progress import Status, display
+from ckl_jax.runtime import cli, finite, preemption, sharding
+from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 
 class PretrainState(NamedTuple):
@@ -112,8 +114,7 @@ def window_length(config: PretrainConfig) -> int:
     """Characters a window predicts: the block (`stream`) or the longest document (`documents`)."""
     if config.packing == "stream":
         return config.model.block_size
-    task = task_named(config.task)
-    return task.max_prompt_length(config.max_digits) + task.max_answer_length(config.max_digits, extra=0)
+    return task_named(config.task).longest_episode(config.max_digits, extra=0)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -170,7 +171,7 @@ def pretrain(
     logged = done - len(history)
     directory.rewind_metrics(done, logged or None)
     start, first, stopping = time.monotonic(), done, False
-    with foreign.damaged(directory.metrics_path, "out"):
+    with reading.damaged(directory.metrics_path, "out"):
         reached = any(_reaches_target(config, record) for record in directory.metrics())
     while done < config.num_steps and not stopping and not reached:
         end = min(logged + config.checkpoint_every, config.num_steps)

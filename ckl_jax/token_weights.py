@@ -8,15 +8,15 @@ gradient, and 0 where the mask is False, whatever stands there (NaN and infinity
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.arrays import as_mask, require_at_least, require_floats
-from ckl_jax.config import require
-from ckl_jax.finetune_config import KLWeights
+from ckl_jax.checks import as_mask, require_at_least, require_floats
+from ckl_jax.errors import require
 
+KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
 ROUNDING = 1e-5
 
 

@@ -7,6 +7,6 @@ A file is a command. A folder with a ``__main__`` is a command with rooms. ``com
 import sys
 
 if sys.argv[:1] == ["-m"]:  # As in ckl_jax.
-    from ckl_jax import startup
+    from ckl_jax.runtime import startup
 
     startup.before_imports("jax", "matplotlib")

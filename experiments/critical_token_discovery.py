@@ -49,13 +49,15 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, critical, discovery, plots, tasks
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model
-from ckl_jax.config import require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.discovery import Rule
+from ckl_jax import tasks
+from ckl_jax.analysis import critical, discovery, plots
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.discovery import Rule
+from ckl_jax.analysis.statistics import percent, share_interval
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.errors import require
 from ckl_jax.evaluate import judge
-from ckl_jax.statistics import percent, share_interval
+from ckl_jax.runtime import cli
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.critical_token_discovery"

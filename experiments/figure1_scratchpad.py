@@ -32,14 +32,18 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ckl_jax import alphabet, cli, tasks
-from ckl_jax import problems as problems_lib
-from ckl_jax.arrays import MOST_SEED, require_temperature
+from ckl_jax import tasks
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model
-from ckl_jax.config import ModelConfig, require
-from ckl_jax.problems import Problems
-from ckl_jax.speculative import generate
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checks import MOST_SEED, require_temperature
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import require
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.problems import Problems
 from experiments.common.claims import Claim, as_json
 from experiments.common.figure import Results, publish
 
@@ -87,11 +91,9 @@ def _write(config: ModelConfig, params: Any, problems: Problems, key, *, max_len
         params,
         problems,
         key,
+        Sampling(max_length, temperature, greedy),
         how="plain",
         with_scores=True,
-        max_length=max_length,
-        temperature=temperature,
-        greedy=greedy,
     )
     trajectory = verified.trajectory
     return trajectory, verified.logits_BxTxV, problems_lib.critical_indices(trajectory.answers_BxT, problems)
@@ -109,7 +111,8 @@ def answer(model: Model, a: int, b: int, *, temperature: float | None = None, se
     base = model.max_pretrain_digits
     digits = len(str(max(a, b)))
     require(digits > base, "a", a, f"an operand (or b) of more than the {base} digits of the model's pre-training")
-    problems = problems_lib.pack(model.task, [model.task.problem(a, b)], digits, base)
+    problem = model.task.problem(a, b)
+    problems = problems_lib.pack(model.task, [problem], digits, base)
     trajectory, logits_1xTxV, (indices, recorded) = _write(
         model.config,
         model.params,
@@ -121,14 +124,13 @@ def answer(model: Model, a: int, b: int, *, temperature: float | None = None, se
     )
     length = int(trajectory.mask_BxT.sum())
     tokens_T, logits_TxV = trajectory.answers_BxT[0, :length], logits_1xTxV[0, :length]
-    text, right_text = alphabet.decode(np.asarray(tokens_T), beyond=alphabet.UNKNOWN), model.task.answer_text(a, b)
+    text, right_text = alphabet.decode(np.asarray(tokens_T), beyond=alphabet.UNKNOWN), model.task.answer_text(problem)
     sure_T = np.asarray(certainty(logits_TxV))
     p_TxV = np.asarray(jax.nn.softmax(logits_TxV / (temperature or 1.0)))
     critical: list[dict[str, Any]] = []
-    tokens = model.task.critical_tokens(a, b, base)
+    tokens = model.task.critical_tokens(problem, base)
     for token in tokens:
-        slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
-        where = (0, token.step - 1, token.operand - 1, slot)
+        where = (0, token.step - 1, token.operand - 1, token.slot)
         if recorded[where]:
             index = int(indices[where])
             critical.append(
@@ -147,7 +149,7 @@ def answer(model: Model, a: int, b: int, *, temperature: float | None = None, se
     deviation = next((i for i, (x, y) in enumerate(zip(text, right_text, strict=False)) if x != y), None)
     is_critical = np.isin(np.arange(length), [token["index"] for token in critical])
     return {
-        "prompt": model.task.prompt_text(a, b),
+        "prompt": model.task.prompt_text(problem),
         "text": text,
         "right_text": right_text,
         "max_pretrain_digits": base,

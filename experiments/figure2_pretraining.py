@@ -38,12 +38,13 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, tasks
-from ckl_jax.checkpoint import Model, fingerprint
-from ckl_jax.config import require
-from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
-from ckl_jax.runs import RunDirectory
-from ckl_jax.statistics import Interval, bootstrap_interval, percent, share_interval
+from ckl_jax import tasks
+from ckl_jax.analysis.statistics import Interval, bootstrap_interval, percent, share_interval
+from ckl_jax.checkpoint.store import Model, fingerprint
+from ckl_jax.errors import require
+from ckl_jax.evaluate import DRAWS, judge_cell
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import cli
 from experiments.common.claims import LIES_ABOVE, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
@@ -100,7 +101,7 @@ def preset(scale: str = "tiny") -> Figure2Command:
 def measure_cell(command: Figure2Command, model: Model, operands: str, digits: int) -> dict[str, Any]:
     """One cell: how many problems are solved, with both intervals, or that the block is too short for it."""
     cell = {"max_pretrain_digits": model.max_pretrain_digits, "operands": operands, "digits": digits}
-    longest, block = longest_episode(model.task, digits, command.extra_length), model.config.block_size
+    longest, block = model.task.longest_episode(digits, command.extra_length), model.config.block_size
     if longest > block:
         return cell | {"fits": False, "characters": longest, "block_size": block}
     settings: dict[str, Any] = {"seed": command.seed, "extra_length": command.extra_length}

@@ -35,15 +35,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, plots
 from ckl_jax import finetune as finetune_lib
-from ckl_jax.checkpoint import Model, fingerprint
-from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.runs import RunDirectory
-from ckl_jax.statistics import Interval, mean_interval, percent, share_interval
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
+from ckl_jax.checkpoint.store import Model, fingerprint
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import make_program, make_runs
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, plots
-from ckl_jax.config import require
-from ckl_jax.finetune_config import FinetuneConfig
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.claims import LIES_ABOVE, Claim, as_json

@@ -28,14 +28,16 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import alphabet, cli, critical, plots, report
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
-from ckl_jax.config import require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.paths import require_directory
-from ckl_jax.report import Character, Scratchpad, Section
-from ckl_jax.statistics import Interval, mean_interval, percent, share_interval
-from ckl_jax.tasks import Problem, Task
+from ckl_jax.analysis import critical, plots, report
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.report import Character, Scratchpad, Section
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.errors import require
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.task import Problem, Task
 from experiments.common import claims as claims_lib
 from experiments.common.claims import HOLDS, LIES_ABOVE, Claim
 from experiments.common.figure import Results, markdown, publish
@@ -78,7 +80,7 @@ class Figure5Command:
 
 def scratchpad(task: Task, found: Generations, problem: Problem, row: int) -> Scratchpad:
     """The answer of one row, ready to be shown."""
-    text, right = found.text(row), task.answer_text(problem.a, problem.b)
+    text, right = found.text(row), task.answer_text(problem)
     deviation = critical.first_deviation(text, right)
     probabilities_TxV, ref_probabilities_TxV = found.probabilities_BxTxV[row], found.ref_probabilities_BxTxV[row]
     best_TxK = np.argsort(-probabilities_TxV, axis=1)[:, :LIKELIEST]
@@ -98,7 +100,7 @@ def scratchpad(task: Task, found: Generations, problem: Problem, row: int) -> Sc
         )
         for t, (character, token) in enumerate(zip(text, found.answers_BxT[row], strict=False))
     )
-    title = f"{problem.a} {task.operator} {problem.b} = {task.result_text(problem.a, problem.b).replace(' ', '')}"
+    title = f"{problem.a} {task.operator} {problem.b} = {task.result_text(problem).replace(' ', '')}"
     return Scratchpad(title, bool(found.reward_B[row] > 0), _note(text, right, deviation, characters), characters)
 
 

@@ -37,10 +37,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, plots
-from ckl_jax.config import require
-from ckl_jax.finetune_config import FinetuneConfig
-from ckl_jax.statistics import Interval, mean_interval, mean_intervals, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown

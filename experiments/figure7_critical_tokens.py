@@ -29,11 +29,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import cli, foreign, plots
-from ckl_jax.columns import task_named
-from ckl_jax.config import ConfigError, require
-from ckl_jax.runs import by_run, critical_probability, read_json, read_metrics
-from ckl_jax.statistics import Interval, mean_interval, mean_intervals, percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
+from ckl_jax.checkpoint import reading
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runs.records import by_run, critical_probability, read_json, read_metrics
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.catalog import task_named
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import COMMA
 from experiments.common.figure import Results, markdown, publish
@@ -188,7 +190,7 @@ def measure(command: Figure7Command) -> Results:
     require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
     config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
     records = read_metrics(run / "metrics.jsonl", "run")
-    with foreign.only_read(run, "run", applies=True):
+    with reading.only_read(run, "run", applies=True):
         try:
             results = summarize(config, records)
         except ConfigError as error:

@@ -34,14 +34,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ckl_jax import cli, finetune, plots
-from ckl_jax.checkpoint import Model, Params, load_model, shipped
-from ckl_jax.columns import TaskName
-from ckl_jax.config import require
-from ckl_jax.finetune import describe, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.runs import RunDirectory
-from ckl_jax.statistics import mean_interval, percent
+from ckl_jax import finetune
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.checkpoint.store import Model, Params, load_model, shipped
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.finetune import describe
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl import program
+from ckl_jax.rl.program import make_program, make_runs
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.figure import Results, markdown, publish
@@ -122,7 +127,7 @@ def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():
-        runs = [finetune.Run(arm, seed) for seed in found["seeds"]]
+        runs = [program.Run(arm, seed) for seed in found["seeds"]]
         policies = [load_model(directory.path / run.name).params for run in runs]
         values |= {"minibatch": kind, "displacement": [displacement(policy, model.params) for policy in policies]}
     return {**found, "digits": digits, "seconds": directory.seconds()}

@@ -42,12 +42,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from ckl_jax import cli, critical
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model
-from ckl_jax.config import require
-from ckl_jax.critical import Generations, Sampling
-from ckl_jax.paths import require_directory
-from ckl_jax.statistics import Interval, Side, mean_interval, percent, share_interval
+from ckl_jax.analysis import critical
+from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.statistics import Interval, Side, mean_interval, percent, share_interval
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.errors import require
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import require_directory
 from experiments.common.claims import HOLDS, LIES_ABOVE, NOT_COMPARABLE, OVERLAP, Claim, as_json
 from experiments.common.figure import Results, markdown, publish
 

@@ -39,18 +39,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ckl_jax import alphabet, critical, finetune, losses, plots, report, token_weights, xla_cpu
-from ckl_jax import problems as problems_lib
+from ckl_jax import losses, token_weights
+from ckl_jax.analysis import critical, plots, report
+from ckl_jax.analysis.statistics import share_interval
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import SHIPPED_TINY, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.episodes import collect
-from ckl_jax.finetune_config import finetune_preset
-from ckl_jax.objective import gradient_norms
-from ckl_jax.rollout import score
-from ckl_jax.speculative import generate
-from ckl_jax.statistics import share_interval
-from ckl_jax.updates import init_run, update
+from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.collect import collect
+from ckl_jax.rl.objective import gradient_norms
+from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run, update
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling, score
+from ckl_jax.runtime import xla_cpu
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 
 xla_cpu.avoid_wrong_fusions()  # Before JAX computes anything; the commands do this themselves.
 
@@ -83,9 +87,9 @@ def show(figure: Figure, name: str) -> None:
 N = 5
 DIGITS = N + 1
 PROBLEM = ADDITION.problem(788400, 756689)
-PROMPT = ADDITION.prompt_text(PROBLEM.a, PROBLEM.b)
-RIGHT = ADDITION.answer_text(PROBLEM.a, PROBLEM.b)
-MARKS = ADDITION.critical_tokens(PROBLEM.a, PROBLEM.b, N)
+PROMPT = ADDITION.prompt_text(PROBLEM)
+RIGHT = ADDITION.answer_text(PROBLEM)
+MARKS = ADDITION.critical_tokens(PROBLEM, N)
 MAX_LENGTH = ADDITION.max_answer_length(DIGITS, extra=20)
 VOCABULARY, decode, encode = alphabet.VOCABULARY, alphabet.decode, alphabet.encode
 drawn = functools.partial(ADDITION.rl_problems, digits=DIGITS, max_pretrain_digits=N)
@@ -124,7 +128,7 @@ num_parameters = sum(x.size for x in jax.tree.leaves(reference))
 print(f"{num_parameters:,} parameters, pre-trained on up to {model.max_pretrain_digits} digits")
 
 # %% [markdown]
-# `ckl_jax.problems.pack` turns problems into arrays of fixed shape, and `ckl_jax.speculative.generate` samples an
+# `ckl_jax.tasks.pack` turns problems into arrays of fixed shape, and `ckl_jax.rollout.generate` samples an
 # answer to each. With scores it also returns the logits of every character. Names carry the shape of an array: B
 # episodes, T characters, V vocabulary.
 #
@@ -137,9 +141,7 @@ EPISODES = 64
 
 @functools.partial(jax.jit, static_argnums=0)
 def write(config, params, problems, key):
-    written = generate(
-        config, params, problems, key, how="plain", with_scores=True, max_length=MAX_LENGTH, temperature=1.0
-    )
+    written = generate(config, params, problems, key, Sampling(MAX_LENGTH), how="plain", with_scores=True)
     return written.trajectory, written.logits_BxTxV
 
 
@@ -189,8 +191,8 @@ np.testing.assert_allclose(sure_BxT[0, comma], sure_by_hand, atol=1e-5)
 # The model is torn between two characters, and yet J is far from 0: an even choice between two of 41 characters has J =
 # 1 - log 2 / log 41 = 0.81. Remember this when you look at a scale from 0 to 1.
 #
-# Now every character of the first answer. `ckl_jax.problems.critical_indices` finds the critical tokens in what the
-# policy wrote itself. One counts only as long as that operand has been copied rightly: after a mistake there is no
+# Now every character of the first answer. `ckl_jax.tasks.problems.critical_indices` finds the critical tokens in what
+# the policy wrote itself. One counts only as long as that operand has been copied rightly: after a mistake there is no
 # right character any more.
 
 # %%
@@ -431,16 +433,16 @@ config = dataclasses.replace(
     rollout="plain",
     diagnostic_episodes=16,
 )
-program = finetune.make_program(config, model)
-runs, hypers = finetune.make_runs(config, {"prioritized": {}}, seeds=1)
+program = make_program(config, model)
+runs, hypers = make_runs(config, {"prioritized": {}}, seeds=1)
 hyper = jax.tree.map(lambda of_runs: of_runs[0], hypers)
 state = init_run(program, reference, hyper)
-round_problems = finetune.draw_problems(program, seed=0, round_index=0)
+round_problems = draw_problems(program, seed=0, round_index=0)
 print(f"{config.algorithm}, alpha {config.kl_coefficient}, beta {config.beta}, KL {config.kl}, ", end="")
 print(f"learning rate {config.learning_rate}")
 
 # %% [markdown]
-# `ckl_jax.episodes.collect` samples the answers, judges them, passes the reference over them, and computes for every
+# `ckl_jax.rl.collect.collect` samples the answers, judges them, passes the reference over them, and computes for every
 # character J, the weight of its KL and its advantage. The reward arrives with the last character. With lambda = 1 and
 # discount 1 every character of an answer gets the same return, and a critic's value is subtracted. The advantages are
 # then standardized over the round.
@@ -470,7 +472,7 @@ for name, rows in (("right", right_B), ("wrong", ~right_B)):
 #
 #     loss = policy gradient + value loss - entropy bonus + alpha * mean(J^beta * KL)
 #
-# (`ckl_jax.objective.loss_terms`). Afterwards we answer the same problems with the same noise again, and 256 new
+# (`ckl_jax.rl.objective.loss_terms`). Afterwards we answer the same problems with the same noise again, and 256 new
 # problems that no update has seen.
 
 # %%
@@ -533,8 +535,8 @@ show(figure, "round")
 # %% [markdown]
 # ## 7. Where to go from here
 #
-# - `ckl_jax.updates.train_round` is section 6 as one pure function; `ckl_jax.finetune` scans it over rounds, for many
-#   runs at once, with tests and checkpoints between.
+# - `ckl_jax.rl.updates.train_round` is section 6 as one pure function; `ckl_jax.finetune` scans it over rounds, for
+#   many runs at once, with tests and checkpoints between.
 # - `python -m experiments.figure4_prioritized_kl` is the comparison itself: both penalties, 14 rounds of 128 episodes,
 #   minutes on two cores with two seeds; `--seeds 10` decides.
 # - `python -m experiments.regularizers` asks whether it is the certainty that helps or only the weaker penalty.

@@ -11,8 +11,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Most
 import jax
 import pytest
 
-from ckl_jax import xla_cpu
 from ckl_jax.config import ModelConfig
+from ckl_jax.runtime import xla_cpu
 
 xla_cpu.avoid_wrong_fusions()
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from ckl_jax import alphabet
 from ckl_jax.model import forward
+from ckl_jax.tasks import alphabet
 
 WIDTH, HEADS, BLOCK, EXTRA = 16, 2, 300, 7
 THEIRS = "".join(reversed(alphabet.VOCABULARY))

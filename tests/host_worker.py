@@ -10,12 +10,14 @@ import sys
 import jax
 import numpy as np
 
-from ckl_jax import alphabet, hosts, sharding, tasks
-from ckl_jax.checkpoint import load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import load_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import hosts, sharding
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
 
 
 def refusal(call, *arguments):
@@ -33,7 +35,7 @@ def refuse(where):
 def judged(model):
     """Whether three answers are right that are given whole, the second with another number's result."""
     problems = [tasks.Problem(1, 2), tasks.Problem(3, 4), tasks.Problem(5, 6)]
-    texts = [ADDITION.answer_text(a, b) for a, b in ((1, 2), (3, 5), (5, 6))]
+    texts = [ADDITION.answer_text(tasks.Problem(a, b)) for a, b in ((1, 2), (3, 5), (5, 6))]
     given_BxT = np.full((3, max(map(len, texts))), -1)
     for row, text in enumerate(texts):
         given_BxT[row, : len(text)] = alphabet.encode(text)

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model, save_model
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
 
 CANARY = "unpickled"
 TYPES = {

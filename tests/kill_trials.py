@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checkpoint import Model, fingerprint, load_model, save_model
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.model import GPT2
 

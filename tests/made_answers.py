@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import alphabet
-from ckl_jax import problems as problems_lib
-from ckl_jax.columns import ADDITION
-from ckl_jax.critical import Generations
-from ckl_jax.rollout import answer_mask
+from ckl_jax.analysis.critical import Generations
+from ckl_jax.rollout.trajectory import answer_mask
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 
 DIGITS, MAX_PRETRAIN_DIGITS = 3, 2
 

@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 from policies import policy
 
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.finetune import make_runs
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.rl.program import make_runs
 
 TOKENS = (3, 2, 2)
 

@@ -5,7 +5,12 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = {path.stem for path in (ROOT / "ckl_jax").glob("*.py")} | {"datasets"}
+FULL_NAMES = {
+    path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "ckl_jax").rglob("*.py")
+    if path.stem != "__init__"
+} | {path.parent.name: f"ckl_jax.{path.parent.name}" for path in (ROOT / "ckl_jax").glob("*/__init__.py")}
+"""By the last part of a module's name; of a package's and a module's that are alike, the package's."""
 
 
 def exists(name):
@@ -35,7 +40,11 @@ def missing(text):
 
 def missing_in_docstring(text):
     """As ``missing``; names in backticks that start with a module count too, as ``losses.entropy``."""
-    short = [name for name in re.findall(r"`(\w+(?:\.\w+)+)`", text) if name.split(".")[0] in MODULES]
+    short = [name.partition(".") for name in re.findall(r"`(\w+(?:\.\w+)+)`", text)]
     files = ("json", "jsonl", "py", "css", "js")
-    names = [f"ckl_jax.{name}" for name in short if name.split(".")[-1] not in files]
+    names = [
+        f"{FULL_NAMES[module]}.{name}"
+        for module, _, name in short
+        if module in FULL_NAMES and name.split(".")[-1] not in files
+    ]
     return missing(" ".join([text, *names]))

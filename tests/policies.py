@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import alphabet
 from ckl_jax.config import ModelConfig
 from ckl_jax.model import GPT2
+from ckl_jax.tasks import alphabet
 
 SCRIPT_MODEL = ModelConfig(num_layers=1, num_heads=1, width=alphabet.VOCAB_SIZE, block_size=300)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from ckl_jax import advantage_shaping as shaping
 from ckl_jax import advantages, losses
+from ckl_jax import advantages as shaping
 from ckl_jax.advantages import gae
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
 

@@ -10,17 +10,19 @@ import numpy as np
 import optax
 import pytest
 
-from ckl_jax import finite, losses
-from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError
-from ckl_jax.episodes import Hyper, assessed
-from ckl_jax.finetune import draw_problems, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
+from ckl_jax import losses
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
-from ckl_jax.objective import loss_gradient, term_names
-from ckl_jax.rollout import Trajectory, score
-from ckl_jax.sharding import make_mesh
-from ckl_jax.updates import init_run, train_rounds, update
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.collect import assessed
+from ckl_jax.rl.objective import loss_gradient, term_names
+from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds, update
+from ckl_jax.rollout.trajectory import Trajectory, score
+from ckl_jax.runtime import finite
+from ckl_jax.runtime.sharding import make_mesh
 
 CONFIG = FinetuneConfig(
     episodes=8,

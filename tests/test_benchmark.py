@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import cli
-from ckl_jax import problems as problems_lib
-from ckl_jax.alphabet import PAD, decode
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2, forward
 from ckl_jax.pretrain import init_state, train_step
-from ckl_jax.rollout import rollout
-from ckl_jax.speculative import generate
-from ckl_jax.tasks import Problem
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.alphabet import PAD, decode
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.task import Problem
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import against_pytorch, ours, report, speculation, timing, workload
 from experiments.benchmark.enlarge import enlarge
@@ -66,7 +68,7 @@ def test_the_decoding_steps_of_each_cache_size_add_up_to_every_groups_longest_ep
 def test_episodes_of_the_unending_model_run_to_the_limit():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 8, 1), 1, 1)
-    trajectory = rollout(model.config, model.params, packed, jax.random.key(0), max_length=50)
+    trajectory = rollout(model.config, model.params, packed, jax.random.key(0), Sampling(50))
     assert trajectory.mask_BxT.all()
     assert len(np.unique(trajectory.answers_BxT)) > 10
 
@@ -143,7 +145,7 @@ def test_a_drafter_that_never_drafts_again_gives_the_right_answer_whatever_is_wr
     packed = problems_lib.pack(ADDITION, [Problem(357, 68), Problem(9, 4)], 3, 2)
     wrong = np.full((2, 160), 5, np.int32)
     got = speculation.first_draft(jnp.asarray(packed.lists_Bx3x2xJ[:, 0]), wrong, jnp.array([7, 30]), 40)
-    expected = [ADDITION.answer_text(357, 68)[7:47], ADDITION.answer_text(9, 4)[30:70]]
+    expected = [ADDITION.answer_text(Problem(357, 68))[7:47], ADDITION.answer_text(Problem(9, 4))[30:70]]
     assert [decode(row) for row in np.array(got)] == [text.ljust(40, PAD) for text in expected]
 
 
@@ -151,7 +153,7 @@ def test_near_ties_are_where_two_rollouts_begin_to_differ():
     model = workload.unending_model(workload.QUICK, "tiny")
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
     key = jax.random.key(0)
-    plain = generate(model.config, model.params, packed, key, how="plain", max_length=10)
+    plain = generate(model.config, model.params, packed, key, Sampling(10), how="plain")
     assert speculation._near_ties(model, packed, key, 1.0, plain, plain) == {"differing": 0, "widest_gap": None}
     tokens = plain.trajectory.tokens_BxL.at[1, -4].add(1)
     other = plain._replace(trajectory=plain.trajectory._replace(tokens_BxL=tokens))

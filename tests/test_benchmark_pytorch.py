@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from ckl_jax import alphabet
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import pretrain_preset
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import Windows
-from ckl_jax.episodes import collect, weighed
-from ckl_jax.finetune import draw_problems, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2, forward, values
-from ckl_jax.objective import loss_terms
+from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import next_token_loss
-from ckl_jax.rollout import answer_mask, rollout, score
-from ckl_jax.updates import init_run
+from ckl_jax.rl.collect import collect
+from ckl_jax.rl.objective import loss_terms
+from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.trajectory import answer_mask, score
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 from experiments.benchmark import authors_round, pytorch
 
 
@@ -103,7 +104,6 @@ def round_of(small_model):
     params["value"] = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params["value"])
     run = jax.jit(lambda p, r, problems: collect(program, p, r, hyper, problems, (key, key), None)[0])
     episodes = run(params, reference, draw_problems(program, 0, 0))
-    episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
     return program, hyper, params, reference, episodes
 
 

@@ -12,9 +12,9 @@ import fsspec.config
 import kill_trials
 import pytest
 
-from ckl_jax import paths
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import paths
 
 pytestmark = pytest.mark.slow
 ARMS = ("standard", "prioritized")

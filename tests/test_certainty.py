@@ -8,7 +8,7 @@ import pytest
 from absl.testing import parameterized
 
 from ckl_jax.certainty import certainty, entropy_of
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
 
 KINDS = ("negentropy", "negentropy_max_prob", "max_prob")
 INF = float("inf")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hostile import no_file_above
 
-from ckl_jax.checkpoint import Model, StateCheckpoints, fingerprint, load_model, save_model
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, load_model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 
 MADE_BY = {"command": "a test", "seed": 0}

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 from hostile import TYPES, command_of
 
-from ckl_jax import cli, evaluate, finetune, pretrain
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax import evaluate, finetune, pretrain
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
 FINETUNE = (finetune.main, finetune.FinetuneCommand, finetune.preset)

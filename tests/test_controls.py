@@ -9,11 +9,12 @@ import made_runs
 import numpy as np
 import pytest
 
-from ckl_jax import cli, finetune
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ConfigError
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax import finetune
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
 from experiments import controls
 from experiments.common import arms as arms_lib
 

@@ -20,15 +20,18 @@ from hostile import CANARY, PICKLE, refused_command, saved_model
 from safetensors.torch import load_file, save_file
 from test_hostile_commands import WITH_CHECKPOINT
 
-from ckl_jax import alphabet, cli, critical, discovery, tasks
+from ckl_jax import tasks
+from ckl_jax.analysis import critical, discovery
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import fingerprint, load_model, save_model
-from ckl_jax.columns import ADDITION, SUBTRACTION
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.gpt2 import load_foreign
+from ckl_jax.checkpoint.store import fingerprint, load_model, save_model
 from ckl_jax.convert import ConvertConfig, main
+from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
-from ckl_jax.gpt2_files import load_foreign
 from ckl_jax.model import forward
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION, SUBTRACTION
 from experiments import figure1_scratchpad as figure1
 from experiments import figure5_certainty_colors as figure5
 
@@ -54,7 +57,7 @@ def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character
         np.testing.assert_allclose(run(tokens), expected, atol=1e-4)
 
         ours = np.zeros((1, 30), np.int32)
-        prompt = alphabet.encode(ADDITION.prompt_text(12, 7))
+        prompt = alphabet.encode(ADDITION.prompt_text(tasks.Problem(12, 7)))
         ours[0, : len(prompt)] = prompt
         theirs = ours.copy()
         for end in range(len(prompt), 30):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from ckl_jax import evaluate
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax.analysis.statistics import bootstrap_interval
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.model import GPT2
-from ckl_jax.sharding import make_mesh
-from ckl_jax.statistics import bootstrap_interval
+from ckl_jax.runtime.sharding import make_mesh
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
 
 
 def test_equal_values_have_an_interval_without_width():

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
-from ckl_jax import alphabet, cli
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import forward
+from ckl_jax.runtime import cli
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.task import Problem
 from experiments import figure1_scratchpad as figure1
 
-RIGHT = ADDITION.answer_text(12, 34)
+RIGHT = ADDITION.answer_text(Problem(12, 34))
 MISCOPIED = RIGHT.replace("[3,4]", "[3]", 1)
 
 
 def says(text):
-    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(ADDITION.prompt_text(12, 34))))
+    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(ADDITION.prompt_text(Problem(12, 34)))))
 
 
 def command(*arguments):

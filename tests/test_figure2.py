@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from policies import SCRIPT_MODEL, scripted_policy
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.statistics import share_interval
+from ckl_jax.analysis.statistics import share_interval
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import ADDITION
 from experiments import figure2_pretraining as figure2
 from experiments.common import models
 from experiments.common.models import Models
@@ -159,7 +160,7 @@ def test_another_number_of_problems_is_refused_before_anything_is_trained(finish
 
 def test_a_cell_counts_what_the_model_solves(command, small_model):
     problem = ADDITION.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
-    params = scripted_policy(ADDITION.answer_text(problem.a, problem.b), ADDITION.max_prompt_length(1))
+    params = scripted_policy(ADDITION.answer_text(problem), ADDITION.max_prompt_length(1))
     cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
     asked = ADDITION.identical_problems(np.random.default_rng([0, 1]), 4, 1)
     assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1

@@ -6,12 +6,13 @@ import json
 import made_runs
 import pytest
 
-from ckl_jax import cli
 from ckl_jax import finetune as finetune_lib
-from ckl_jax.checkpoint import load_model
-from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.finetune_config import finetune_preset
-from ckl_jax.statistics import mean_interval, share_interval
+from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.checkpoint.store import load_model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.presets import finetune_preset
+from ckl_jax.runtime import cli
 from experiments import figure3_pretraining_levels as figure3
 from experiments.common import models
 from experiments.common.models import Models

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from policies import policy
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.columns import MULTIPLICATION, TASKS
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import Model, load_model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.catalog import TASKS
+from ckl_jax.tasks.columns import MULTIPLICATION
 from experiments import figure4_prioritized_kl as figure4
 
 OPTIONS = (

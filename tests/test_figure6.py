@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from policies import policy
 
-from ckl_jax import cli, finetune
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ConfigError
+from ckl_jax import finetune
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
 from experiments import figure6_beta_sweep as figure6
 from experiments.common import arms as arms_lib
 

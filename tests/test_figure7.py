@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ckl_jax import cli
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
 from experiments import figure7_critical_tokens as figure7
 
 CONFIG = {

@@ -20,20 +20,21 @@ import pytest
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import losses
 from ckl_jax.certainty import certainty as certainty_of
-from ckl_jax.checkpoint import Model, StateCheckpoints, load_model, save_model
-from ckl_jax.config import ConfigError
-from ckl_jax.episodes import Hyper, Program, collect, weighed
-from ckl_jax.finetune import draw_problems, finetune, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, KLWeights
-from ckl_jax.finite import NotFiniteError
+from ckl_jax.checkpoint.store import Model, StateCheckpoints, load_model, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.finetune import finetune
 from ckl_jax.model import GPT2, values
-from ckl_jax.objective import gradient_norms
-from ckl_jax.preemption import PreemptedError
-from ckl_jax.rollout import score
-from ckl_jax.runs import RESUMABLE, RunDirectory
-from ckl_jax.sharding import make_mesh
-from ckl_jax.token_weights import index_of
-from ckl_jax.updates import init_run, train_rounds, update
+from ckl_jax.rl.collect import collect, kl_weights
+from ckl_jax.rl.objective import gradient_norms
+from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds, update
+from ckl_jax.rollout.trajectory import score
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
+from ckl_jax.runtime.finite import NotFiniteError
+from ckl_jax.runtime.preemption import PreemptedError
+from ckl_jax.runtime.sharding import make_mesh
+from ckl_jax.token_weights import KLWeights, index_of
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
 CONFIG = FinetuneConfig(
@@ -256,7 +257,11 @@ def _collected(program, ref_params):
 
 
 def _weighed(config, episodes, index):
-    return weighed(config, episodes, index, HYPER.beta, jax.random.key(4))
+    hyper, mask_BxT = HYPER._replace(kl_weights=index), episodes.trajectory.mask_BxT
+    weights_BxT = kl_weights(
+        config, hyper, episodes.certainty_BxT, episodes.ref_logits_BxTxV, mask_BxT, jax.random.key(4)
+    )
+    return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
 @functools.partial(jax.jit, static_argnums=0)

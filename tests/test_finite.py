@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax.finite import NotFiniteError, require_metrics, require_state
+from ckl_jax.runtime.finite import NotFiniteError, require_metrics, require_state
 
 RUNS = ["standard/seed_0", "prioritized/seed_0"]
 

@@ -12,10 +12,11 @@ from foreign_models import BLOCK, SIZES, WIDTH, NanoGPT, randomize, require_same
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError, ModelConfig
-from ckl_jax.gpt2_config import ACTIVATIONS, EXPORTED
-from ckl_jax.gpt2_files import load_foreign
+from ckl_jax.checkpoint.gpt2 import load_foreign
+from ckl_jax.checkpoint.gpt2_config import ACTIVATIONS, EXPORTED
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks.columns import ADDITION
 
 REFUSED = {"n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings", "add_cross_attention"}
 REFUSED |= {"scale_attn_weights", "scale_attn_by_inverse_layer_idx"}

@@ -13,9 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from hostile import CANARY, PICKLE, refusal, saved_model
 
-from ckl_jax import checkpoint
-from ckl_jax.checkpoint import StateCheckpoints, load_model, save_model, write_json
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint import store
+from ckl_jax.checkpoint.store import StateCheckpoints, load_model, save_model, write_json
+from ckl_jax.errors import ConfigError
 
 # Orbax leaves threads of its own behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -46,7 +46,7 @@ def _refused(model, expected):
 
 def seal(model):
     """The manifest that a stranger would write for what is there now."""
-    write_json(model / "params.sha256.json", checkpoint._manifest(model / "params"))
+    write_json(model / "params.sha256.json", store._manifest(model / "params"))
 
 
 def edited(directory, **changes):

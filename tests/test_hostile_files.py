@@ -12,9 +12,10 @@ import pytest
 from damage import each
 from hostile import command_of, saved_model, snapshot
 
-from ckl_jax import cli, plots, preemption
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
+from ckl_jax.analysis import plots
+from ckl_jax.runtime import cli, preemption
 from experiments.common import figure
 
 # Orbax leaves threads of its own behind when a read fails.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import hosts
-from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import Model, load_model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import hosts
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}

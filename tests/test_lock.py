@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from ckl_jax.config import ConfigError
-from ckl_jax.lock import hold
-from ckl_jax.runs import RunDirectory
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.lock import hold
 
 HOLDER = """
 import pathlib, sys
-from ckl_jax.lock import hold
+from ckl_jax.runs.lock import hold
 held = hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -19,14 +19,18 @@ from policies import SCRIPT_MODEL, policy, scripted_policy
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
-from ckl_jax import alphabet, finetune, paths, problems, testing
-from ckl_jax.checkpoint import Model, StateCheckpoints, save_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
-from ckl_jax.finetune_config import FinetuneConfig
-from ckl_jax.logs import LogOptions
-from ckl_jax.progress import Status, display
-from ckl_jax.runs import RunDirectory
+from ckl_jax import finetune
+from ckl_jax.checkpoint.store import Model, StateCheckpoints, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.rl import evaluation
+from ckl_jax.rl.program import make_program
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.progress import Status, display
+from ckl_jax.runtime import paths
+from ckl_jax.tasks import alphabet, problems
+from ckl_jax.tasks.columns import ADDITION
 
 CONFIG = FinetuneConfig(
     extra_length=0,
@@ -182,12 +186,12 @@ def test_samples_are_two_answers_at_every_test_and_the_same_after_an_interruptio
 
 
 def test_a_sample_has_the_reward_of_its_text():
-    drawn = ADDITION.rl_problems(np.random.default_rng(testing.TEST_SEED), 3, 2, 1)
+    drawn = ADDITION.rl_problems(np.random.default_rng(evaluation.TEST_SEED), 3, 2, 1)
     right = drawn[1]
-    first = len(ADDITION.prompt_text(right.a, right.b))
-    scripted = scripted_policy(ADDITION.answer_text(right.a, right.b), first)
+    first = len(ADDITION.prompt_text(right))
+    scripted = scripted_policy(ADDITION.answer_text(right), first)
     params = jax.tree.map(lambda *x: jnp.stack(x), policy(SCRIPT_MODEL), scripted)
-    tested = testing.test(finetune.make_program(CONFIG, Model(SCRIPT_MODEL, 1, scripted)), params, 3)
+    tested = evaluation.test(make_program(CONFIG, Model(SCRIPT_MODEL, 1, scripted)), params, 3)
     rewards = []
     for row in (0, 1):
         for sample, problem in zip(tested.samples(row), drawn[:2], strict=True):
@@ -200,7 +204,7 @@ def test_a_sample_has_the_reward_of_its_text():
             assert sample["reward"] == recomputed[0]
             rewards.append(sample["reward"])
     assert rewards == [0, 0, 0, 1]
-    assert tested.samples(1)[1]["answer"] == ADDITION.answer_text(right.a, right.b)
+    assert tested.samples(1)[1]["answer"] == ADDITION.answer_text(right)
     assert tested.accuracy["target"].tolist() == [0, pytest.approx(tested.rewards_RxS[1].mean())]
 
 

@@ -15,7 +15,7 @@ from absl.testing import parameterized
 from ckl_jax import losses
 from ckl_jax.advantages import gae, kl_to_go, standardized
 from ckl_jax.certainty import certainty
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
 
 INF, NAN = float("inf"), float("nan")
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import cli
-from ckl_jax.checkpoint import Model, load_model, save_model
-from ckl_jax.config import ConfigError
+from ckl_jax.checkpoint.store import Model, load_model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
 from experiments import minibatches
 
 OPTIONS = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import config as config_lib
+from ckl_jax import presets
 from ckl_jax.model import GPT2, ValueHead, forward, init_cache, values
 
 
@@ -125,7 +125,7 @@ def test_every_matrix_product_has_the_configured_precision(small_model, cached):
 
 
 def test_the_gpt2_preset_has_85_million_parameters_and_no_bias():
-    config = config_lib.pretrain_preset("gpt2").model
+    config = presets.pretrain_preset("gpt2").model
     shapes = jax.eval_shape(GPT2(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     assert abs(sum(x.size for x in jax.tree.leaves(shapes)) - 85e6) < 1e6
     assert not any(path.endswith("bias") for path in parameter_paths(shapes))

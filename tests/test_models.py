@@ -5,8 +5,10 @@ import dataclasses
 import made_runs
 import pytest
 
-from ckl_jax.checkpoint import SHIPPED_TINY, fingerprint, load_model
-from ckl_jax.config import ConfigError, PretrainConfig, pretrain_preset
+from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.config import PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.presets import pretrain_preset
 from experiments.common import models
 from experiments.common.models import Models, models_preset, pretrained
 

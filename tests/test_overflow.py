@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import losses, objective, overflow, token_weights
+from ckl_jax import losses, overflow, token_weights
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError
-from ckl_jax.episodes import Episodes, Hyper
-from ckl_jax.finetune import make_program
-from ckl_jax.finetune_config import FinetuneConfig
-from ckl_jax.rollout import Trajectory
-from ckl_jax.transitions import Indices, cut
-from ckl_jax.updates import init_run
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.rl import objective
+from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.minibatches import Indices, cut
+from ckl_jax.rl.program import Hyper, make_program
+from ckl_jax.rl.updates import init_run
+from ckl_jax.rollout.trajectory import Trajectory
 
 INF, NAN = float("inf"), float("nan")
 KINDS = ("k1", "k2", "k3")

@@ -15,11 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hostile import TYPES, command_of, saved_model
 from matplotlib.figure import Figure
 
-from ckl_jax import checkpoint, cli, convert, paths, plots, runs
-from ckl_jax.checkpoint import write_json
-from ckl_jax.config import ConfigError
+from ckl_jax import checkpoint, convert
+from ckl_jax.analysis import plots
+from ckl_jax.checkpoint.store import write_json
 from ckl_jax.datasets import load_stream
-from ckl_jax.runs import RunDirectory
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs import directory, records
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import cli, paths
 
 
 class Bucket(MemoryFileSystem):
@@ -128,7 +131,7 @@ def test_files_in_a_bucket_are_appended_to_listed_and_replaced(bucket):
 
 
 def test_a_run_in_a_bucket_keeps_its_config_and_metrics_and_refuses_another(bucket, monkeypatch):
-    monkeypatch.setattr(runs, "StateCheckpoints", lambda directory: None)  # Orbax asks Google itself for its bucket.
+    monkeypatch.setattr(directory, "StateCheckpoints", lambda where: None)  # Orbax asks Google itself for its bucket.
     run = RunDirectory(bucket / "run", {"seed": 0})
     run.log([{"step": 1}, {"step": 2}])
     run.log([{"step": 3}])
@@ -254,7 +257,7 @@ def test_public_functions_take_a_path_as_text(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "config.json").exists()
     plots.save(Figure(), "~/run", "figure")
     assert (tmp_path / "run" / "figure.png").exists()
-    assert runs.earlier_results("~/run", "nothing") is None
+    assert records.earlier_results("~/run", "nothing") is None
     load_stream(1, 4, data_dir="~/data")
     assert (tmp_path / "data").is_dir()
     for source in ("~/model", f"file://{tmp_path}/model"):

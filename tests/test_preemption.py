@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from ckl_jax import cli, finite, preemption
-from ckl_jax.config import ConfigError
-from ckl_jax.preemption import PreemptedError, deferred, requested
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli, finite, preemption
+from ckl_jax.runtime.preemption import PreemptedError, deferred, requested
 
 
 @pytest.fixture(autouse=True)

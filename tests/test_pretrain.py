@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from ckl_jax import pretrain as pretrain_lib
-from ckl_jax.checkpoint import load_model
-from ckl_jax.columns import SUBTRACTION
-from ckl_jax.config import ConfigError, PretrainConfig
+from ckl_jax.checkpoint.store import load_model
+from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
-from ckl_jax.finite import NotFiniteError
-from ckl_jax.preemption import PreemptedError
+from ckl_jax.errors import ConfigError
 from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_step
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime.finite import NotFiniteError
+from ckl_jax.runtime.preemption import PreemptedError
+from ckl_jax.tasks.columns import SUBTRACTION
 
 
 @pytest.fixture(scope="module")

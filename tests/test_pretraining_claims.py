@@ -1,6 +1,6 @@
 """Verdicts of figures 2 and 3 in the report's words."""
 
-from ckl_jax.statistics import share_interval
+from ckl_jax.analysis.statistics import share_interval
 from experiments import figure2_pretraining as figure2
 from experiments import figure3_pretraining_levels as figure3
 from experiments.common.pretraining_claims import from_verdicts, paper_cells

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import made_runs
 import pytest
 
-from ckl_jax import cli, finetune
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.config import ConfigError
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax import finetune
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.regularizers import __main__ as regularizers
 from experiments.regularizers import results as found

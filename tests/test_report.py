@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ckl_jax import report
-from ckl_jax.report import Character, Scratchpad, Section
+from ckl_jax.analysis import report
+from ckl_jax.analysis.report import Character, Scratchpad, Section
 
 VOID = {"meta"}
 TEXT = "\n<scratch>\n[1,2] + [3]\n"

@@ -6,9 +6,9 @@ import signal
 
 import pytest
 
-from ckl_jax import cli
-from ckl_jax.config import ConfigError
-from ckl_jax.preemption import PreemptedError
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.preemption import PreemptedError
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce.__main__ import Item, ReproduceCommand
 

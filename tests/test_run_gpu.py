@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from ckl_jax import cli
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.pretrain import preset as pretrain_preset
+from ckl_jax.runtime import cli
 from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
 from experiments.reproduce.__main__ import ReproduceCommand

@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import pytest
 from hostile import no_file_above
 
-from ckl_jax import plots
-from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
-from ckl_jax.finetune_config import FinetuneConfig
-from ckl_jax.runs import RunDirectory
+from ckl_jax.analysis import plots
+from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.directory import RunDirectory
 
 CONFIG = {"command": "finetune", "seed": 0, "config": {"beta": 150.0, "arms": (1, 2)}}
 

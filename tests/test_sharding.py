@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax.checkpoint import Model
-from ckl_jax.config import ConfigError, PretrainConfig
-from ckl_jax.finetune import draw_problems, finetune, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig, PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.finetune import finetune
 from ckl_jax.model import GPT2
 from ckl_jax.pretrain import init_state, train_step
-from ckl_jax.runs import RunDirectory
-from ckl_jax.sharding import by_run, make_mesh, state_shardings
-from ckl_jax.updates import init_run, train_rounds
+from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime.sharding import by_run, make_mesh, state_shardings
 from experiments.benchmark.workload import text_stream
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 2.0}}

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax.checkpoint import Model
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.finetune import finetune
-from ckl_jax.finetune_config import FinetuneConfig
 from ckl_jax.model import GPT2
-from ckl_jax.runs import RunDirectory
+from ckl_jax.runs.directory import RunDirectory
 
 CONFIG = FinetuneConfig(
     extra_length=0,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ckl_jax.statistics import Interval, percent
+from ckl_jax.analysis.statistics import Interval, percent
 
 NAN = float("nan")
 

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from made_answers import made, replaced
 
-from ckl_jax import cli, tasks
-from ckl_jax.checkpoint import Model, save_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import ADDITION
 from experiments import table1_certainty_gap as table1
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-TOKENS = ADDITION.critical_tokens(123, 45, 2)
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+TOKENS = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)
 LENGTH = len(RIGHT)
 
 

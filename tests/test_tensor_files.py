@@ -13,10 +13,10 @@ from foreign_models import BLOCK, SIZES, WIDTH, NanoGPT, randomize, write_nano, 
 from hostile import CANARY, Canary
 from safetensors.torch import load_file, save_file, save_model
 
-from ckl_jax.checkpoint import fingerprint
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
-from ckl_jax.gpt2_files import load_foreign
+from ckl_jax.checkpoint.gpt2 import load_foreign
+from ckl_jax.checkpoint.store import fingerprint
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks.columns import ADDITION
 
 INDEX = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}
 

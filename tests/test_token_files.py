@@ -9,12 +9,12 @@ import pytest
 from foreign_models import THEIRS, write_nano
 from hostile import CANARY, PICKLE
 
-from ckl_jax import alphabet
-from ckl_jax.checkpoint import fingerprint
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ConfigError
-from ckl_jax.gpt2_files import load_foreign
-from ckl_jax.token_files import rows
+from ckl_jax.checkpoint.gpt2 import load_foreign
+from ckl_jax.checkpoint.store import fingerprint
+from ckl_jax.checkpoint.token_files import rows
+from ckl_jax.errors import ConfigError
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
 
 SIZE = len(THEIRS) + 7
 PLAIN = {character: row for row, character in enumerate(THEIRS)}

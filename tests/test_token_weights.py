@@ -15,8 +15,9 @@ import pytest
 from absl.testing import parameterized
 
 from ckl_jax import token_weights
-from ckl_jax.config import ConfigError
-from ckl_jax.finetune_config import FinetuneConfig, KLWeights
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.token_weights import KLWeights
 
 WORDS = get_args(KLWeights)
 INF, NAN = float("inf"), float("nan")

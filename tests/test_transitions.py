@@ -11,18 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from ckl_jax import transitions
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint import Model, load_model
-from ckl_jax.config import ConfigError
-from ckl_jax.episodes import Episodes, Hyper
-from ckl_jax.finetune import draw_problems, finetune, make_program
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.checkpoint.store import Model, load_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.finetune import finetune
 from ckl_jax.model import GPT2
-from ckl_jax.objective import loss_terms
-from ckl_jax.rollout import Trajectory
-from ckl_jax.runs import RunDirectory
-from ckl_jax.updates import init_run, train_rounds, update
+from ckl_jax.rl import minibatches as transitions
+from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.objective import loss_terms
+from ckl_jax.rl.program import Hyper, draw_problems, make_program
+from ckl_jax.rl.updates import init_run, train_rounds, update
+from ckl_jax.rollout.trajectory import Trajectory
+from ckl_jax.runs.directory import RunDirectory
 
 CONFIG = FinetuneConfig(
     minibatch="transitions",

@@ -11,7 +11,7 @@ from flax import nnx
 from tunix.rl import algo_core, common
 
 from ckl_jax.certainty import certainty
-from ckl_jax.config import ConfigError
+from ckl_jax.errors import ConfigError
 from experiments import tunix_grpo
 from experiments.tunix_grpo import PrioritizedConfig, TunixCommand
 

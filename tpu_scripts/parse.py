@@ -4,7 +4,7 @@ import runpy
 import sys
 from typing import Any
 
-from ckl_jax import cli
+from ckl_jax.runtime import cli
 
 run = cli.run
 

@@ -16,11 +16,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ckl_jax import foreign
-from ckl_jax.columns import task_named
-from ckl_jax.config import require
-from ckl_jax.errors import is_integer
-from ckl_jax.tasks import MAX_DIGITS, Problem, Task
+from ckl_jax.checkpoint import reading
+from ckl_jax.errors import is_integer, require
+from ckl_jax.tasks.catalog import task_named
+from ckl_jax.tasks.task import MAX_DIGITS, Problem, Task
 
 TEST_SHARE = 0.05
 PREPARED = "what was prepared there: delete it, and the same command prepares it anew"
@@ -75,7 +74,7 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
             seed=seed,
         )
         root = epath.Path(data_dir or tfds.core.constants.DATA_DIR)
-        with foreign.damaged(root / self.name / config.name / str(self.VERSION), "data_dir", PREPARED):
+        with reading.damaged(root / self.name / config.name / str(self.VERSION), "data_dir", PREPARED):
             super().__init__(config=config, data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -109,8 +108,8 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
                 {
                     "a": problem.a,
                     "b": problem.b,
-                    "prompt": task.prompt_text(problem.a, problem.b),
-                    "answer": task.answer_text(problem.a, problem.b),
+                    "prompt": task.prompt_text(problem),
+                    "answer": task.answer_text(problem),
                 },
             )
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import alphabet, hosts
-from ckl_jax.config import require
 from ckl_jax.datasets.prepared import documents
 from ckl_jax.datasets.scratchpads import Scratchpads
-from ckl_jax.paths import AnyPath, require_directory, resolved
+from ckl_jax.errors import require
+from ckl_jax.runtime import hosts
+from ckl_jax.runtime.paths import AnyPath, require_directory, resolved
+from ckl_jax.tasks import alphabet
 
 
 class TokenStream(NamedTuple):

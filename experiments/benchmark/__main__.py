@@ -8,11 +8,11 @@
 Sections: ``rollout`` (against transformers' generate), ``speculation`` (speculative against plain rollout, by policy),
 ``round`` (against the authors' procedure), ``pretraining`` (against a plain PyTorch step), ``scaling`` (cost of a round
 against runs, episodes, length and model size), ``compile``, ``memory``, ``limit`` (share of the device's matmul and
-copy rates), ``settings`` (what ``ckl_jax.xla_cpu`` does to the speed). Both sides run on the same machine, weights,
-problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark goes on with
-what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine: one other job
-made PyTorch's step 6 to 40 times slower on 2 cores. There all sections but ``speculation`` and ``settings`` took 43
-minutes, those 12 and @MINUTES@.
+copy rates), ``settings`` (what ``ckl_jax.runtime.xla_cpu`` does to the speed). Both sides run on the same machine,
+weights, problems and threads, in turn. Every finished section is in results.json at once: an interrupted benchmark goes
+on with what is missing. Last come table.md and scaling.png / scaling.svg. Run it on an otherwise idle machine: one
+other job made PyTorch's step 6 to 40 times slower on 2 cores. There all sections but ``speculation`` and ``settings``
+took 43 minutes, those 12 and @MINUTES@.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from typing import Any
 import jax
 import matplotlib
 
-from ckl_jax import cli, plots, startup
-from ckl_jax.checkpoint import load_model, write_json
-from ckl_jax.config import ConfigError, require
-from ckl_jax.paths import replace, require_directory
+from ckl_jax.analysis import plots
+from ckl_jax.checkpoint.store import load_model, write_json
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runtime import cli, startup
+from ckl_jax.runtime.paths import replace, require_directory
 from experiments.benchmark import cpu_settings, ours, report, speculation
 from experiments.benchmark.workload import Section, choose_plan
 

@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import pretrain, sharding
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import Model
-from ckl_jax.columns import ADDITION
-from ckl_jax.episodes import Episodes, collect
-from ckl_jax.finetune import make_mesh
-from ckl_jax.problems import Problems
-from ckl_jax.rollout import answer_mask
-from ckl_jax.sharding import everywhere, over_rows
-from ckl_jax.speculative import generate
-from ckl_jax.updates import train_round, update
+from ckl_jax import pretrain
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.rl.collect import Episodes, collect
+from ckl_jax.rl.program import make_mesh
+from ckl_jax.rl.updates import train_round, update
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling, answer_mask
+from ckl_jax.runtime import sharding
+from ckl_jax.runtime.sharding import everywhere, over_rows
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.problems import Problems
 from experiments.benchmark import authors_round, pytorch
 from experiments.benchmark.enlarge import enlarge
 from experiments.benchmark.timing import alternate, on_mesh, speedup, spread, timed
@@ -55,7 +56,7 @@ def _compare_rollouts(model: Model, problems: Problems, max_length: int, batch: 
 
     def answers(way: dict[str, Any]) -> Callable[[], jax.Array]:
         def roll_out(whole, problems):
-            return generate(model.config, whole[0], problems, whole[1], max_length=max_length, **way).trajectory
+            return generate(model.config, whole[0], problems, whole[1], Sampling(max_length), **way).trajectory
 
         compiled = jax.jit(functools.partial(over_rows, roll_out))
 

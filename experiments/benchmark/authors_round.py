@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import alphabet
-from ckl_jax.config import ModelConfig, require
-from ckl_jax.episodes import Episodes
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.config import FinetuneConfig, ModelConfig
+from ckl_jax.errors import require
+from ckl_jax.rl.collect import Episodes
+from ckl_jax.tasks import alphabet
 from experiments.benchmark.pytorch import GPT, device, functional, load_flax, nn, torch
 
 VALUE_FEATURES = 128

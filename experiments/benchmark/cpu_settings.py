@@ -1,4 +1,4 @@
-"""What the settings of ``ckl_jax.xla_cpu`` do to the speed: processes with and without them, in turn."""
+"""What the settings of ``ckl_jax.runtime.xla_cpu`` do to the speed: processes with and without them, in turn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import finetune, pretrain, sharding, startup, xla_cpu
-from ckl_jax.config import pretrain_preset
-from ckl_jax.updates import init_run, train_rounds
+from ckl_jax import pretrain
+from ckl_jax.presets import pretrain_preset
+from ckl_jax.rl.program import draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.runtime import sharding, startup, xla_cpu
 from experiments.benchmark.timing import speedup, spread
 from experiments.benchmark.workload import (
     Plan,
@@ -37,7 +39,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 KEEP, AVOID = "xla_cpu.keep_freed_memory(); ", "xla_cpu.avoid_wrong_fusions(); "
 VARIANTS = {
     "none": ("", ""),
-    "one arena": ("", KEEP),
     "huge pages": (xla_cpu.HUGE_PAGES, KEEP),
     "huge pages, no wrong fusions": (xla_cpu.HUGE_PAGES, KEEP + AVOID),
 }
@@ -60,10 +61,10 @@ def _pretraining(plan: Plan, seconds: list[float]) -> None:
 def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
     """Rounds of both arms of Figure 4."""
     model, config = tiny_model(plan), tiny_config(plan, **overrides)
-    program = finetune.make_program(config, model)
-    runs, hypers = finetune.make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
-    mesh = finetune.make_mesh(config, len(runs))
-    drawn = finetune.draw_problems(program, 0, 0)
+    program = make_program(config, model)
+    runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
+    mesh = make_mesh(config, len(runs))
+    drawn = draw_problems(program, 0, 0)
     problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
     hypers, problems = sharding.put((hypers, problems), sharding.by_run(mesh))
     reference = sharding.put(model.params, sharding.everywhere(mesh))
@@ -95,7 +96,7 @@ def measure(work: str, quick: bool) -> None:
 
 
 def _in_process(plan: Plan, work: str, tunables: str, calls: str) -> dict[str, Any]:
-    code = f"from ckl_jax import xla_cpu; {calls}from experiments.benchmark import cpu_settings; "
+    code = f"from ckl_jax.runtime import xla_cpu; {calls}from experiments.benchmark import cpu_settings; "
     code += f"cpu_settings.measure({work!r}, {plan.quick})"
     environment = os.environ | {"XLA_FLAGS": xla_cpu.flags_without_fusions(), xla_cpu.TUNABLES: tunables}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # A loaded program may run at another speed than a compiled one.

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax.checkpoint import Model
-from ckl_jax.config import ModelConfig, require
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import ModelConfig
+from ckl_jax.errors import require
 
 
 def enlarge(model: Model, config: ModelConfig) -> Model:

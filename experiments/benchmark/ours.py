@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax.checkpoint import Model
-from ckl_jax.episodes import collect
-from ckl_jax.finetune import draw_problems, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import forward, init_cache
-from ckl_jax.objective import loss_terms
 from ckl_jax.pretrain import init_state, train_step
-from ckl_jax.rollout import CACHE_BLOCK, rollout, score
-from ckl_jax.sharding import make_mesh
-from ckl_jax.updates import init_run, train_round, train_rounds, update
+from ckl_jax.rl.collect import collect
+from ckl_jax.rl.objective import loss_terms
+from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_round, train_rounds, update
+from ckl_jax.rollout.decoding import CACHE_BLOCK, rollout
+from ckl_jax.rollout.trajectory import Sampling, score
+from ckl_jax.runtime.sharding import make_mesh
 from experiments.benchmark.timing import alternate, seconds_of, spread, timed
 from experiments.benchmark.workload import (
     Plan,
@@ -187,7 +188,7 @@ def limit(plan: Plan, progress: Progress) -> dict[str, Any]:
     program, params = first.program, first.state.params
     key = jax.random.key(0)
     generate = jax.jit(
-        functools.partial(rollout, model.config, max_length=program.max_length, batch=config.rollout_batch)
+        functools.partial(rollout, model.config, sampling=Sampling(program.max_length), batch=config.rollout_batch)
     )
     trajectory = generate(params["policy"], first.problems, key)
     num_prompt, total = first.problems.prompts_BxP.shape[1], trajectory.tokens_BxL.shape[1]

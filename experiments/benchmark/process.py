@@ -18,9 +18,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import cli
 from ckl_jax.pretrain import init_state, train_step
-from ckl_jax.updates import train_round
+from ckl_jax.rl.updates import train_round
+from ckl_jax.runtime import cli
 from experiments.benchmark.timing import seconds_of
 from experiments.benchmark.workload import (
     Plan,

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckl_jax import alphabet, tasks
-from ckl_jax.config import ConfigError, ModelConfig, PretrainConfig
+from ckl_jax import tasks
+from ckl_jax.config import ModelConfig, PretrainConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.model import LAYER_NORM_EPSILON
-from ckl_jax.problems import Problems
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.problems import Problems
 
 try:
     import torch

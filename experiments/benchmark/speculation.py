@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import drafts
-from ckl_jax import problems as problems_lib
-from ckl_jax.checkpoint import Model, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.problems import Problems
-from ckl_jax.rollout import gumbel_noise, score
-from ckl_jax.speculative import generate, speculative_rollout
+from ckl_jax.checkpoint.store import Model, load_model
+from ckl_jax.rollout import drafts
+from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.speculative import speculative_rollout
+from ckl_jax.rollout.trajectory import gumbel_noise, score
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.problems import Problems
 from experiments.benchmark.timing import alternate, speedup, spread, timed
 from experiments.benchmark.workload import (
     PLAIN_BATCH,

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import alphabet, tasks
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.columns import ADDITION
-from ckl_jax.config import ModelConfig, PretrainConfig, pretrain_preset
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.episodes import Hyper, Program
-from ckl_jax.finetune import draw_problems, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
 from ckl_jax.model import GPT2
-from ckl_jax.problems import Problems
-from ckl_jax.updates import RunState, init_run
+from ckl_jax.presets import finetune_preset, pretrain_preset
+from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
+from ckl_jax.rl.updates import RunState, init_run
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.problems import Problems
 
 PLAIN_BATCH = 32
 """Episodes that the tiny model decodes together step by step, the fastest number on 2 CPU cores."""
@@ -191,6 +191,6 @@ def pretrain_config(plan: Plan, scale: str, batch: int) -> PretrainConfig:
 def text_stream(digits: int, count: int = 2000) -> TokenStream:
     """Scratchpads back to back as the dataset has them, made in memory."""
     drawn: Sequence[tasks.Problem] = ADDITION.short_problems(np.random.default_rng(0), count, digits)
-    documents = [alphabet.encode(ADDITION.prompt_text(p.a, p.b) + ADDITION.answer_text(p.a, p.b)) for p in drawn]
+    documents = [alphabet.encode(ADDITION.prompt_text(p) + ADDITION.answer_text(p)) for p in drawn]
     starts = np.cumsum([0, *(len(document) for document in documents[:-1])]).astype(np.int32)
     return TokenStream(np.concatenate(documents), starts)

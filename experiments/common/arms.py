@@ -11,16 +11,20 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from ckl_jax import finetune, foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, fingerprint, load_model, shipped
-from ckl_jax.columns import ADDITION, TaskName
-from ckl_jax.config import ConfigError, require
-from ckl_jax.finetune import MOST_SEEDS, Arms, describe
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.runs import by_run, earlier_results, machine, read_json, read_metrics
-from ckl_jax.statistics import mean_interval
-from ckl_jax.tasks import Task
+from ckl_jax import finetune
+from ckl_jax.analysis.statistics import mean_interval
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, shipped
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.finetune import describe
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import MOST_SEEDS, Arms
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
+from ckl_jax.tasks.catalog import TaskName
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.task import Task
 from experiments.common import figure
 from experiments.common.figure import Results
 
@@ -137,7 +141,7 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
     if made is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a finished run's directory")
     config = read_json(command.out / "config.json", "plot_only")
-    with foreign.only_read(command.out / "config.json", "plot_only", applies=True):
+    with reading.only_read(command.out / "config.json", "plot_only", applies=True):
         same = config["checkpoint"] == fingerprint(model.params)
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
@@ -146,7 +150,7 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
     records = read_metrics(command.out / "metrics.jsonl", "plot_only")
     tested = any(record["step"] == rounds and "test_target" in record for record in records)
     require(tested, "plot_only", str(command.out), f"the directory of a run that has done its {rounds} rounds")
-    with foreign.only_read(command.out / "results.json", "plot_only", applies=True):
+    with reading.only_read(command.out / "results.json", "plot_only", applies=True):
         kept = {key: made[key] for key in ("device", "platform", "wall_seconds")}
     return Run(config, records, kept, digits, model.task)
 

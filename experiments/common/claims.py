@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ckl_jax.config import require
-from ckl_jax.statistics import Interval, Side
+from ckl_jax.analysis.statistics import Interval, Side
+from ckl_jax.errors import require
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not comparable at this size"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

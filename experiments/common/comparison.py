@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from ckl_jax import plots
-from ckl_jax.runs import critical_probability
-from ckl_jax.statistics import Side, mean_interval, percent
-from ckl_jax.tasks import Task
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import Side, mean_interval, percent
+from ckl_jax.runs.records import critical_probability
+from ckl_jax.tasks.task import Task
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, markdown
 

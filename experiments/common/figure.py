@@ -10,11 +10,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from ckl_jax import foreign, hosts, plots
-from ckl_jax.checkpoint import write_json
-from ckl_jax.config import ConfigError
-from ckl_jax.paths import replace
-from ckl_jax.runs import earlier_results, machine
+from ckl_jax.analysis import plots
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import write_json
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.records import earlier_results, machine
+from ckl_jax.runtime import hosts
+from ckl_jax.runtime.paths import replace
 
 Results = dict[str, Any]
 
@@ -78,7 +80,7 @@ def present(
     Raises:
       ConfigError: something goes wrong over what was read.
     """
-    with foreign.only_read(read or out, "plot_only", applies=read is not None):
+    with reading.only_read(read or out, "plot_only", applies=read is not None):
         found = results()
         shown = text(found)
         with matplotlib.rc_context(plots.STYLE):

@@ -17,12 +17,14 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from ckl_jax import hosts
-from ckl_jax.checkpoint import Model, load_model, shipped
-from ckl_jax.config import PretrainConfig, Scale, pretrain_preset, require
-from ckl_jax.paths import require_directory
+from ckl_jax.checkpoint.store import Model, load_model, shipped
+from ckl_jax.config import PretrainConfig, Scale
+from ckl_jax.errors import require
+from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import pretrain
-from ckl_jax.runs import RESUMABLE, RunDirectory
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
+from ckl_jax.runtime import hosts
+from ckl_jax.runtime.paths import require_directory
 
 Progress = Callable[[str], None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ckl_jax.statistics import percent
+from ckl_jax.analysis.statistics import percent
 from experiments.common.claims import NOT_COMPARABLE, Claim, as_json
 
 PAPER = {

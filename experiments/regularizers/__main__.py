@@ -44,14 +44,18 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from ckl_jax import cli, finetune, foreign
-from ckl_jax.checkpoint import SHIPPED_TINY, Model, load_model
-from ckl_jax.config import require
-from ckl_jax.episodes import Hyper
-from ckl_jax.finetune import describe, make_program, make_runs
-from ckl_jax.finetune_config import FinetuneConfig, finetune_preset
-from ckl_jax.logs import LogOptions
-from ckl_jax.runs import RESUMABLE, RunDirectory, earlier_results
+from ckl_jax import finetune
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import require
+from ckl_jax.finetune import describe
+from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import Hyper, make_program, make_runs
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
+from ckl_jax.runs.logs import LogOptions
+from ckl_jax.runs.records import earlier_results
+from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, publish
 from experiments.regularizers import results as results_lib
@@ -181,7 +185,7 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
     found = earlier_results(command.earlier, COMMAND)
     require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
     assert found is not None
-    with foreign.only_read(command.earlier / "results.json", "earlier", applies=True):
+    with reading.only_read(command.earlier / "results.json", "earlier", applies=True):
         theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
         for name in ("task", "checkpoint", "grid", "screen_seeds", "screen_rounds", "seeds"):
             require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")

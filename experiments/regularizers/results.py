@@ -10,9 +10,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ckl_jax import plots
-from ckl_jax.runs import by_run
-from ckl_jax.statistics import percent
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import percent
+from ckl_jax.runs.records import by_run
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.figure import Results, markdown

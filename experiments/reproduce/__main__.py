@@ -28,12 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax import cli, foreign, hosts
-from ckl_jax.checkpoint import SHIPPED_TINY, write_json
-from ckl_jax.config import ConfigError, Scale, require
-from ckl_jax.paths import replace, require_directory
-from ckl_jax.runs import read_json
-from ckl_jax.tasks import Task
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import SHIPPED_TINY, write_json
+from ckl_jax.config import Scale
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runs.records import read_json
+from ckl_jax.runtime import cli, hosts
+from ckl_jax.runtime.paths import replace, require_directory
+from ckl_jax.tasks.task import Task
 from experiments.reproduce import page
 from experiments.reproduce.child import run_process
 
@@ -106,7 +108,7 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 
 def _described(command: ReproduceCommand) -> tuple[int, Task]:
     """N and task of the model."""
-    _, base, task = foreign.model_description(_model(command) / "model.json")
+    _, base, task = reading.model_description(_model(command) / "model.json")
     return base, task
 
 
@@ -224,10 +226,10 @@ def main(command: ReproduceCommand) -> None:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
     else:
         model = _model(command)
-        foreign.require_ours(model)
+        reading.require_ours(model)
         complete = (model / "model.json").exists()
         require(complete, "checkpoint", str(model), "a directory with params/, params.sha256.json and model.json")
-        foreign.model_description(model / "model.json")
+        reading.model_description(model / "model.json")
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
-from ckl_jax import preemption
-from ckl_jax.paths import append
+from ckl_jax.runtime import preemption
+from ckl_jax.runtime.paths import append
 
 ERROR_LINES = 20
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckl_jax import report
-from ckl_jax.config import ConfigError
-from ckl_jax.runs import read_json
+from ckl_jax.analysis import report
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.records import read_json
 from experiments.common.claims import VERDICTS, Claim
 
 MARKS: dict[str, str] = dict(zip(VERDICTS, ("✓", "✗", "?", "≠"), strict=True))

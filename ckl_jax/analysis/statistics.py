@@ -1,0 +1,91 @@
+"""Intervals: over seeds by Student's t, over problems by the bootstrap, of shares by Wilson's score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from ckl_jax.errors import is_integer, require
+
+Side = Literal["above", "below", "undecided"]
+
+
+class Interval(NamedTuple):
+    """An estimate and the bounds of its interval, NaN where there are none. JSON has it as a list of three."""
+
+    mean: float
+    low: float
+    high: float
+
+    def side(self, than: float | Sequence[float] = 0.0) -> Side:
+        """Whether all of it lies above or below a number or another interval."""
+        _, low, high = than if isinstance(than, Sequence) else (than, than, than)
+        return "above" if self.low > high else "below" if self.high < low else "undecided"
+
+    def text(self, spec: str, scale: float = 1.0) -> str:
+        """With the format ``z.1f`` and a scale of 100 "52.8 [42.8, 62.7]"; no bounds of NaN, "none" for such a mean."""
+        mean, low, high = (format(scale * value, spec) for value in self)
+        bounds = "" if np.isnan(self.low) else f" [{low}, {high}]"
+        return "none" if np.isnan(self.mean) else mean + bounds
+
+
+def percent(interval: Iterable[float], sign: str = "") -> str:
+    """A mean and its interval in percent, "52.8 [42.8, 62.7]", with ``sign`` "+" always signed."""
+    return Interval(*interval).text(f"{sign}z.1f", 100)
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean of ``values`` [n] over seeds and Student's t interval.
+
+    One value has an interval of NaN, none has NaN everywhere.
+    """
+    values = np.asarray(values, np.float64)
+    if len(values) == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, float("nan"), float("nan"))
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``mean_interval`` of every column of ``values`` [seeds, n], seeds of NaN left out: three arrays [n]."""
+    intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
+    mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
+    return mean, low, high
+
+
+def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of ``values`` [n] under resampling with replacement (paper, Table 4).
+
+    Raises:
+      ConfigError: no value.
+    """
+    require(len(values) > 0, "values", len(values), "1 or more")
+    require(bool(np.isfinite(values).all()), "values", "NaN or infinity among them", "finite numbers")
+    require(is_integer(samples) and samples >= 1, "samples", samples, "1 or more")
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def share_interval(successes: int, count: int) -> Interval:
+    """Share of ``successes`` in ``count`` trials and Wilson's 95% score interval.
+
+    No trial says nothing: a share of NaN between 0 and 1.
+
+    Raises:
+      ConfigError: ``successes`` outside 0..count.
+    """
+    for name, value in (("successes", successes), ("count", count)):
+        require(is_integer(value), name, value, "an integer")
+    require(0 <= successes <= count, "successes", successes, f"0..{count}")
+    if count == 0:
+        return Interval(float("nan"), 0.0, 1.0)
+    interval = stats.binomtest(int(successes), int(count)).proportion_ci(method="wilson")
+    return Interval(successes / count, float(interval.low), float(interval.high))

@@ -1,0 +1,8 @@
+"""Checkpoints: our own (Orbax, with SHA-256 manifests), and GPT-2 files that others made.
+
+What may come from somebody else is read as data, and nothing in it is believed before it is checked.
+"""
+
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, save_model
+
+__all__ = ["SHIPPED_TINY", "Model", "fingerprint", "load_model", "save_model"]

@@ -1,0 +1,107 @@
+"""The loss of a recipe: the sum of its terms, each a function of ``losses`` times its coefficient, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ckl_jax import losses, overflow
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.model import values
+from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.program import Hyper, Program
+from ckl_jax.rollout.trajectory import score
+
+Gradient = tuple[dict[str, Any], dict[str, jax.Array]]
+"""The loss's gradient in the parameters, and the loss's terms."""
+
+
+def term_names(config: FinetuneConfig) -> tuple[str, ...]:
+    """The terms of the config's loss."""
+    there = {
+        "policy": True,
+        "value": config.has_critic,
+        "entropy": True,
+        "kl": config.kl_in == "loss",
+        "kl_cov": config.kl_cov > 0,
+    }
+    return tuple(name for name, present in there.items() if present)
+
+
+def loss_terms(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+    """The loss as its weighted terms; their sum is what is minimized (paper, section 5)."""
+    outputs = score(program.model, params["policy"], episodes.trajectory)
+    return _terms(program, hyper, params["value"], outputs, episodes)
+
+
+def _terms(
+    program: Program, hyper: Hyper, value_params: Any, outputs: tuple[jax.Array, jax.Array], episodes: Episodes
+) -> dict[str, jax.Array]:
+    """The terms as functions of the policy's ``outputs``: logits and hidden states of ``score``."""
+    config, trajectory, advantages_BxT = program.config, episodes.trajectory, episodes.advantages_BxT
+    actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
+    logits_BxTxV, hidden_BxTxD = outputs
+    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+
+    def policy():
+        if config.has_ratio:
+            return losses.clipped_policy_loss(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+        return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
+
+    def value():
+        hidden = jnp.where(mask_BxT[..., None], hidden_BxTxD, 0.0)
+        values_BxT = values(value_params, jax.lax.stop_gradient(hidden) if config.detach_critic else hidden)
+        return losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
+
+    def entropy():
+        return -losses.masked_mean(losses.entropy(logits_BxTxV, config.temperature, mask_BxT), mask_BxT)
+
+    def kl():
+        if config.kl == "exact":
+            kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature, mask_BxT)
+        else:
+            ref_logits_BxTxV = episodes.ref_logits_BxTxV
+            ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+            kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
+            if config.has_ratio:
+                kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
+        return losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
+
+    def kl_cov():
+        return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
+
+    weighted = {
+        "policy": (1.0, policy),
+        "value": (config.value_coefficient, value),
+        "entropy": (config.entropy_coefficient, entropy),
+        "kl": (hyper.kl_coefficient, kl),
+        "kl_cov": (config.kl_cov, kl_cov),
+    }
+    there = [(name, *weighted[name]) for name in term_names(config)]
+    return {name: overflow.product(jnp.float32(coefficient), term()) for name, coefficient, term in there}
+
+
+def loss_gradient(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
+    """Of the sum of ``loss_terms`` in all parameters, the critic's included."""
+
+    def total_loss(params):
+        terms = loss_terms(program, hyper, params, episodes)
+        return sum(terms.values()), terms
+
+    return jax.grad(total_loss, has_aux=True)(params)
+
+
+def gradient_norms(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> dict[str, jax.Array]:
+    """Norm of each term's gradient in the policy's parameters, on the first ``diagnostic_episodes`` episodes."""
+    few = jax.tree.map(lambda x: x[: program.config.diagnostic_episodes], episodes)
+
+    outputs, pullback = jax.vjp(lambda policy: score(program.model, policy, few.trajectory), params["policy"])
+
+    def norm(name):
+        cotangents = jax.grad(lambda outputs: _terms(program, hyper, params["value"], outputs, few)[name])(outputs)
+        return optax.tree.norm(pullback(cotangents)[0])
+
+    return {f"grad_norm/{name}": norm(name) for name in term_names(program.config)}

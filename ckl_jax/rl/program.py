@@ -1,0 +1,111 @@
+"""What is to be computed: the static part of a program, its runs (arms x seeds), their mesh and their problems."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ckl_jax import token_weights
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig, ModelConfig
+from ckl_jax.errors import is_integer, require
+from ckl_jax.runtime import sharding
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.problems import Problems
+from ckl_jax.tasks.task import Task
+
+Arms = Mapping[str, Mapping[str, Any]]
+MOST_SEEDS = 1_000
+
+
+class Program(NamedTuple):
+    """The static part of a program: hashable, so that it is compiled once."""
+
+    model: ModelConfig
+    config: FinetuneConfig
+    max_pretrain_digits: int
+    task: Task
+
+    @property
+    def digits(self) -> int:
+        return self.max_pretrain_digits + self.config.extra_digits
+
+    @property
+    def max_length(self) -> int:
+        return self.task.max_answer_length(self.digits, self.config.extra_length)
+
+
+class Hyper(NamedTuple):
+    """What may differ between runs of one program; scalars, or arrays [runs]."""
+
+    seed: jax.Array
+    learning_rate: jax.Array
+    kl_coefficient: jax.Array
+    beta: jax.Array
+    kl_weights: jax.Array
+
+
+class Run(NamedTuple):
+    """One run of a program: an arm's name and a seed."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/seed_{self.seed}"
+
+
+def make_program(config: FinetuneConfig, model: Model) -> Program:
+    """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
+    program = Program(model.config, config, model.max_pretrain_digits, model.task)
+    total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
+    allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
+    require(total <= block, "extra_digits", config.extra_digits, allowed)
+    return program
+
+
+def make_mesh(config: FinetuneConfig, num_runs: int) -> Mesh:
+    """Devices for the runs and for what they collect and learn from; raises ConfigError like ``sharding.make_mesh``."""
+    size = config.minibatch_episodes if config.minibatch == "episodes" else config.minibatch_transitions
+    return sharding.make_mesh(num_runs, math.gcd(config.episodes, size), data_devices=config.data_devices)
+
+
+def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run], Hyper]:
+    """All arms x seeds and what differs between them, as arrays [runs].
+
+    Args:
+      arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
+
+    Raises:
+      ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
+    """
+    require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
+    require(len(arms) >= 1, "arms", dict(arms), "at least one")
+    traced = tuple(name for name in Hyper._fields if name != "seed")
+    runs, rows = [], []
+    for arm, overrides in arms.items():
+        require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
+        of_arm = dataclasses.replace(config, **overrides)
+        for seed in range(config.seed, config.seed + seeds):
+            runs.append(Run(arm, seed))
+            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
+            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
+    types = {"seed": np.uint32, "kl_weights": np.int32}
+    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
+    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
+    return runs, Hyper(**arrays)
+
+
+def draw_problems(program: Program, seed: int, round_index: int) -> Problems:
+    """The problems of one round, each as often as it is answered: the same for all arms of a seed."""
+    rng, group = np.random.default_rng([seed, round_index]), program.config.group_size
+    drawn = program.task.rl_problems(rng, program.config.episodes // group, program.digits, program.max_pretrain_digits)
+    repeated = [problem for problem in drawn for _ in range(group)]
+    return problems_lib.pack(program.task, repeated, program.digits, program.max_pretrain_digits)

@@ -1,0 +1,146 @@
+"""Adam updates on minibatches, and collect -> update as one pure round, scanned over rounds and vmapped over runs."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ckl_jax import losses
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.model import ValueHead
+from ckl_jax.rl import minibatches
+from ckl_jax.rl.collect import Episodes, collect
+from ckl_jax.rl.objective import gradient_norms, term_names
+from ckl_jax.rl.program import Hyper, Program
+from ckl_jax.runtime import sharding
+from ckl_jax.tasks.problems import Problems
+
+
+class RunState(NamedTuple):
+    """What a run carries from round to round: ``params`` has ``policy`` and ``value``; Adam's state lives on.
+
+    ``kl_coefficient`` is the run's alpha, which a ``kl_target`` changes from round to round.
+    """
+
+    round: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    kl_coefficient: jax.Array
+
+
+def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(eps=config.adam_epsilon)
+
+
+def init_run(program: Program, policy_params: Any, hyper: Hyper) -> RunState:
+    """A run's state before its first round: the pre-trained policy, a fresh critic, Adam at zero."""
+    key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
+    value_params = ValueHead().init(key, jnp.zeros((1, program.model.width)))
+    params = {"policy": policy_params, "value": value_params}
+    opt_state = _optimizer(program.config).init(params)
+    return RunState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(hyper.kl_coefficient))
+
+
+def update(
+    program: Program, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
+) -> tuple[RunState, dict[str, jax.Array]]:
+    """One pass per epoch over the episodes or their single transitions in shuffled minibatches, an Adam step each.
+
+    Args:
+      axis_name: name of the vmapped axis of runs, if any.
+
+    Returns:
+      the next state, and as means over the updates ``loss/<term>``, ``grad_norm`` of the whole loss in all parameters
+      and ``param_norm`` after them; and ``updates``, their number. Where an update is not finite, so is what was not
+      finite in the first such update, and nothing else of it.
+    """
+    config = program.config
+    optimizer = _optimizer(config)
+    policy_learns = state.round >= config.value_warmup_rounds
+    decay = 1.0 - state.round / config.rounds if config.learning_rate_decay else 1.0
+    rates = {
+        "policy": jnp.where(policy_learns, decay * hyper.learning_rate, 0.0),
+        "value": jnp.asarray(config.value_learning_rate),
+    }
+    plan = {"episodes": minibatches.of_episodes, "transitions": minibatches.of_transitions}[config.minibatch]
+
+    def epoch(carry, key):
+        updates, gradient = plan(program, hyper, episodes, key, axis_name)
+
+        def step(index, carry):
+            params, opt_state, sums, sound = carry
+            grads, terms = gradient(params, index)
+            directions, opt_state = optimizer.update(grads, opt_state, params)
+            params = {
+                name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])
+                for name in params
+            }
+            if config.shard_state:
+                params, opt_state = sharding.split_state((params, opt_state))
+            found = {f"loss/{name}": term for name, term in terms.items()}
+            found |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+            # From the first update on that is not finite nothing is added: its cause stays the only thing to be named.
+            sums = jax.tree.map(lambda total, new: jnp.where(sound, total + new, total), sums, found)
+            return params, opt_state, sums, sound & jnp.isfinite(jnp.stack(jax.tree.leaves(found))).all()
+
+        return jax.lax.fori_loop(0, updates, step, carry), updates
+
+    names = [*(f"loss/{name}" for name in term_names(config)), "grad_norm", "param_norm"]
+    start = state.params, state.opt_state, dict.fromkeys(names, jnp.zeros(())), jnp.ones((), bool)
+    keys = jax.random.split(key, config.epochs)
+    (params, opt_state, sums, _), updates = jax.lax.scan(epoch, start, keys)
+    updates = updates.sum()
+    metrics = {name: total / updates for name, total in sums.items()}
+    state = state._replace(round=state.round + 1, params=params, opt_state=opt_state)
+    return state, metrics | {"updates": updates}
+
+
+def train_round(
+    program: Program, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
+) -> tuple[RunState, dict[str, jax.Array]]:
+    """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
+    key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
+    rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
+    hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
+    keys = (rollout_key, weights_key)
+    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name)
+    metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
+    state, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
+    if program.config.kl_target is not None:
+        adapted = losses.adapted_coefficient(
+            hyper.kl_coefficient, metrics["kl"], program.config.kl_target, program.config.kl_gain
+        )
+        state = state._replace(kl_coefficient=adapted)
+    return state, metrics | terms
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def train_rounds(
+    program: Program, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
+) -> tuple[RunState, dict[str, jax.Array]]:
+    """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
+
+    Args:
+      mesh: from ``finetune.make_mesh``.
+      states, hypers: with a leading axis of runs R.
+      problems: with leading axes [R, rounds].
+
+    Returns:
+      the states after the rounds, and metrics with leading axes [R, rounds].
+    """
+
+    def run(ref_params, axis_name, state, hyper, problems_of_run):
+        def one(state, problems_of_round):
+            return train_round(program, ref_params, state, hyper, problems_of_round, axis_name)
+
+        return jax.lax.scan(one, state, problems_of_run)
+
+    def on_device(ref_params, *of_device):
+        return sharding.map_runs(program.config.runs_at_once, functools.partial(run, ref_params), *of_device)
+
+    states, metrics = sharding.over_runs(mesh, on_device, ref_params, states, hypers, problems)
+    shardings = sharding.state_shardings(mesh, states, program.config.shard_state, sharding.RUN_AXIS)
+    return jax.lax.with_sharding_constraint(states, shardings), metrics

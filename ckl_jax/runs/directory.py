@@ -1,0 +1,179 @@
+"""A run's directory: config.json, metrics.jsonl, samples.jsonl, results.json and checkpoints/ of one configuration.
+
+Several processes (``hosts``) share it: process 0 reads and writes its files, for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import StateCheckpoints, write_json
+from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.resuming import Resumable
+from ckl_jax.runs import lock
+from ckl_jax.runs.logs import Copy, LogOptions
+from ckl_jax.runs.records import parse, read_json, read_metrics, whole_records
+from ckl_jax.runtime import hosts
+from ckl_jax.runtime.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
+from ckl_jax.runtime.strays import first_owned
+
+RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig)
+
+
+class RunDirectory:
+    """Opens or resumes ``path`` for ``config``, and keeps other processes out of it until ``close``.
+
+    Nothing keeps other processes out of a bucket's directory: never start the same run twice in one.
+
+    Args:
+      logs: where else its records go, from ``rewind_metrics`` on.
+
+    Raises:
+      ConfigError: the directory holds another run's config, or other files than logs but no config, or a running
+        process has it, or the records cannot go there; then nothing is touched. Or it cannot be written.
+    """
+
+    def __init__(self, path: AnyPath, config: Mapping[str, Any], logs: LogOptions | None = None):
+        self.path, self._logs = resolved(path, "out"), logs or LogOptions()
+        self._logs.require_possible(self.path)
+        self.metrics_path, self.samples_path = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self._seconds_path = self.path / "seconds.jsonl"
+        self._config, self._copies = config, list[Copy]()
+        self._lock: lock.DirectoryLock | None = None
+        hosts.of_first(lambda: self._open(config))
+        self.checkpoints = StateCheckpoints(self.path / "checkpoints")
+
+    def _open(self, config: Mapping[str, Any]) -> None:
+        wanted = json.loads(json.dumps(config))
+        try:
+            self._check(wanted)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = None if in_bucket(self.path) else lock.hold(self.path)
+            self._check(wanted)  # Again: until now another process may have had the directory.
+            if not (self.path / "config.json").exists():
+                write_json(self.path / "config.json", config)
+        except OSError as error:
+            raise ConfigError(
+                f"out: got {self.path}, allowed is a directory that can be written "
+                f"({error.filename or self.path}: {error.strerror})"
+            ) from error
+
+    def close(self) -> None:
+        """Lets other processes have the directory. What was logged can still be read."""
+        self.checkpoints.close()
+        while self._copies:
+            self._copies.pop().close()
+        self._lock = None
+
+    def _check(self, config: Any) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out: got {self.path}, a file; allowed is a directory that is new, empty or of this run")
+        require_directory(self.path, "out")
+        existing = self.path / "config.json"
+        if existing.exists():
+            RESUMABLE.require(read_json(existing, "out"), config, str(self.path))
+            return
+        found = first_owned(self.path) if self.path.exists() else None
+        if found is not None:
+            raise ConfigError(
+                f"out: {self.path} holds {found.relative_to(self.path)} but no config.json; "
+                "allowed is a directory that is new, empty but for logs, or of this run"
+            )
+
+    def record_config(self) -> None:
+        """Writes this call's config, of which speed or end may be others than those of the run so far."""
+        write_json(self.path / "config.json", self._config)
+
+    def rewind_metrics(self, step: int, recorded: int | None = None, tested: int | None = None) -> bool:
+        """Drops metrics and samples after ``step`` (they will be computed again) and half-written last lines.
+
+        Args:
+          recorded: the step that the last line kept must be of.
+          tested: how many problems the tests at ``step`` must have had. Those of a run that was to end there have more;
+            they are dropped too, with that step's samples.
+
+        Returns:
+          whether ``step`` is to be tested again.
+
+        Raises:
+          ConfigError: a line is no record, steps go back, or the last line kept is of another step than ``recorded``;
+            nothing is dropped. Or ``logs`` cannot start.
+        """
+        again = hosts.of_first(lambda: self._rewind(step, recorded, tested))
+        self.record_config()
+        return again
+
+    def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
+        metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
+        kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))
+        with reading.damaged(self._seconds_path, "out"):
+            _ = _sum_of_seconds(seconds)
+        last = kept[-1]["step"] if kept else None
+        if recorded is not None and last != recorded:
+            raise ConfigError(
+                f"out: {self.metrics_path} is damaged (it ends at step {last}); "
+                f"allowed is one with step {recorded}, as the checkpoint has"
+            )
+        counts = {record["test_problems"] for record in kept if record["step"] == step and "test_problems" in record}
+        again = tested is not None and counts != {tested}
+        if again:
+            kept = [record for record in kept if record["step"] < step or "test_problems" not in record]
+            samples = [record for record in samples if record["step"] < step]
+        _rewrite(self.metrics_path, kept)
+        _rewrite(self.samples_path, samples)
+        _rewrite(self._seconds_path, seconds)
+        self._copies = self._logs.start(self.path, self._config, kept + samples)
+        return again
+
+    def log(self, records: list[dict[str, Any]]) -> None:
+        """Appends records, each with a ``step``, to metrics.jsonl."""
+        self._append(self.metrics_path, records)
+        self._copy(records)
+
+    def log_samples(self, records: list[dict[str, Any]]) -> None:
+        """Appends sampled answers, each with a ``step``, to samples.jsonl."""
+        self._append(self.samples_path, records)
+        self._copy(records)
+
+    def _copy(self, records: list[dict[str, Any]]) -> None:
+        for copy, record in itertools.product(self._copies, records):
+            copy.add(record)
+
+    def log_seconds(self, step: int, seconds: float) -> None:
+        """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
+        self._append(self._seconds_path, [{"step": step, "seconds": seconds}])
+
+    def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+        if hosts.is_first():
+            append(path, "".join(json.dumps(record) + "\n" for record in records))
+
+    def seconds(self) -> float:
+        """Wall seconds of the run so far, those of interrupted attempts included."""
+        return _sum_of_seconds(_of_first(self._seconds_path))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All records so far. Raises ConfigError like ``read_json``."""
+        return _of_first(self.metrics_path)
+
+
+def _of_first(path: pathlib.Path) -> list[dict[str, Any]]:
+    return hosts.of_first(lambda: read_metrics(path, "out") if path.exists() else [])
+
+
+def _sum_of_seconds(records: list[dict[str, Any]]) -> float:
+    return sum((record["seconds"] for record in records), 0.0)
+
+
+def _logged(path: pathlib.Path) -> list[dict[str, Any]]:
+    return parse(path, "out", whole_records) if path.exists() else []
+
+
+def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    if path.exists():
+        replace(path, "".join(json.dumps(record) + "\n" for record in records))

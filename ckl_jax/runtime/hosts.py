@@ -1,0 +1,146 @@
+"""Several processes that compute as one program: one on each host of a TPU pod, or on machines with CPUs or GPUs.
+
+All of them run the same command with the same options, and find each other by the environment:
+
+- ``JAX_COORDINATOR_ADDRESS`` (``host:port`` of process 0, where that port is free), ``JAX_NUM_PROCESSES`` and
+  ``JAX_PROCESS_ID`` (from 0), all three; or
+- ``CKL_HOSTS=auto``: ``jax.distributed`` finds the others by itself, on Cloud TPU, Slurm, Kubernetes and Open MPI.
+  ``tpu_scripts`` sets it.
+
+With none of these there is one process, and nothing in this module has an effect. Process 0 alone prints and writes
+files; the arrays of a checkpoint are written by all. So a run's directory must be one that all hosts share, such as a
+bucket or a network file system. Each process must have as many devices as any other.
+
+A test lets two processes on one CPU machine pre-train, fine-tune, die and resume. Real hosts are untested.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ckl_jax.errors import ConfigError, require
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+AUTO = "CKL_HOSTS"
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Joins the other processes, if the environment asks for it; to be called before anything is computed.
+
+    From then on what processes other than 0 print goes nowhere (their errors do not), and processes that this one
+    starts are none of the group.
+
+    Raises:
+      ConfigError: a variable is missing or cannot work, or the others were not found.
+    """
+    settings = _settings()
+    if settings is None:
+        return
+    for name in (ADDRESS, COUNT, INDEX, AUTO):
+        os.environ.pop(name, None)
+    try:
+        jax.distributed.initialize(**settings)
+    except (RuntimeError, ValueError) as error:
+        where = settings.get("coordinator_address", f"{AUTO}=auto")
+        raise ConfigError(f"hosts: the other processes were not found by {where} ({_one_line(error)})") from error
+    if not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def require_one(command: str) -> None:
+    """Raises ConfigError where ``JAX_NUM_PROCESSES`` names several; ``CKL_HOSTS=auto`` tells only those who join."""
+    settings = _settings() or {}
+    count = settings.get("num_processes", 1)
+    require(count == 1, COUNT, count, f"1: {command} is for one host; on several, run its items one by one")
+
+
+def _settings() -> dict[str, Any] | None:
+    """The arguments of ``jax.distributed.initialize``, or None for a process on its own."""
+    found = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
+    given = [name for name, value in found.items() if value]
+    auto = os.environ.get(AUTO, "")
+    if auto:
+        require(auto == "auto", AUTO, auto, "auto")
+        require(not given, AUTO, auto, f"only without {', '.join(given)}")
+        return {}
+    if not given:
+        return None
+    for name, value in found.items():
+        require(bool(value), name, value, f"a value where {given[0]} has one")
+    host, _, port = found[ADDRESS].rpartition(":")
+    require(bool(host) and port.isdecimal() and 0 < int(port) < 2**16, ADDRESS, found[ADDRESS], "host:port")
+    require(found[COUNT].isdecimal() and int(found[COUNT]) >= 1, COUNT, found[COUNT], "a number of at least 1")
+    count = int(found[COUNT])
+    allowed = f"0 to {count - 1}, below {COUNT} = {count}"
+    require(found[INDEX].isdecimal() and int(found[INDEX]) < count, INDEX, found[INDEX], allowed)
+    return {"coordinator_address": found[ADDRESS], "num_processes": count, "process_id": int(found[INDEX])}
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def any_host(flag: bool) -> bool:
+    """Whether ``flag`` holds on any process: the same answer on all, which must all call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else bool(flag)
+
+
+def of_first(call: Callable[[], T]) -> T:
+    """What ``call()`` returns on process 0, which alone calls it; where it raises, every process does.
+
+    All must call it, and none goes on before the call has ended. The value must be one that pickle can copy.
+    """
+    if not several():
+        return call()
+    outcome: Any = None
+    if is_first():
+        try:
+            outcome = call(), None
+        except ConfigError as refused:
+            outcome = None, refused
+        except Exception as failed:
+            outcome = None, RuntimeError(f"process 0 failed ({_one_line(failed)})")
+    value, error = pickle.loads(_bytes_of_first(pickle.dumps(outcome)))
+    if error is not None:
+        raise error
+    return value
+
+
+def together(call: Callable[[], T]) -> T:
+    """``call()`` on every process, each for itself; where one of them raises a ConfigError, all of them do."""
+    refused: ConfigError | None = None
+    try:
+        value = call()
+    except ConfigError as error:
+        refused = error
+    if any_host(refused is not None):
+        raise refused or ConfigError("hosts: another process cannot go on, and says why")
+    return value
+
+
+def _bytes_of_first(data: bytes) -> bytes:
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data)).astype(np.int32)))
+    padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # Few sizes are few programs.
+    if is_first():
+        padded[:size] = np.frombuffer(data, np.uint8)
+    return multihost_utils.broadcast_one_to_all(padded)[:size].tobytes()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
