@@ -32,8 +32,8 @@ from ckl_jax.model import forward
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION, SUBTRACTION
-from experiments import figure1_scratchpad as figure1
-from experiments import figure5_certainty_colors as figure5
+from experiments.figure1_scratchpad import __main__ as figure1
+from experiments.figure5_certainty_colors import __main__ as figure5
 
 WRITERS = {
     "transformers": write_transformers,

@@ -16,7 +16,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Problem
-from experiments import figure1_scratchpad as figure1
+from experiments.figure1_scratchpad import __main__ as figure1
 
 RIGHT = ADDITION.answer_text(Problem(12, 34))
 MISCOPIED = RIGHT.replace("[3,4]", "[3]", 1)

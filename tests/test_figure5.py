@@ -14,7 +14,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
-from experiments import figure5_certainty_colors as figure5
+from experiments.figure5_certainty_colors import __main__ as figure5
 
 PROBLEM = tasks.Problem(123, 45)
 RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))

@@ -14,7 +14,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
-from experiments import table1_certainty_gap as table1
+from experiments.table1_certainty_gap import __main__ as table1
 
 PROBLEM = tasks.Problem(123, 45)
 RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
