@@ -251,7 +251,7 @@ print(f"{sure_BxT[mask_BxT & ~critical_BxT].mean():.4f} at the others")
 # %% [markdown]
 # Two things to see. Of most characters the model is certain: a scratchpad is mostly copying and syntax. And most of the
 # critical tokens lie near J = 1 as well, while other characters (digits of sums, for example) dip too. For this small
-# model only a few critical tokens behave as the paper describes; `experiments/table1_certainty_gap.py` counts them.
+# model only a few critical tokens behave as the paper describes; `python -m experiments.table1_certainty_gap` counts.
 
 # %% [markdown]
 # ## 4. The weight J^beta

@@ -32,8 +32,8 @@ from ckl_jax.model import forward
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION, SUBTRACTION
-from experiments import figure1_scratchpad as figure1
-from experiments import figure5_certainty_colors as figure5
+from experiments.figure1_scratchpad import __main__ as figure1
+from experiments.figure5_certainty_colors import shown as shown_lib
 
 WRITERS = {
     "transformers": write_transformers,
@@ -162,7 +162,7 @@ def test_tokens_that_are_none_of_ours_are_shown_as_unknown(tmp_path):
     problem = tasks.Problem(12, 7)
     assert alphabet.UNKNOWN in figure1.answer(model, problem.a, problem.b, temperature=2.0)["text"]
     found = critical.sample(model, [problem] * 4, 2, critical.Measuring(temperature=2.0))
-    shown = figure5.scratchpad(ADDITION, found, problem, 0)
+    shown = shown_lib.scratchpad(ADDITION, found, problem, 0)
     assert len(shown.text) == found.mask_BxT[0].sum()
     assert alphabet.UNKNOWN in "".join(found.text(row) for row in range(4))
     probes = discovery.choose(found, discovery.Rule(), seed=0)

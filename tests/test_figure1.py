@@ -16,7 +16,8 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Problem
-from experiments import figure1_scratchpad as figure1
+from experiments.figure1_scratchpad import __main__ as figure1
+from experiments.figure1_scratchpad import drawing
 
 RIGHT = ADDITION.answer_text(Problem(12, 34))
 MISCOPIED = RIGHT.replace("[3,4]", "[3]", 1)
@@ -137,7 +138,7 @@ def test_a_text_without_lines_is_wrapped_and_drawn(unsure, tmp_path):
 
 
 def test_cells_wrap_long_lines_and_end_lines_after_their_newline():
-    assert figure1.cells("ab\nabcd", 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert drawing.cells("ab\nabcd", 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ckl_jax.analysis.statistics import mean_intervals
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, replace, resolved
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -92,7 +92,8 @@ def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:
     across = max(len(row) for _, row in rows)
     width = across * panel + (across - 1) * GAP
     height = sum(HEAD + lines * line_inch for lines in heights) + FOOT
-    figure = Figure(figsize=(width, height), layout="none")
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("none")
 
     def place(left: float, bottom: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
