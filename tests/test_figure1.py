@@ -164,14 +164,3 @@ def test_operands_of_known_lengths_are_refused(finished):
 def test_answers_that_do_not_fit_the_model_are_refused(finished):
     with pytest.raises(ConfigError, match=r"^block_size: "):
         figure1.main(command("--checkpoint", finished / "model", "--a", 12345, "--out", finished / "new"))
-
-
-def test_another_commands_results_are_not_overwritten(finished, tmp_path):
-    (tmp_path / "results.json").write_text('{"config": {"command": "experiments.figure4_prioritized_kl"}}')
-    with pytest.raises(ConfigError, match=r"^out: .*another command's results\.json"):
-        figure1.main(command("--checkpoint", finished / "model", "--a", 12, "--b", 34, "--out", tmp_path))
-
-
-def test_plot_only_without_results_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure1.main(command("--out", tmp_path / "new", "--plot-only"))

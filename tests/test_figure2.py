@@ -186,12 +186,6 @@ def test_what_cannot_work_is_refused_in_one_line(options, field):
     assert "\n" not in str(error.value)
 
 
-def test_without_a_finished_call_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(ConfigError, match="plot_only"):
-        figure2.main(figure2.Figure2Command(out=tmp_path / "new", plot_only=True))
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize("scale", ["small", "gpt2"])
 def test_larger_scales_take_the_papers_n_that_their_block_holds(scale):
     assert figure2.preset(scale).models.digits == (7, 9)

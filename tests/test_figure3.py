@@ -161,9 +161,3 @@ def test_every_scale_has_the_standard_kl_at_twice_figure_4s_coefficient(scale):
     changed = {"beta", "kl_coefficient", "extra_length"}
     same = [dataclasses.asdict(c).items() for c in (config, figure4)]
     assert all(a == b for a, b in zip(*same, strict=True) if a[0] not in changed)
-
-
-def test_without_a_finished_call_there_is_nothing_to_draw(command):
-    with pytest.raises(ConfigError, match="plot_only"):
-        figure3.main(dataclasses.replace(command, plot_only=True))
-    assert not command.out.exists()

@@ -162,11 +162,6 @@ def test_another_commands_results_are_not_overwritten(tmp_path):
     assert (run / "results.json").read_bytes() == before
 
 
-def test_plot_only_without_results_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure7.main(command("--out", tmp_path / "new", "--plot-only"))
-
-
 def test_an_out_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ConfigError, match=r"^out: "):
