@@ -97,14 +97,10 @@ def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, A
 def summarize(run: arms_lib.Run) -> Results:
     """Per-seed values, means with 95% intervals over seeds, pairs and the answer."""
     by_name = arms(FinetuneConfig(**run.config["config"]), run.config["grid"])
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
-    results = arms_lib.summarize(run, by_name, of_rounds)
+    results = comparison.summarize(run, by_name)
     for arm, values in results["arms"].items():
-        commas = np.array(values["comma"], float)[:, -1]
         values["kl_coefficient"] = by_name[arm].get("kl_coefficient", run.config["config"]["kl_coefficient"])
         values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
-        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
-        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
     pairs = [comparison.pair(results, "prioritized", arm) for arm in by_name if arm != "prioritized"]
     full = comparison.pair(results, "renormalized", "standard")
     return {**results, "pairs": [*pairs, full], "answer": answer(pairs, full)}

@@ -51,7 +51,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax import tasks
 from ckl_jax.analysis import critical, discovery, plots
-from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.analysis.statistics import percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
@@ -84,7 +84,7 @@ class DiscoveryCommand:
     answers: int = 70
     """Answers sampled and looked at."""
     rule: Annotated[Rule, tyro.conf.arg(name="")] = field(default_factory=Rule)
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Tables and figure again from results.json."""
 

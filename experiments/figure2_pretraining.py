@@ -39,21 +39,21 @@ import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax import tasks
-from ckl_jax.analysis.statistics import bootstrap_interval, percent, share_interval
+from ckl_jax.analysis.statistics import Interval, bootstrap_interval, percent, share_interval
 from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.errors import require
 from ckl_jax.evaluate import DRAWS, judge_cell
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
+from experiments.common.claims import LIES_ABOVE, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
-from experiments.common.pretraining_claims import figure2_claims, overlap
+from experiments.common.pretraining_claims import figure2_claims
 
 COMMAND = "experiments.figure2_pretraining"
-Interval = tuple[float, float, float]
 BEYOND = range(4)
 LENGTHS = ("N", "N+1", "N+2", "N+3")
-HIGH, ALMOST_NONE, NONE_UP_TO = 0.9, 0.01, 9
+HIGH, ALMOST_NONE, NONE_UP_TO = Interval(0.9, 0.9, 0.9), Interval(0.01, 0.01, 0.01), 9
 PAPER = {
     "identical": {
         7: ((98.9, 0.7), (48.8, 3.0), (0.0, 0.0), (0.0, 0.0)),
@@ -115,39 +115,28 @@ def measure_cell(command: Figure2Command, model: Model, operands: str, digits: i
     }
 
 
-def above(higher: Interval, lower: Interval) -> str:
-    """Whether one interval (mean, low, high) lies above another, as the verdict on the claim that it does."""
-    if higher[1] > lower[2]:
-        return "reproduced"
-    return "not reproduced" if higher[2] < lower[1] else "undecided"
-
-
-def exactly(value: float) -> Interval:
-    return value, value, value
-
-
 def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     """The module's rules on all cells: claim, operands, N (or the two compared), verdict, the intervals that decide."""
     found = []
 
-    def add(claim: str, operands: str, digits: list[int], one: Interval | None, other: Interval | None, rule=above):
+    def add(claim: str, operands: str, digits: list[int], one: Any, other: Any, rule=LIES_ABOVE) -> None:
         said = {"claim": claim, "operands": operands, "max_pretrain_digits": digits}
-        fits = one is not None and other is not None
-        found.append(said | {"verdict": rule(one, other) if fits else "does not fit", "intervals": (one, other)})
+        verdict = rule[Interval(*one).side(other)] if one and other else "does not fit"
+        found.append(said | {"verdict": verdict, "intervals": (one, other)})
 
     by_cell = {(c["operands"], c["max_pretrain_digits"], c["digits"]): c.get("score_interval") for c in cells}
     bases = sorted({cell["max_pretrain_digits"] for cell in cells})
     for operands in DRAWS:
         for base in bases:
             at = [by_cell[operands, base, base + k] for k in BEYOND]
-            add("high at N", operands, [base], at[0], exactly(HIGH))
+            add("high at N", operands, [base], at[0], HIGH)
             add("falls at N+1", operands, [base], at[0], at[1])
             if base <= NONE_UP_TO:
-                add("almost none at N+3", operands, [base], exactly(ALMOST_NONE), at[3])
+                add("almost none at N+3", operands, [base], ALMOST_NONE, at[3])
             if scale == "gpt2" and base in PAPER[operands]:
                 for k, (mean, half) in enumerate(PAPER[operands][base]):
-                    theirs = (mean / 100, (mean - half) / 100, (mean + half) / 100)
-                    add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, overlap)
+                    theirs = Interval(mean / 100, (mean - half) / 100, (mean + half) / 100)
+                    add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, OVERLAP)
         low, high = bases[0], bases[-1]
         for k in BEYOND[1:] if low < high else ():
             compared = by_cell[operands, high, high + k], by_cell[operands, low, low + k]

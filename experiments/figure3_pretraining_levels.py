@@ -35,22 +35,22 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent, share_interval
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.finetune import finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runs.records import by_run
+from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runtime import cli
-from experiments.common.claims import as_json
+from experiments.common import arms as arms_lib
+from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
 from experiments.common.pretraining_claims import from_verdicts
-from experiments.figure2_pretraining import above
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -108,32 +108,22 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> Figure3Command:
 
 def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Per-seed curves and intervals of one run (N = ``base`` and one target), from metrics.jsonl's records."""
-    numbers = range(config.seed, config.seed + seeds)
-    tests, rounds = by_run(records, "test_target"), by_run(records, "success")
-    test_steps, round_steps = (sorted({step for _, _, step in found}) for found in (tests, rounds))
-
-    def curve(found: dict[tuple[str, int, int], dict[str, Any]], steps: list[int], name: str) -> np.ndarray:
-        return np.array([[found[ARM, seed, step][name] for step in steps] for seed in numbers])
-
-    target, old = (curve(tests, test_steps, name) for name in ("test_target", "test_old"))
-    first = tests[ARM, config.seed, 0]
-    return {
+    digits = base + config.extra_digits
+    run = arms_lib.Run({"config": dataclasses.asdict(config), "seeds": seeds}, records, {}, digits)
+    found = arms_lib.summarize(run, [ARM], {})
+    values = found.pop("arms")[ARM]
+    target = np.array(values["learning_curve"])
+    problems = next(record["test_problems"] for record in records if record["step"] == 0)
+    return found | {
         "max_pretrain_digits": base,
         "extra_digits": config.extra_digits,
-        "digits": base + config.extra_digits,
-        "seeds": list(numbers),
-        "test_episodes": [step * config.episodes for step in test_steps],
-        "round_episodes": [step * config.episodes for step in round_steps],
-        "learning_curve": target.tolist(),
-        "old_curve": old.tolist(),
-        "collect_success": curve(rounds, round_steps, "success").tolist(),
-        "kl": curve(rounds, round_steps, "kl").tolist(),
-        "before": share_interval(round(first["test_target"] * first["test_problems"]), first["test_problems"]),
-        "after": mean_interval(target[:, -1]),
-        "gain": mean_interval(target[:, -1] - target[:, 0]),
+        "digits": digits,
+        **{name: values[name] for name in ("learning_curve", "old_curve", "collect_success", "kl", "old_after")},
+        "before": share_interval(round(target[0, 0] * problems), problems),
+        "after": values["target_after"],
+        "gain": values["target_gain"],
         "last_change": mean_interval(target[:, -1] - target[:, -2]),
-        "old_before": float(old[0, 0]),
-        "old_after": mean_interval(old[:, -1]),
+        "old_before": values["old_curve"][0][0],
     }
 
 
@@ -148,7 +138,7 @@ def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "claim": f"larger N {claim} on N+{extra}",
                     "max_pretrain_digits": [high["max_pretrain_digits"], low["max_pretrain_digits"]],
-                    "verdict": above(high[name], low[name]),
+                    "verdict": LIES_ABOVE[Interval(*high[name]).side(low[name])],
                     "intervals": (high[name], low[name]),
                 }
             )
@@ -223,10 +213,9 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     """One model's fine-tuning on N + ``extra`` digits, all seeds, in its own directory; its summary."""
     base, config, name = model.max_pretrain_digits, command.target(extra), fingerprint(model.params)
     settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, "checkpoint": name}
-    directory = RunDirectory(command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings})
-    print(f"N = {base}, {base + extra} digits, {command.seeds} seeds: {directory.path}", flush=True)
-    finetune(config, model, directory, {ARM: {}}, command.seeds)
-    directory.close()
+    path, described = command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings}
+    title = f"N = {base}, {base + extra} digits, {command.seeds} seeds: {path}"
+    directory = finetune_lib.run(path, described, config, model, {ARM: {}}, command.seeds, LogOptions(), title)
     found = summarize(config, base, command.seeds, directory.metrics())
     return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
 

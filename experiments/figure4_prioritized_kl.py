@@ -29,7 +29,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
-from experiments.common.claims import Claim, as_json, verdict
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.figure4_prioritized_kl"
@@ -73,7 +73,7 @@ def claims(results: Results, digits: int) -> list[Claim]:
             "prioritized above standard (7 to 8 digits, 10 seeds; numbers not printed)",
             f"{percent(difference, '+')} points ({digits - 1} to {digits} digits, {len(results['seeds'])} seeds)",
             (difference,),
-            verdict(difference),
+            LIES_ABOVE[difference.side()],
             "final accuracy, prioritized minus standard of the same seed: reproduced if Student's 95% interval over "
             "seeds is above 0, not reproduced if it is below, else undecided",
         )

@@ -19,7 +19,6 @@ pre-trained model's answers with a recorded critical token, the least certain ch
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,9 +29,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import critical, plots, report
-from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.report import Character, Scratchpad, Section
-from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
@@ -40,7 +39,7 @@ from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Problem, Task
 from experiments.common import claims as claims_lib
-from experiments.common.claims import Claim, decided
+from experiments.common.claims import HOLDS, LIES_ABOVE, Claim
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.figure5_certainty_colors"
@@ -69,7 +68,7 @@ class Figure5Command:
     """Answers sampled per policy."""
     examples: int = 2
     """Right and wrong answers shown per policy, at most; the picture has one of each."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Page, pictures and table again from results.json, without the models."""
 
@@ -161,22 +160,21 @@ def summarize(found: Generations) -> dict[str, Any]:
 
 def verdict(summary: dict[str, Any]) -> str:
     """Holds, fails or undecided: is the least certain character critical in more than half of the answers?"""
-    _, low, high = summary["least_certain_is_critical"]
-    return "holds" if low > 0.5 else "fails" if high < 0.5 else "undecided"
+    return HOLDS[Interval(*summary["least_certain_is_critical"]).side(0.5)]
 
 
 def claims(policies: dict[str, Any]) -> list[Claim]:
     """The figure's message, by the rule of this module's docstring."""
     summary = policies["Before RL"]
-    share = summary["least_certain_is_critical"]
+    share = Interval(*summary["least_certain_is_critical"])
     return [
         Claim(
             "Colour alone finds the critical tokens",
             "drawn for single answers, no numbers",
-            f"the least certain character is a critical one in {_cell(share, 100, 1)}% of the "
+            f"the least certain character is a critical one in {percent(share)}% of the "
             f"{summary['answers_with_critical']} answers with a critical token",
             (share,),
-            decided(verdict(summary) == "holds", verdict(summary) == "fails"),
+            LIES_ABOVE[share.side(0.5)],
             "share of the pre-trained model's answers with a critical token whose least certain character is one: "
             "reproduced if Wilson's 95% interval lies above one half, not reproduced if below, else undecided",
         )
@@ -224,20 +222,15 @@ def text(results: Results) -> str:
         probability = found["probability_of_right_at_critical"]
         cells = [
             name,
-            _cell(found["right"], 100, 1),
-            _cell(found["certainty_at_critical"], 1, 4),
-            _cell(found["certainty_at_others"], 1, 4),
+            percent(found["right"]),
+            Interval(*found["certainty_at_critical"]).text(".4f"),
+            Interval(*found["certainty_at_others"]).text(".4f"),
             "none" if probability is None else f"{probability:.3f}",
-            _cell(found["least_certain_is_critical"], 100, 1),
+            percent(found["least_certain_is_critical"]),
         ]
         rows.append(cells)
     said = f"colour finds the critical tokens, before RL: {results['verdict']}"
     return f"{markdown(header, rows)}\n{said}\n{results['wall_seconds']:.0f} s"
-
-
-def _cell(interval: tuple[float, float, float], scale: float, digits: int) -> str:
-    mean, low, high = (scale * value for value in interval)
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if math.isfinite(mean) else "none"
 
 
 def measure(command: Figure5Command) -> Results:

@@ -38,7 +38,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
 from ckl_jax.checkpoint.store import shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
@@ -46,13 +46,12 @@ from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
-from experiments.common.claims import Claim, as_json, verdict
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"
 PRESSURES = {"kl_weight": "kl_weight", "kl": "kl", "kl_loss": "loss/kl"}
-AGAINST = {"reproduced": "above", "not reproduced": "below", "undecided": "undecided"}
 RULE = "{}, final accuracy paired by seed: reproduced if Student's 95% interval is above 0, not reproduced if below"
 
 
@@ -97,7 +96,7 @@ def summarize(run: arms_lib.Run) -> Results:
         for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
             paired = arms_lib.after(results, arm, curve) - arms_lib.after(results, STANDARD, curve)
             values[f"{name}_minus_standard"] = mean_interval(paired)
-        values["against_standard"] = AGAINST[verdict(values["target_minus_standard"])]
+        values["against_standard"] = values["target_minus_standard"].side()
     results["betas"] = betas
     return results | {"claims": as_json(claims(results))}
 
@@ -112,7 +111,7 @@ def claims(results: Results) -> list[Claim]:
     def add(claim: str, paper: str, what: str, paired: np.ndarray) -> None:
         difference = mean_interval(paired)
         here = f"{what}: {percent(difference, '+')} points ({seeds})"
-        found.append(Claim(claim, paper, here, (difference,), verdict(difference), RULE.format(what)))
+        found.append(Claim(claim, paper, here, (difference,), LIES_ABOVE[difference.side()], RULE.format(what)))
 
     moderate = [beta for beta in betas if 10 <= beta <= 500]
     if moderate:
@@ -137,7 +136,7 @@ def text(results: Results, run: arms_lib.Run) -> str:
     accuracies = (f"{run.digits} digits after", "minus standard, paired", "old lengths after", "against standard")
     rows = []
     for arm, values in results["arms"].items():
-        pressure = [_interval(values["pressure"][name]) for name in PRESSURES]
+        pressure = [Interval(*values["pressure"][name]).text(".3g") for name in PRESSURES]
         difference = "" if arm == STANDARD else percent(values["target_minus_standard"], "+")
         accuracy = [percent(values["target_after"]), difference, percent(values["old_after"])]
         said = "" if arm == STANDARD else values["against_standard"]
@@ -145,11 +144,6 @@ def text(results: Results, run: arms_lib.Run) -> str:
     table = markdown(["arm", "J^beta", "KL, nats", "weighted KL loss", *accuracies], rows)
     claimed = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]
     return "\n".join([table, *claimed, f"{results['wall_seconds']:.0f} s"])
-
-
-def _interval(interval: tuple[float, float, float]) -> str:
-    mean, low, high = interval
-    return f"{mean:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else "")
 
 
 def draw(results: Results, run: arms_lib.Run) -> Figure:

@@ -30,13 +30,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
 from ckl_jax.checkpoint import reading
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.runs.records import by_run, critical_probability, read_json, read_metrics
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import task_named
-from experiments.common.claims import Claim, as_json, verdict
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import COMMA
 from experiments.common.figure import Results, markdown, publish
 
@@ -118,7 +118,7 @@ def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int,
         "arms": arms,
         "final_difference": difference,
         "pairs": len(paired),
-        "verdict": verdict(difference),
+        "verdict": LIES_ABOVE[difference.side()],
     }
 
 
@@ -130,7 +130,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     )
     found = []
     for token in results["tokens"]:
-        difference = token["final_difference"]
+        difference = Interval(*token["final_difference"])
         final = {arm: percent(token["arms"][arm]["final"]) for arm in ARMS}
         found.append(
             Claim(
@@ -139,7 +139,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
                 f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
                 f"({token['pairs']} seeds)",
                 (difference,),
-                verdict(difference),
+                LIES_ABOVE[difference.side()],
                 rule,
             )
         )

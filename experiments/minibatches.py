@@ -23,7 +23,6 @@ is a run of its own under ``out``; an interrupted call goes on with the same com
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -35,16 +34,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ckl_jax import finetune
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.checkpoint.store import Model, Params, load_model, shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.finetune import describe, finetune
+from ckl_jax.finetune import describe
 from ckl_jax.presets import finetune_preset
+from ckl_jax.rl import program
 from ckl_jax.rl.program import make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runs.progress import display
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
@@ -123,15 +123,12 @@ def measure(command: MinibatchesCommand) -> Results:
 def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any]:
     config, arms = command.configured(kind), command.arms(kind)
     described = {"command": COMMAND, "config": dataclasses.asdict(config), "arms": arms, "seeds": command.seeds}
-    with (
-        contextlib.closing(RunDirectory(command.out / kind, described, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        runs = finetune(config, model, directory, arms, command.seeds, progress)
+    directory = finetune.run(command.out / kind, described, config, model, arms, command.seeds, command.logs)
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():
-        policies = [load_model(directory.path / run.name).params for run in runs if run.arm == arm]
+        runs = [program.Run(arm, seed) for seed in found["seeds"]]
+        policies = [load_model(directory.path / run.name).params for run in runs]
         values |= {"minibatch": kind, "displacement": [displacement(policy, model.params) for policy in policies]}
     return {**found, "digits": digits, "seconds": directory.seconds()}
 
@@ -161,7 +158,7 @@ def compare(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "arm": arm,
                 "seeds_compared": len(compared),
                 "difference": interval,
-                "verdict": comparison.verdict(interval) if interval else "none",
+                "verdict": comparison.JUDGED[interval.side()] if interval else "none",
             }
         )
     return pairs

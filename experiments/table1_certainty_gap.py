@@ -35,6 +35,7 @@ import collections
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -42,17 +43,16 @@ import numpy as np
 import tyro
 
 from ckl_jax.analysis import critical
-from ckl_jax.analysis.critical import Generations, Sampling
-from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.analysis.critical import Generations, Measuring
+from ckl_jax.analysis.statistics import Interval, Side, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
-from experiments.common.claims import Claim, as_json, decided
+from experiments.common.claims import HOLDS, LIES_ABOVE, NOT_COMPARABLE, OVERLAP, Claim, as_json
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.table1_certainty_gap"
-Interval = tuple[float, float, float]
 PAPER = {
     3: ((-0.33, 0.01), (0.0012, 0.0001)),
     5: ((-0.21, 0.18), (0.0002, 0.0001)),
@@ -67,6 +67,11 @@ SHARES = (
 SHOWN_PLACES = 5
 LEAST_SHARE = 0.2
 ALMOST_SURELY = 0.95
+SIZES: dict[Side, str] = {
+    "above": "not as in the paper",
+    "below": "not as in the paper",
+    "undecided": "as in the paper",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Table1Command:
     """Answers per model that Delta J is averaged over."""
     criterion_generations: int = 1000
     """Answers per model that criterion 1 is counted on; the first of them are those of Delta J."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Tables and verdicts again from results.json, without the models."""
 
@@ -186,24 +191,22 @@ def criterion_1(generations: Generations) -> dict[str, Any]:
     }
 
 
-def verdicts(row: dict[str, Any], criterion: dict[str, Any], max_pretrain_digits: int) -> dict[str, str]:
-    """Holds, fails or undecided, by the rules of this module's docstring."""
-    _, low, high = row["critical"]
-    _, low_others, high_others = row["noncritical_minimum"]
-    _, low_share, high_share = criterion["wrong_critical_ended_wrong"]["share"]
-    said = {
-        "gap": _verdict(high < low_others, low > high_others),
-        "wrong_critical_token_decides": _verdict(low_share >= ALMOST_SURELY, high_share < ALMOST_SURELY),
+def sides(gap: dict[str, Any], criterion: dict[str, Any], max_pretrain_digits: int) -> dict[str, Side]:
+    """What the rules of this module's docstring compare, with the side that the claims are on above."""
+    critical = Interval(*gap["critical"])
+    found: dict[str, Side] = {
+        "gap": Interval(*gap["noncritical_minimum"]).side(critical),
+        "wrong_critical_token_decides": Interval(*criterion["wrong_critical_ended_wrong"]["share"]).side(ALMOST_SURELY),
     }
-    if max_pretrain_digits in PAPER and math.isfinite(low):
+    if max_pretrain_digits in PAPER and math.isfinite(critical.low):
         mean, half = PAPER[max_pretrain_digits][0]
-        overlap = low <= mean + half and mean - half <= high
-        said["size"] = "as in the paper" if overlap else "not as in the paper"
-    return said
+        found["size"] = critical.side((mean, mean - half, mean + half))
+    return found
 
 
-def _verdict(holds: bool, fails: bool) -> str:
-    return "holds" if holds else "fails" if fails else "undecided"
+def verdicts(found: dict[str, Side]) -> dict[str, str]:
+    """The words for ``sides``."""
+    return {name: (SIZES if name == "size" else HOLDS)[side] for name, side in found.items()}
 
 
 def claims(rows: list[dict[str, Any]]) -> list[Claim]:
@@ -212,18 +215,18 @@ def claims(rows: list[dict[str, Any]]) -> list[Claim]:
 
 
 def _claims(row: dict[str, Any]) -> list[Claim]:
-    base, gap, said = row["max_pretrain_digits"], row["delta_j"], row["verdicts"]
+    base, gap = row["max_pretrain_digits"], row["delta_j"]
     critical, others = gap["critical"], gap["noncritical_minimum"]
+    found = sides(gap, row["criterion_1"], base)
     share = row["criterion_1"]["wrong_critical_ended_wrong"]
     paper = [f"{mean:g} ± {half:g}" for mean, half in PAPER.get(base, ())]
-    size = said.get("size")
     return [
         Claim(
             f"N = {base}: critical tokens are less certain than all others (Delta J, criterion 2)",
             f"{paper[0]} against {paper[1]} at the least certain others" if paper else "no model of this N",
             f"{_cell(critical)} against {_cell(others)} ({row['generations']} answers)",
             (critical, others),
-            decided(said["gap"] == "holds", said["gap"] == "fails"),
+            LIES_ABOVE[found["gap"]],
             "95% intervals over answers: reproduced if that of the critical tokens lies below that of the non-critical "
             "minimum, not reproduced if above, else undecided",
         ),
@@ -232,27 +235,24 @@ def _claims(row: dict[str, Any]) -> list[Claim]:
             paper[0] if paper else "no model of this N",
             f"{_cell(critical)} ({row['generations']} answers)",
             (critical,),
-            decided(size == "as in the paper", True) if size else "not comparable at this size",
+            OVERLAP[found["size"]] if "size" in found else NOT_COMPARABLE,
             "reproduced if our 95% interval and the paper's at the same N overlap, else not reproduced; not comparable "
             "where the paper has no such N",
         ),
         Claim(
             f"N = {base}: a wrong critical token makes the answer wrong (criterion 1)",
             "almost surely, no number",
-            f"{share['ended_so']} of {share['count']} wrong: {_cell(share['share'], 100, 1)}%",
+            f"{share['ended_so']} of {share['count']} wrong: {percent(share['share'])}%",
             (share["share"],),
-            decided(said["wrong_critical_token_decides"] == "holds", said["wrong_critical_token_decides"] == "fails"),
+            LIES_ABOVE[found["wrong_critical_token_decides"]],
             "share of the answers with a wrong critical token that end wrong, Wilson's 95% interval: reproduced if its "
             "lower end is 95% or more, not reproduced if its upper end is below, else undecided",
         ),
     ]
 
 
-def _cell(interval: Interval, scale: float = 1.0, digits: int = 4) -> str:
-    mean, low, high = (scale * value for value in interval)
-    if not math.isfinite(mean):
-        return "none"
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def _cell(interval: Sequence[float]) -> str:
+    return Interval(*interval).text(".4f")
 
 
 def text(results: Results) -> str:
@@ -296,8 +296,8 @@ def _kind_cells(row: dict[str, Any]) -> list[list[str]]:
 
 def _criterion_cells(row: dict[str, Any]) -> list[str]:
     found = row["criterion_1"]
-    shares = [f"{found[n]['ended_so']} of {found[n]['count']}: {_cell(found[n]['share'], 100, 1)}" for n in SHARES]
-    start = [str(row["max_pretrain_digits"]), str(found["generations"]), _cell(found["right"]["share"], 100, 1)]
+    shares = [f"{found[n]['ended_so']} of {found[n]['count']}: {percent(found[n]['share'])}" for n in SHARES]
+    start = [str(row["max_pretrain_digits"]), str(found["generations"]), percent(found["right"]["share"])]
     return [*start, *shares, row["verdicts"]["wrong_critical_token_decides"]]
 
 
@@ -341,7 +341,7 @@ def judge(results: Results) -> Results:
     """Every model's verdicts, and the claims."""
 
     def said(row: dict[str, Any]) -> dict[str, str]:
-        return verdicts(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"])
+        return verdicts(sides(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"]))
 
     models = [row | {"verdicts": said(row)} for row in results["models"]]
     return {"models": models, "claims": as_json(claims(models))}

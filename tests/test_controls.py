@@ -15,7 +15,6 @@ from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from experiments import controls
 from experiments.common import arms as arms_lib
-from experiments.common import comparison
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -180,19 +179,6 @@ def test_a_yes_needs_every_control_and_a_no_needs_one(matched, expected):
 def test_renormalized_prioritizes_too_and_does_not_count(renormalized):
     results = summarized(AFTER | {"matched": (0.40, 0.50, 0.45), "renormalized": renormalized})
     assert "controls? yes:" in results["answer"]
-
-
-@pytest.mark.parametrize(
-    ("difference", "expected"),
-    [
-        ((0.1, 0.01, 0.2), "better"),
-        ((0.1, 0.0, 0.2), "undecided"),
-        ((-0.1, -0.2, -0.01), "worse"),
-        ((0.1, float("nan"), float("nan")), "undecided"),
-    ],
-)
-def test_the_verdict_looks_at_the_interval_alone(difference, expected):
-    assert comparison.verdict(difference) == expected
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_tokens_that_are_none_of_ours_are_shown_as_unknown(tmp_path):
     model = load_foreign(tmp_path / "source", ADDITION, 1)
     problem = tasks.Problem(12, 7)
     assert alphabet.UNKNOWN in figure1.answer(model, problem.a, problem.b, temperature=2.0)["text"]
-    found = critical.sample(model, [problem] * 4, 2, critical.Sampling(temperature=2.0))
+    found = critical.sample(model, [problem] * 4, 2, critical.Measuring(temperature=2.0))
     shown = figure5.scratchpad(ADDITION, found, problem, 0)
     assert len(shown.text) == found.mask_BxT[0].sum()
     assert alphabet.UNKNOWN in "".join(found.text(row) for row in range(4))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis.statistics import mean_interval, share_interval
 from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.config import PretrainConfig
@@ -94,7 +95,7 @@ def _random_models(monkeypatch):
 def test_every_n_and_target_is_a_run_of_its_own(command, monkeypatch, capsys):
     trained = []
 
-    def made_finetune(config, model, directory, arms, seeds):
+    def made_finetune(config, model, directory, arms, seeds, progress):
         assert arms == {"standard": {}}
         assert (config.beta, config.kl_coefficient) == (0, 1.0)
         trained.append((directory.path.name, model.max_pretrain_digits + config.extra_digits))
@@ -104,7 +105,7 @@ def test_every_n_and_target_is_a_run_of_its_own(command, monkeypatch, capsys):
         directory.log(records(range(seeds), 10 * model.max_pretrain_digits, (60, 62)))
         directory.log_seconds(2, 1.5)
 
-    monkeypatch.setattr(figure3, "finetune", made_finetune)
+    monkeypatch.setattr(finetune_lib, "finetune", made_finetune)
     with pytest.raises(KeyboardInterrupt):
         figure3.main(command)
     assert not (command.out / "results.json").exists()

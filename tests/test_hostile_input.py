@@ -11,7 +11,7 @@ from hostile import refusal
 
 from ckl_jax import evaluate, losses, rollout, tasks, token_weights
 from ckl_jax.analysis import critical, report, statistics
-from ckl_jax.analysis.critical import Sampling
+from ckl_jax.analysis.critical import Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model
@@ -21,6 +21,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.program import make_runs
 from ckl_jax.rollout import generation, speculative
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -167,13 +168,13 @@ GENERATION = [
     (lambda: judged(given_BxT=np.zeros((3, 2), int)), r"given_BxT: got \(3, 2\), allowed is \[1, up to \d+\]"),
     (lambda: evaluate.judge(MODEL, ONE, 40), r"digits: got 40, allowed is 1\.\.18"),
     (lambda: evaluate.judge_cell(MODEL, "both", 1, 1), r"operands: got 'both', allowed is identical \| varying"),
-    (lambda: critical.sample(MODEL, ONE, 9, Sampling()), r"extra_length: got 100, allowed is at most -?\d+ .*"),
-    (lambda: critical.sample(MODEL, ONE, 1, Sampling(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
+    (lambda: critical.sample(MODEL, ONE, 9, Measuring()), r"extra_length: got 100, allowed is at most -?\d+ .*"),
+    (lambda: critical.sample(MODEL, ONE, 1, Measuring(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
 ]
 SETTINGS = [
-    (lambda: Sampling(temperature="hot"), r"temperature: got 'hot', allowed is a number"),
-    (lambda: Sampling(seed=1.5), r"seed: got 1\.5, allowed is an integer"),
-    (lambda: Sampling(seed=2**31), r"seed: got 2147483648, allowed is at least 0, at most 2147483647"),
+    (lambda: Measuring(temperature="hot"), r"temperature: got 'hot', allowed is a number"),
+    (lambda: Measuring(seed=1.5), r"seed: got 1\.5, allowed is an integer"),
+    (lambda: Measuring(seed=2**31), r"seed: got 2147483648, allowed is at least 0, at most 2147483647"),
     (lambda: Rule(candidates="6"), r"candidates: got '6', allowed is an integer"),
     (lambda: Rule(completions=2.5), r"completions: got 2\.5, allowed is an integer"),
     (lambda: Rule(least_drop=NAN), r"least_drop: got nan, allowed is above 0, up to 1"),

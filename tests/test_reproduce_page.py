@@ -8,7 +8,7 @@ from browser import CHROMIUM, Browser
 
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError
-from experiments.common.claims import VERDICTS, Claim, as_json, decided, verdict
+from experiments.common.claims import LIES_ABOVE, NOT_COMPARABLE, OVERLAP, VERDICTS, Claim, as_json
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce import page
 
@@ -42,21 +42,8 @@ def published():
     return cards, page.page("Everything", cards)
 
 
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [
-        ((0.2, 0.1, 0.3), "reproduced"),
-        ((-0.2, -0.3, -0.1), "not reproduced"),
-        ((0.1, -0.1, 0.3), "undecided"),
-        ((0.1, float("nan"), float("nan")), "undecided"),
-    ],
-)
-def test_a_verdict_looks_at_the_side_of_zero(interval, expected):
-    assert verdict(interval) == expected
-
-
 def test_a_claim_has_one_of_four_verdicts():
-    assert decided(True, False) in VERDICTS
+    assert {*LIES_ABOVE.values(), *OVERLAP.values(), NOT_COMPARABLE} == set(VERDICTS)
     with pytest.raises(ConfigError, match="verdict"):
         claim("holds")
 

@@ -98,16 +98,16 @@ def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
 )
 def test_verdicts_follow_their_rules(critical, others, share, expected):
     row = {"critical": critical, "noncritical_minimum": others}
-    said = table1.verdicts(row, {"wrong_critical_ended_wrong": {"share": share}}, 5)
+    said = table1.verdicts(table1.sides(row, {"wrong_critical_ended_wrong": {"share": share}}, 5))
     assert (said["gap"], said["wrong_critical_token_decides"], said["size"]) == expected
 
 
 def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
     row = {"critical": (-0.3, -0.4, -0.2), "noncritical_minimum": (0.0, 0.0, 0.0)}
     criterion = {"wrong_critical_ended_wrong": {"share": (1.0, 0.9, 1.0)}}
-    assert "size" not in table1.verdicts(row, criterion, 4)
+    assert "size" not in table1.sides(row, criterion, 4)
     nan = float("nan")
-    said = table1.verdicts({**row, "critical": (nan, nan, nan)}, criterion, 5)
+    said = table1.verdicts(table1.sides({**row, "critical": (nan, nan, nan)}, criterion, 5))
     assert "size" not in said
     assert said["gap"] == "undecided"
 

@@ -24,7 +24,7 @@ Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Measuring:
     """How answers are sampled, and how certainty is measured on them."""
 
     temperature: float = 1.0
@@ -105,7 +105,7 @@ class Generations(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="max_length")
 def _answer(
-    config: ModelConfig, how: Sampling, params: Any, ref_params: Any, problems: Problems, key, *, max_length
+    config: ModelConfig, how: Measuring, params: Any, ref_params: Any, problems: Problems, key, *, max_length
 ) -> tuple[Any, ...]:
     """The fields of ``Generations``, in their order."""
     trajectory, logits_BxTxV, *_ = rollout.generate(
@@ -139,7 +139,7 @@ def sample(
     policy: Model,
     problems: Sequence[tasks.Problem],
     digits: int,
-    how: Sampling,
+    how: Measuring,
     reference: Model | None = None,
 ) -> Generations:
     """The policy's sampled answers to problems of up to ``digits`` digits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,16 +11,15 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from ckl_jax import finetune
 from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.finetune import describe, finetune
-from ckl_jax.rl.program import MOST_SEEDS, Arms, make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.finetune import describe
+from ckl_jax.rl.program import MOST_SEEDS, Arms
 from ckl_jax.runs.logs import LogOptions
-from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.tasks.catalog import TaskName
 from ckl_jax.tasks.columns import ADDITION
@@ -120,19 +118,13 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
       described: what determines the numbers beside the command's config, seeds and checkpoint.
 
     Raises:
-      ConfigError: what ``finetune`` and ``RunDirectory`` refuse; ``plot_only`` without a finished run.
+      ConfigError: what ``finetune.run`` refuses; ``plot_only`` without a finished run.
     """
     model = load(command)
     if command.plot_only:
         return _finished(command, name, model)
-    make_program(command.config, model)
-    make_runs(command.config, arms, command.seeds)
     config = {"command": name, **describe(command, model), **described}
-    with (
-        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        finetune(command.config, model, directory, arms, command.seeds, progress)
+    directory = finetune.run(command.out, config, command.config, model, arms, command.seeds, command.logs)
     made = {**machine(), "wall_seconds": directory.seconds()}
     digits = model.max_pretrain_digits + command.config.extra_digits
     return Run(config, directory.metrics(), made, digits, model.task)

@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ckl_jax.analysis.statistics import Interval, Side
 from ckl_jax.errors import require
 
-Interval = tuple[float, float, float]
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not comparable at this size"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+NOT_COMPARABLE: Verdict = "not comparable at this size"
+LIES_ABOVE: dict[Side, Verdict] = {"above": "reproduced", "below": "not reproduced", "undecided": "undecided"}
+"""The claim that an interval lies above a number, or another interval."""
+OVERLAP: dict[Side, Verdict] = {"above": "not reproduced", "below": "not reproduced", "undecided": "reproduced"}
+"""The claim that two intervals are of the same number."""
+HOLDS: dict[Side, str] = {"above": "holds", "below": "fails", "undecided": "undecided"}
+"""A rule of ours instead of a claim of the paper."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Claim:
     Attributes:
       claim: a sentence.
       paper, here: the numbers of both as text with their units, "not printed" where the paper only draws them.
-      intervals: the numbers that decide, each (mean, low, high) in the rule's units; none if no interval decides.
+      intervals: the numbers that decide, in the rule's units; none if no interval decides.
       rule: how they give the verdict, fixed before the run.
     """
 
@@ -34,17 +41,6 @@ class Claim:
 
     def __post_init__(self) -> None:
         require(self.verdict in VERDICTS, "verdict", self.verdict, " | ".join(VERDICTS))
-
-
-def verdict(interval: Interval) -> Verdict:
-    """Reproduced if (mean, low, high) lies above 0, not reproduced if below, else undecided (also without bounds)."""
-    _, low, high = interval
-    return decided(low > 0, high < 0)
-
-
-def decided(reproduced: bool, refuted: bool) -> Verdict:
-    """The verdict where each side has its own condition."""
-    return "reproduced" if reproduced else "not reproduced" if refuted else "undecided"
 
 
 def as_json(claims: Iterable[Claim]) -> list[dict[str, Any]]:

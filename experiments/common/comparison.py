@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import Side, mean_interval, percent
 from ckl_jax.runs.records import critical_probability
 from ckl_jax.tasks.task import Task
-from experiments.common.arms import after
-from experiments.common.claims import Interval
-from experiments.common.figure import markdown
+from experiments.common import arms as arms_lib
+from experiments.common.figure import Results, markdown
 
 COMMA = 0
+JUDGED: dict[Side, str] = {"above": "better", "below": "worse", "undecided": "undecided"}
+"""A pair's verdict from its difference."""
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
 
 
@@ -26,10 +27,15 @@ def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], f
     return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
 
 
-def verdict(difference: Interval) -> Literal["better", "worse", "undecided"]:
-    """Of a pair's difference (mean, low, high): better if the interval is above 0, worse if below, else undecided."""
-    _, low, high = difference
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"
+def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
+    """``arms.summarize`` with the weight of the KL and the critical comma of every round, and the last KL and comma."""
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": critical_comma(run.task)}
+    results = arms_lib.summarize(run, arms, of_rounds)
+    for values in results["arms"].values():
+        commas = np.array(values["comma"], float)[:, -1]
+        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
+        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
+    return results
 
 
 def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
@@ -40,7 +46,7 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
     """
 
     def differences(curve: str) -> np.ndarray:
-        return after(results, arm, curve) - after(results, control, curve)
+        return arms_lib.after(results, arm, curve) - arms_lib.after(results, control, curve)
 
     target = differences("learning_curve")
     return {
@@ -49,7 +55,7 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
         "target": mean_interval(target),
         "old": mean_interval(differences("old_curve")),
         "differences": target.tolist(),
-        "verdict": verdict(mean_interval(target)),
+        "verdict": JUDGED[mean_interval(target).side()],
     }
 
 

@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ckl_jax.paths import replace
 from matplotlib.figure import Figure
 
-from ckl_jax import foreign, hosts, plots
-from ckl_jax.checkpoint import write_json
-from ckl_jax.config import ConfigError
-from ckl_jax.runs import earlier_results, machine
+from ckl_jax.analysis import plots
+from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint.store import write_json
+from ckl_jax.errors import ConfigError
+from ckl_jax.runs.records import earlier_results, machine
+from ckl_jax.runtime import hosts
+from ckl_jax.runtime.paths import replace
 
 Results = dict[str, Any]
 
@@ -77,7 +79,7 @@ def present(
     Raises:
       ConfigError: something goes wrong over what was read.
     """
-    with foreign.only_read(read or out, "plot_only", applies=read is not None):
+    with reading.only_read(read or out, "plot_only", applies=read is not None):
         found = results()
         shown = text(found)
         picture = draw(found) if draw else None

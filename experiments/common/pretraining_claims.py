@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from ckl_jax.analysis.statistics import percent
-from experiments.common.claims import Claim, Interval, Verdict, as_json
+from experiments.common.claims import NOT_COMPARABLE, Claim, as_json
 
-NOT_COMPARABLE: Verdict = "not comparable at this size"
 PAPER = {
     "high at N": "91.2 to 98.9% identical, 94.4 to 100% varying (N = 7 to 13)",
     "falls at N+1": "48.8% identical, 69.0% varying (N = 7)",
@@ -33,11 +32,6 @@ def figure2_claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The list ``claims`` of figure 2's results.json."""
     cells = paper_cells(results["cells"], results["paper"], results["config"]["models"]["scale"])
     return as_json(from_verdicts(results["verdicts"]) + cells)
-
-
-def overlap(one: Interval, other: Interval) -> str:
-    """The verdict on a number of the paper: reproduced where two intervals (mean, low, high) overlap."""
-    return "reproduced" if one[1] <= other[2] and other[1] <= one[2] else "not reproduced"
 
 
 def from_verdicts(rows: Iterable[dict[str, Any]]) -> list[Claim]:

@@ -34,7 +34,6 @@ call with the same settings has measured, of a few of the methods say, so that o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -45,16 +44,16 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+from ckl_jax import finetune
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.finetune import describe, finetune
+from ckl_jax.finetune import describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Hyper, make_program, make_runs
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
-from ckl_jax.runs.progress import display
 from ckl_jax.runs.records import earlier_results
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
@@ -166,11 +165,8 @@ def run_stage(
         made, traced = configured(config, cell)
         arms = {cell.name: traced}
         settings = {"config": dataclasses.asdict(made), "arms": arms, "seeds": seeds}
-        described = {"command": COMMAND, **settings}
-        directory = RunDirectory(command.out / stage / cell.name, described, command.logs)
-        with contextlib.closing(directory), display(command.logs.quiet) as progress:
-            progress(f"{stage} {number}/{len(cells)}: {cell.name}")
-            finetune(made, model, directory, arms, seeds, progress)
+        path, title = command.out / stage / cell.name, f"{stage} {number}/{len(cells)}: {cell.name}"
+        directory = finetune.run(path, {"command": COMMAND, **settings}, made, model, arms, seeds, command.logs, title)
         records += directory.metrics()
         seconds += directory.seconds()
     digits = model.max_pretrain_digits + config.extra_digits

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import percent
 from ckl_jax.runs.records import by_run
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
@@ -62,14 +62,9 @@ def confirmed(
     """
     names = {cell.name: cell.method.name for cell in cells}
     renamed = [record | {"arm": names[record["arm"]]} for record in run.records]
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
-    results = arms_lib.summarize(run._replace(records=renamed), names.values(), of_rounds)
+    results = comparison.summarize(run._replace(records=renamed), names.values())
     if not renamed:
         results |= {name: earlier[name] for name in ("test_episodes", "round_episodes")}
-    for values in results["arms"].values():
-        commas = np.array(values["comma"], float)[:, -1]
-        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
-        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
     results["arms"] = {name: results["arms"].get(name) or earlier["arms"][name] for name in chosen}
     against = [comparison.pair(results, name, "standard") for name in results["arms"] if name != "standard"]
     controls = [comparison.pair(results, "prioritized", name) for name in CONTROLS]
