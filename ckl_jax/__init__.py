@@ -47,10 +47,10 @@ say what lives there and what may be imported.
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 
 Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
-products overflow without making NaN of a weight of 0), the `model` (GPT-2 with a key-value cache, and the value head),
-the settings (`config`, `presets`, and `resuming`: which of them may change when a run goes on), what is refused
-(`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, and `check_xla`, which compares
-every program with XLA's default fusions and without).
+products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value
+head), the settings (`config`, `presets`, and `resuming`: which of them may change when a run goes on), what is refused
+(`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, and `ckl_jax.check_xla`, which
+compares every program with XLA's default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and
