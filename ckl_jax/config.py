@@ -11,7 +11,7 @@ from ckl_jax.certainty import CertaintyKind
 from ckl_jax.errors import require, require_choice, require_number, require_types
 from ckl_jax.resuming import end, speed
 from ckl_jax.tasks import alphabet
-from ckl_jax.tasks.columns import TASKS, TaskName, task_named
+from ckl_jax.tasks.catalog import TASKS, TaskName, task_named
 from ckl_jax.token_weights import KLWeights
 
 Scale = Literal["tiny", "small", "gpt2"]

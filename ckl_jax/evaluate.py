@@ -21,7 +21,7 @@ from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require, require_types
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import require_possible
+from ckl_jax.rollout.trajectory import Sampling, require_possible
 from ckl_jax.runtime import cli, sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -36,8 +36,8 @@ def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *
     def roll_out(whole, rows):
         params, key, temperature = whole
         problems, given_BxT = rows
-        sampling = {"temperature": temperature, "greedy": greedy, "given_BxT": given_BxT}
-        return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+        sampling = Sampling(max_length, temperature, greedy, given_BxT)
+        return generate(config, params, problems, key, sampling).trajectory.reward_B
 
     return sharding.over_rows(roll_out, (params, key, temperature), (problems, given))
 
@@ -63,7 +63,8 @@ def judge(
     require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
     require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
     length = model.task.max_answer_length(digits, extra_length)
-    require_possible(model.config, packed, length, 1.0 if temperature is None else temperature, given_BxT)
+    greedy, temperature = temperature is None, 1.0 if temperature is None else temperature
+    require_possible(model.config, packed, Sampling(length, temperature, greedy, given_BxT))
     rewards = []
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
@@ -78,8 +79,8 @@ def judge(
                 *group,
                 jax.random.key(seed),
                 max_length=length,
-                temperature=1.0 if temperature is None else temperature,
-                greedy=temperature is None,
+                temperature=temperature,
+                greedy=greedy,
             )
         rewards.append((found, count))
     return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])

@@ -2,8 +2,24 @@
 
     python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
 
-An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
-change the speed alone may be others then, and ``rounds`` may be more if the learning rate does not decay.
+**What it writes.** All numbers go to metrics.jsonl. At every test two answers of each arm with their rewards go to
+samples.jsonl. The checkpoints lie under checkpoints/, and each run's policy under `<arm>/seed_<seed>`.
+
+**Going on.** A call that was interrupted goes on from its last checkpoint with the same command and ends with the same
+bits. Options that change the speed alone may be others then (``--rollout-batch``, ``--runs-at-once``,
+``--data-devices``, ...), and so may those of logging. A finished run takes more ``--rounds`` if its learning rate does
+not decay (``--no-learning-rate-decay``). A second process in the same directory is refused; in a bucket it is not.
+
+**Exit codes**, of this command and of all others:
+
+| code | meaning |
+|---|---|
+| 0 | it has finished |
+| 1 | a file cannot be written or read; one line names it |
+| 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
+| 3 | a loss or parameter is not finite; the line names run, round and term |
+| 75 | SIGTERM came, the work is saved, and the same command goes on |
+| 130 | ctrl-C |
 """
 
 from __future__ import annotations
@@ -13,7 +29,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -31,6 +47,35 @@ from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, sharding
+from ckl_jax.runtime.paths import AnyPath
+
+
+def run(
+    path: AnyPath,
+    described: Mapping[str, Any],
+    config: FinetuneConfig,
+    model: Model,
+    arms: Arms,
+    seeds: int,
+    logs: LogOptions,
+    title: str = "",
+) -> RunDirectory:
+    """Trains what is missing of all arms x seeds in a directory of their own; that directory, closed, to be read.
+
+    Args:
+      described: its config.json.
+      title: shown before the progress.
+
+    Raises:
+      ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
+    """
+    make_program(config, model)
+    make_runs(config, arms, seeds)
+    with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
+        if title:
+            progress(title)
+        finetune(config, model, directory, arms, seeds, progress)
+    return directory
 
 
 @preemption.deferred()
@@ -195,15 +240,10 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 
 
 def main(command: FinetuneCommand) -> None:
-    model = load_model(command.checkpoint)
-    make_program(command.config, model)
-    make_runs(command.config, {"run": {}}, command.seeds)
-    config = {"command": "finetune", **describe(command, model)}
-    with (
-        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        runs = finetune(command.config, model, directory, {"run": {}}, command.seeds, progress)
+    model, arms = load_model(command.checkpoint), {"run": dict[str, Any]()}
+    described = {"command": "finetune", **describe(command, model)}
+    directory = run(command.out, described, command.config, model, arms, command.seeds, command.logs)
+    runs, _ = make_runs(command.config, arms, command.seeds)
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 

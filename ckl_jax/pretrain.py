@@ -43,7 +43,7 @@ from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import require_directory
-from ckl_jax.tasks.columns import TaskName, task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 
 class PretrainState(NamedTuple):

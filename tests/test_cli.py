@@ -1,14 +1,13 @@
 """Command lines: help names every field, and bad input ends as one line that says what is allowed."""
 
 import dataclasses
-import importlib
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hostile import TYPES
+from hostile import TYPES, command_of
 
 from ckl_jax import evaluate, finetune, pretrain
 from ckl_jax.checkpoint.store import Model, save_model
@@ -182,8 +181,7 @@ def _switched(value, config_type, prefix="--"):
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_switch_is_a_switch_and_may_be_written_with_its_value(name):
-    module = importlib.import_module(name)
-    config_type, preset = getattr(module, TYPES[name]), getattr(module, "preset", None)
+    _, config_type, preset = command_of(name)
     on = preset() if preset else config_type()
     switches = dict(_switched(on, config_type))
     assert switches.keys() == cli._switches(config_type).keys()

@@ -1,7 +1,6 @@
 """Runs in a bucket: their files against a file system in memory that, like a bucket's, cannot append."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from hostile import TYPES, saved_model
+from hostile import TYPES, command_of, saved_model
 from matplotlib.figure import Figure
 
 from ckl_jax import checkpoint, convert
@@ -233,8 +232,7 @@ def _path_options(config_type, prefix="--"):
 def test_every_path_of_every_command_is_read_in_that_way(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(name)
-    config_type, preset = getattr(module, TYPES[name]), getattr(module, "preset", None)
+    _, config_type, preset = command_of(name)
     options = dict(_path_options(config_type))
     assert options or name == "ckl_jax.check_xla"
     for option, field in options.items():

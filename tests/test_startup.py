@@ -18,7 +18,7 @@ from ckl_jax.runtime import startup
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURE4 = ROOT / "experiments" / "results" / "tiny" / "figure4"
-NOTHING = ("-m", "experiments.claims")  # Imports what every command imports first.
+NOTHING = ("-m", "experiments.common.claims")  # Imports what every command imports first.
 HELP = ("-m", "ckl_jax.evaluate", "--help")
 NOBODY = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
 NOBODY += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]  # Python may be root's.
@@ -200,7 +200,7 @@ import os
 import matplotlib
 matplotlib.use("svg")
 from ckl_jax.analysis import plots
-import experiments.figure4_prioritized_kl, experiments.regularizers, experiments.benchmarks.report, sys
+import experiments.figure4_prioritized_kl, experiments.regularizers.results, experiments.benchmark.report, sys
 assert matplotlib.get_backend() == "svg"
 assert "matplotlib.pyplot" not in sys.modules
 assert not {"MPLBACKEND", "NPROC", "COLUMNS"} & set(os.environ)

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -71,7 +70,7 @@ cli.run(lambda _: print(*map(check_xla.is_right, range(len(check_xla.PATTERNS)))
     assert _printed(code, XLA_FLAGS="--xla_backend_optimization_level=0") == ["True"] * len(check_xla.PATTERNS)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc alone is told")
+@pytest.mark.skipif(not xla_cpu._has_huge_pages(), reason="nothing is done without huge pages")
 def test_memory_freed_by_a_thread_is_not_mapped_anew():
     code = """
 import concurrent.futures, ctypes, resource
@@ -89,8 +88,8 @@ with concurrent.futures.ThreadPoolExecutor(1) as thread:
     list(thread.map(fill, range(5)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    calls = ("", "xla_cpu.keep_freed_memory()")
-    given_back, kept = (int(_printed(code.replace("KEEP", call))[0]) for call in calls)
+    code = code.replace("KEEP", "xla_cpu.keep_freed_memory()")
+    given_back, kept = (int(_printed(code, **{xla_cpu.TUNABLES: own})[0]) for own in ("", xla_cpu.HUGE_PAGES))
     assert kept < 500_000_000 / PAGE / 20 < given_back
 
 

@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import tasks
+from ckl_jax import rollout, tasks
 from ckl_jax.certainty import CertaintyKind, certainty, entropy_of
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require, require_types
-from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -26,7 +24,7 @@ Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Measuring:
     """How answers are sampled, and how certainty is measured on them."""
 
     temperature: float = 1.0
@@ -107,14 +105,14 @@ class Generations(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="max_length")
 def _answer(
-    config: ModelConfig, how: Sampling, params: Any, ref_params: Any, problems: Problems, key, *, max_length
+    config: ModelConfig, how: Measuring, params: Any, ref_params: Any, problems: Problems, key, *, max_length
 ) -> tuple[Any, ...]:
     """The fields of ``Generations``, in their order."""
-    trajectory, logits_BxTxV, *_ = generate(
-        config, params, problems, key, max_length=max_length, temperature=how.temperature, with_scores=True
+    trajectory, logits_BxTxV, *_ = rollout.generate(
+        config, params, problems, key, rollout.Sampling(max_length, how.temperature), with_scores=True
     )
     assert logits_BxTxV is not None
-    ref_logits_BxTxV = logits_BxTxV if ref_params is None else score(config, ref_params, trajectory)[0]
+    ref_logits_BxTxV = logits_BxTxV if ref_params is None else rollout.score(config, ref_params, trajectory)[0]
     indices, recorded = problems_lib.critical_indices(trajectory.answers_BxT, problems)
     return (
         trajectory.answers_BxT,
@@ -141,7 +139,7 @@ def sample(
     policy: Model,
     problems: Sequence[tasks.Problem],
     digits: int,
-    how: Sampling,
+    how: Measuring,
     reference: Model | None = None,
 ) -> Generations:
     """The policy's sampled answers to problems of up to ``digits`` digits.

@@ -12,7 +12,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import Trajectory, score
+from ckl_jax.rollout.trajectory import Sampling, Trajectory, score
 from ckl_jax.runtime import sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -58,10 +58,9 @@ def collect(
             policy,
             problems,
             key,
+            Sampling(program.max_length, config.temperature),
             how=config.rollout,
             batch=config.rollout_batch,
-            max_length=program.max_length,
-            temperature=config.temperature,
             with_scores=as_generated,
             axis_name=axis_name,
         )[:3]
