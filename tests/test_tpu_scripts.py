@@ -578,11 +578,11 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     process = cloud.start("supervise.sh", "a.module")
     cloud.wait_for(lambda: cloud.jobs())
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=UNTIL)
+    process.wait(UNTIL)  # Its run.sh holds its streams and looks on.
     again = cloud.start("supervise.sh", "--adopt", "a.module")
     cloud.wait_for(lambda: cloud.asked("start") == 2)
     looks = cloud.asked("status")
-    cloud.wait_for(lambda: cloud.asked("status") > looks + 2)  # The killed one's run.sh looks too.
+    cloud.wait_for(lambda: cloud.asked("status") > looks + 2)
     cloud.tell()
     _, err = again.communicate(timeout=UNTIL)
     assert again.returncode == 0, err
