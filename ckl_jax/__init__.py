@@ -3,28 +3,59 @@
 A KL penalty holds a policy as firmly at every token. Here the KL of a token is weighted by J(s)^beta, where J is how
 sure the frozen pre-trained model is of its next token: firm where it is sure, loose where it is not.
 
-Nothing is imported with the package; take the modules that you need:
+Nothing is imported with the package; take the modules that you need.
+
+**For whom is what?**
 
 - **The loss in a trainer of your own.** `ckl_jax.certainty.certainty` and `ckl_jax.losses.prioritized_kl` take plain
-  arrays of any vocabulary and batch layout. `ckl_jax.token_weights` has the controls and the weights of other works,
-  `ckl_jax.advantages` what multiplies the log-probabilities.
-- **The experiment as commands.** `ckl_jax.pretrain`, `ckl_jax.finetune`, `ckl_jax.evaluate`, `ckl_jax.convert` and
-  `ckl_jax.check_xla` run with `python -m`. Their options are the fields of `ckl_jax.config.PretrainConfig` and
-  `ckl_jax.config.FinetuneConfig`, which start from `ckl_jax.presets`. A module of `experiments` (outside of the
-  package) makes each figure.
-- **How a round computes.** In the order of the data: `ckl_jax.tasks` (problems, their texts and arrays),
-  `ckl_jax.model`, `ckl_jax.rollout` (answers), `ckl_jax.rl.collect` (rewards, certainty, advantages),
-  `ckl_jax.rl.objective` (the loss), `ckl_jax.rl.updates` (Adam, rounds, runs). `experiments/tutorial.py` goes through
-  it with one problem.
+  arrays of any vocabulary and batch layout; `ckl_jax.token_weights` has the controls and the weights of other works. On
+  CPU call `ckl_jax.runtime.xla_cpu.avoid_wrong_fusions` before JAX computes anything.
+- **The experiment as commands.** `ckl_jax.pretrain`, `ckl_jax.finetune`, `ckl_jax.evaluate` and `ckl_jax.convert` run
+  with `python -m`. `ckl_jax.finetune` lists what they write, how they go on, and their exit codes. Their options are
+  the fields of `ckl_jax.config`, and `ckl_jax.presets` has the named scales and recipes. A module of `experiments`
+  (outside of the package) makes each figure.
 - **Another task.** `ckl_jax.tasks.Task` is what one has to say; `ckl_jax.tasks.columns` has three.
-- **What a model does.** `ckl_jax.checkpoint.load_model` reads one, `ckl_jax.analysis` looks at its critical tokens and
-  has intervals and pictures.
-- **Around it.** `ckl_jax.runs` is the directory of a run, `ckl_jax.runtime` the machine: devices, hosts, paths,
-  signals. `ckl_jax.datasets` has the task as a TFDS dataset.
+- **Another algorithm.** `ckl_jax.advantages`, `ckl_jax.losses` and `ckl_jax.token_weights` are what a recipe chooses
+  from; `ckl_jax.rl` calls them.
+- **What a model does.** `ckl_jax.checkpoint.load_model` reads one, `ckl_jax.analysis` looks at it.
 
-Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, V vocabulary, D width,
-H heads, S cache slots, R runs. A value that cannot work raises `ckl_jax.errors.ConfigError`, a `ValueError` that names
-it and what is allowed.
+**How a round computes.** `experiments/tutorial.py` follows one problem through these folders. Their docstrings
+say what lives there and what may be imported.
+
+- `ckl_jax.tasks`: what is drawn, written and judged. `alphabet` has the paper's 41 characters as tokens, `task` says
+  what a task has to say, `columns` has addition, subtraction, and multiplication by one digit, `catalog` their names,
+  `problems` makes arrays of them, with reward and critical tokens on the device.
+- `ckl_jax.datasets`: the text of pre-training. `scratchpads` is a TFDS dataset (without TensorFlow), `prepared` its
+  files on disk, `stream` the token stream that is sampled on the device.
+- `ckl_jax.rollout`: policy, problems and key become answers. `trajectory` is an episode as arrays, `decoding` writes it
+  step by step, `speculative` by verifying drafts a window at a time, and `generation` chooses between the two. `drafts`
+  says how an episode goes on if it calculates faithfully from its own text, line by line (`scratchpad_lines`).
+- `ckl_jax.rl`: a round. `program` has what is static and which runs (arms x seeds) there are, `collect` does rollout,
+  reward, reference pass and advantages, `objective` is the loss of a recipe and its gradient, `minibatches` deals whole
+  episodes or single transitions, `updates` does Adam's steps, rounds and runs, `evaluation` the tests on the way.
+- `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `reading` reads files that
+  somebody else may have made, `gpt2`, `gpt2_config`, `tensors`, `tensor_names` and `token_files` those of transformers
+  and nanoGPT: directories, settings, weights and vocabularies.
+- `ckl_jax.runs`: the directory of a run. `directory` has config, metrics, samples and checkpoints, `lock` keeps a
+  second process out, `progress` shows how far it is, `records` reads them back, `logs` copies them to TensorBoard and
+  Weights & Biases.
+- `ckl_jax.runtime`: the machine. `cli` parses and ends commands, whose fields are its `options`, `startup` settles
+  streams, variables, cores and compilation cache, `hosts` joins several processes, `sharding` is the mesh of devices,
+  `preemption` holds SIGTERM until the work is saved, `finite` refuses what is not finite, `paths` are local or of
+  buckets, `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
+- `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
+  them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
+
+Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
+products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value
+head), the settings (`config` and `presets`; `fields` says what they may hold, `resuming` which of them may change when
+a run goes on), what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`,
+and `ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
+
+**Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
+prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and
+position, so that sampled characters do not depend on batching. Parameters, logits and losses are float32. A value that
+cannot work raises `ckl_jax.errors.ConfigError`, a `ValueError` that names it and what is allowed.
 """
 
 import sys

@@ -1,8 +1,20 @@
 """Checkpoints of transformers' GPT-2 and of nanoGPT (the authors' released models) to ours, and ours to transformers.
 
-python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
-python -m ckl_jax.convert --source nanoGPT/out --activation gelu_erf --tokenizer stoi.json --digits 7 --out models/N7
-python -m ckl_jax.convert --source models/N7 --out exported --to transformers
+    python -m ckl_jax.convert --source lecraquito/gpt2_reduced_vocab_FT_7digits --out models/N7
+    python -m ckl_jax.convert --source nanoGPT/out --activation gelu_erf --tokenizer stoi.json --digits 7 --out N7
+    python -m ckl_jax.convert --source models/N7 --out exported --to transformers
+
+It needs the extra ``convert``. The first model is the authors' for N = 7. Fine-tune with ``--checkpoint models/N7``.
+
+**What is read.** A directory or one file of it; weights as safetensors or PyTorch (``weights_only``), whole or in
+shards. nanoGPT's files do not say which GELU they compute, so ``--activation`` does. ``--tokenizer`` names the
+vocabulary if it lies elsewhere. A setting that our model lacks is refused by name.
+
+**The vocabulary** keeps its size of 41 to 256, because J divides by log V. ``--vocabulary ours`` keeps our 41
+characters alone, which the stock GPT-2 needs.
+
+Models with random weights give the logits of the other side. The released models themselves have not been loaded:
+there was no network.
 """
 
 from __future__ import annotations
@@ -26,7 +38,7 @@ from ckl_jax.errors import ConfigError, extra, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
-from ckl_jax.tasks.columns import TaskName, task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 TOKENIZER_FILES = [*VOCABULARIES, *ADDED]
 HUB_FILES = ["config.json", *TOKENIZER_FILES, *INDICES, "model*.safetensors", "pytorch_model*.bin", "ckpt.pt"]

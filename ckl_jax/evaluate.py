@@ -22,7 +22,7 @@ from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require
 from ckl_jax.fields import NonNegativeInt, PositiveFloat, PositiveInt, require_fields
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import require_possible
+from ckl_jax.rollout.trajectory import Sampling, require_possible
 from ckl_jax.runtime import cli, sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -37,8 +37,8 @@ def _rewards(config: ModelConfig, params: Any, problems: Problems, given, key, *
     def roll_out(whole, rows):
         params, key, temperature = whole
         problems, given_BxT = rows
-        sampling = {"temperature": temperature, "greedy": greedy, "given_BxT": given_BxT}
-        return generate(config, params, problems, key, max_length=max_length, **sampling).trajectory.reward_B
+        sampling = Sampling(max_length, temperature, greedy, given_BxT)
+        return generate(config, params, problems, key, sampling).trajectory.reward_B
 
     return sharding.over_rows(roll_out, (params, key, temperature), (problems, given))
 
@@ -64,7 +64,8 @@ def judge(
     require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
     require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
     length = model.task.max_answer_length(digits, extra_length)
-    require_possible(model.config, packed, length, 1.0 if temperature is None else temperature, given_BxT)
+    greedy, temperature = temperature is None, 1.0 if temperature is None else temperature
+    require_possible(model.config, packed, Sampling(length, temperature, greedy, given_BxT))
     rewards = []
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
@@ -79,16 +80,11 @@ def judge(
                 *group,
                 jax.random.key(seed),
                 max_length=length,
-                temperature=1.0 if temperature is None else temperature,
-                greedy=temperature is None,
+                temperature=temperature,
+                greedy=greedy,
             )
         rewards.append((found, count))
     return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])
-
-
-def longest_episode(task: Task, digits: int, extra_length: int = tasks.EXTRA_LENGTH) -> int:
-    """Characters that a block must hold for problems of up to ``digits`` digits: prompt and length limit."""
-    return task.max_prompt_length(digits) + task.max_answer_length(digits, extra_length)
 
 
 def judge_cell(
@@ -137,7 +133,7 @@ def main(config: EvaluateConfig) -> None:
     )
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
-        length = longest_episode(model.task, digits)
+        length = model.task.longest_episode(digits)
         if length > model.config.block_size:
             print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
             continue

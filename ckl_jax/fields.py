@@ -35,25 +35,22 @@ class AtLeast:
 
     low: float
     high: float = math.inf
+    word = "at least"
 
     def __contains__(self, number: float) -> bool:
         return self.low <= number <= self.high
 
     def __str__(self) -> str:
-        return f"at least {self.low:g}" + self._end()
-
-    def _end(self) -> str:
-        return f", at most {self.high:g}" if self.high < math.inf else ""
+        return f"{self.word} {self.low:g}" + (f", at most {self.high:g}" if self.high < math.inf else "")
 
 
 class Above(AtLeast):
     """Likewise, without ``low`` itself."""
 
-    def __contains__(self, number: float) -> bool:
-        return self.low < number <= self.high
+    word = "above"
 
-    def __str__(self) -> str:
-        return f"above {self.low:g}" + self._end()
+    def __contains__(self, number: float) -> bool:
+        return number != self.low and super().__contains__(number)
 
 
 PositiveInt = Annotated[int, AtLeast(1)]
@@ -87,7 +84,8 @@ def require_fields(config: Any) -> None:
 
     Python itself would take 2.5 layers, or "no" for a switch that is on.
     """
-    for name, kind in kinds(type(config)).items():
+    config_type: Any = type(config)
+    for name, kind in kinds(config_type).items():
         _require(name, getattr(config, name), kind)
 
 
@@ -104,7 +102,7 @@ def _require(name: str, value: Any, kind: Any, limits: AtLeast | None = None, no
         require(isinstance(value, tuple), name, value, "a tuple" + none)
         for item in value:
             _require(name, item, arguments[0])
-    elif dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, kind), name, value, f"a {kind.__name__}{none}")
     elif kind in _KINDS:
         types_, allowed = _KINDS[kind]

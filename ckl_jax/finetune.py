@@ -2,8 +2,24 @@
 
     python -m ckl_jax.finetune --checkpoint runs/tiny --out runs/finetuned
 
-An interrupted call goes on from its last checkpoint with the same command and ends with the same numbers. Fields that
-change the speed alone may be others then, and ``rounds`` may be more if the learning rate does not decay.
+**What it writes.** All numbers go to metrics.jsonl. At every test two answers of each arm with their rewards go to
+samples.jsonl. The checkpoints lie under checkpoints/, and each run's policy under `<arm>/seed_<seed>`.
+
+**Going on.** A call that was interrupted goes on from its last checkpoint with the same command and ends with the same
+bits. Options that change the speed alone may be others then (``--rollout-batch``, ``--runs-at-once``,
+``--data-devices``, ...), and so may those of logging. A finished run takes more ``--rounds`` if its learning rate does
+not decay (``--no-learning-rate-decay``). A second process in the same directory is refused; in a bucket it is not.
+
+**Exit codes**, of this command and of all others:
+
+| code | meaning |
+|---|---|
+| 0 | it has finished |
+| 1 | a file cannot be written or read; one line names it |
+| 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
+| 3 | a loss or parameter is not finite; the line names run, round and term |
+| 75 | SIGTERM came, the work is saved, and the same command goes on |
+| 130 | ctrl-C |
 """
 
 from __future__ import annotations
@@ -13,7 +29,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -26,16 +42,41 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.evaluation import test
-from ckl_jax.rl.program import Arms, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.program import Arms, Program, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
 from ckl_jax.rl.updates import RunState, init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, sharding
+from ckl_jax.runtime.paths import AnyPath
 
 
-def _stack(items: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+def run(
+    path: AnyPath,
+    described: Mapping[str, Any],
+    config: FinetuneConfig,
+    model: Model,
+    arms: Arms,
+    seeds: int,
+    logs: LogOptions,
+    title: str = "",
+) -> RunDirectory:
+    """Trains what is missing of all arms x seeds in a directory of their own; that directory, closed, to be read.
+
+    Args:
+      described: its config.json.
+      title: shown before the progress.
+
+    Raises:
+      ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
+    """
+    make_program(config, model)
+    make_runs(config, arms, seeds)
+    with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
+        if title:
+            progress(title)
+        finetune(config, model, directory, arms, seeds, progress)
+    return directory
 
 
 @preemption.deferred()
@@ -69,49 +110,18 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-
-    def problems_at(step: int) -> int:
-        return config.final_problems if step in (0, config.rounds) else config.test_problems
-
+    logbook = _Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(
         done if restored else -1,
         recorded=done if restored else None,
-        tested=problems_at(done) if restored else None,
+        tested=logbook.problems_at(done) if restored else None,
     )
-    start, first = time.monotonic(), done
-
-    def run_test(step: int, states: RunState) -> np.ndarray:
-        count = problems_at(step)
-        policies = states.params["policy"]
-        if step == 0:
-            policies = jax.tree.map(lambda x: x[:1], policies)
-        tested = test(program, policies, count)
-        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
-        directory.log_samples(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed} | sample
-                for index, run in enumerate(runs)
-                if run.seed == config.seed
-                for sample in tested.samples(index if step else 0)
-            ]
-        )
-        directory.log(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
-                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
-                for index, run in enumerate(runs)
-            ]
-        )
-        return per_run["target"]
-
     if again:  # Until now the run was to end here.
-        run_test(done, states)
+        logbook.test(done, states)
     if not restored:
-        target = run_test(0, states)
-        line = f"before: {100 * target.mean():.1f}% on {program.digits} digits ({time.monotonic() - start:.0f} s)"
-        progress(Status(line, 0, config.rounds, f"{100 * target.mean():.1f}%", None))
+        logbook.tell_start(logbook.test(0, states))
         directory.checkpoints.save(0, states)
-        directory.log_seconds(0, time.monotonic() - start)
+        directory.log_seconds(0, time.monotonic() - logbook.start)
     while done < config.rounds:
         if preemption.requested():
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
@@ -126,21 +136,75 @@ def finetune(
         finite.require_state("round", done + config.test_every, names, states, by_run=True)
         directory.log(_round_records(runs, done, metrics))
         done += config.test_every
-        target = run_test(done, states)
+        target = logbook.test(done, states)
         directory.checkpoints.save(done, states)
         directory.log_seconds(done, time.monotonic() - chunk_start)
-        elapsed = time.monotonic() - start
-        left = elapsed / (done - first) * (config.rounds - done)
-        accuracy, kl = (_by_arm(runs, values) for values in (target, metrics["kl"][:, -1]))
-        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
-        line = f"round {done}/{config.rounds}: {shown} on {program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
-        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
-        progress(Status(line, done, config.rounds, values, left))
+        logbook.tell(done, target, metrics["kl"][:, -1])
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         save_model(directory.path / run.name, model._replace(params=policy), made_by)
     return runs
+
+
+def _stack(items: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
+
+
+@dataclass
+class _Logbook:
+    """Tests of all runs, their records, and what is told of them."""
+
+    program: Program
+    runs: list[Run]
+    directory: RunDirectory
+    progress: Callable[[str], None]
+    first: int
+    """Rounds that were done before this process."""
+    start: float = field(default_factory=time.monotonic)
+
+    def problems_at(self, step: int) -> int:
+        config = self.program.config
+        return config.final_problems if step in (0, config.rounds) else config.test_problems
+
+    def test(self, step: int, states: RunState) -> np.ndarray:
+        """Accuracy of every run on the target length: float [R]. Before the first round all have the same policy."""
+        count, runs = self.problems_at(step), self.runs
+        policies = states.params["policy"]
+        if step == 0:
+            policies = jax.tree.map(lambda x: x[:1], policies)
+        tested = test(self.program, policies, count)
+        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
+        self.directory.log_samples(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed} | sample
+                for index, run in enumerate(runs)
+                if run.seed == self.program.config.seed
+                for sample in tested.samples(index if step else 0)
+            ]
+        )
+        self.directory.log(
+            [
+                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
+                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
+                for index, run in enumerate(runs)
+            ]
+        )
+        return per_run["target"]
+
+    def tell_start(self, target_R: np.ndarray) -> None:
+        accuracy, elapsed = f"{100 * target_R.mean():.1f}%", time.monotonic() - self.start
+        line = f"before: {accuracy} on {self.program.digits} digits ({elapsed:.0f} s)"
+        self.progress(Status(line, 0, self.program.config.rounds, accuracy, None))
+
+    def tell(self, done: int, target_R: np.ndarray, kl_R: np.ndarray) -> None:
+        rounds, elapsed = self.program.config.rounds, time.monotonic() - self.start
+        left = elapsed / (done - self.first) * (rounds - done)
+        accuracy, kl = _by_arm(self.runs, target_R), _by_arm(self.runs, kl_R)
+        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
+        line = f"round {done}/{rounds}: {shown} on {self.program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
+        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
+        self.progress(Status(line, done, rounds, values, left))
 
 
 def _by_arm(runs: list[Run], values_R: np.ndarray) -> dict[str, float]:
@@ -180,15 +244,10 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 
 
 def main(command: FinetuneCommand) -> None:
-    model = load_model(command.checkpoint)
-    make_program(command.config, model)
-    make_runs(command.config, {"run": {}}, command.seeds)
-    config = {"command": "finetune", **describe(command, model)}
-    with (
-        contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        runs = finetune(command.config, model, directory, {"run": {}}, command.seeds, progress)
+    model, arms = load_model(command.checkpoint), {"run": dict[str, Any]()}
+    described = {"command": "finetune", **describe(command, model)}
+    directory = run(command.out, described, command.config, model, arms, command.seeds, command.logs)
+    runs, _ = make_runs(command.config, arms, command.seeds)
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 

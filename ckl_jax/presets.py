@@ -7,7 +7,7 @@ from typing import Any
 
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import require
-from ckl_jax.tasks.columns import TaskName
+from ckl_jax.tasks.catalog import TaskName
 
 _PAPER = {
     "episodes": 50,

@@ -44,7 +44,7 @@ from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import require_directory
-from ckl_jax.tasks.columns import TaskName, task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 
 class PretrainState(NamedTuple):
@@ -115,8 +115,7 @@ def window_length(config: PretrainConfig) -> int:
     """Characters a window predicts: the block (`stream`) or the longest document (`documents`)."""
     if config.packing == "stream":
         return config.model.block_size
-    task = task_named(config.task)
-    return task.max_prompt_length(config.max_digits) + task.max_answer_length(config.max_digits, extra=0)
+    return task_named(config.task).longest_episode(config.max_digits, extra=0)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -47,15 +47,12 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import shipped, write_json
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")
@@ -82,8 +79,7 @@ class ControlsCommand(arms_lib.ArmsCommand):
         require(shares, "grid", self.grid, "different numbers between 0 and 1, both excluded")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> ControlsCommand:
-    return ControlsCommand(finetune_preset(scale, recipe), task, shipped(task))
+preset = ControlsCommand.preset
 
 
 def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -94,20 +90,13 @@ def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, A
     return {"standard": uniform, **words, **smaller, "no_kl": uniform | {"kl_coefficient": 0.0}}
 
 
-def summarize(run: arms_lib.Run, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Per-seed values, means with 95% intervals over seeds, pairs and the answer.
-
-    Args:
-      by_name: the arms' overrides.
-    """
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comparison.critical_comma(run.task)}
-    results = arms_lib.summarize(run, by_name, of_rounds)
+def summarize(run: arms_lib.Run) -> Results:
+    """Per-seed values, means with 95% intervals over seeds, pairs and the answer."""
+    by_name = arms(FinetuneConfig(**run.config["config"]), run.config["grid"])
+    results = comparison.summarize(run, by_name)
     for arm, values in results["arms"].items():
-        commas = np.array(values["comma"], float)[:, -1]
         values["kl_coefficient"] = by_name[arm].get("kl_coefficient", run.config["config"]["kl_coefficient"])
         values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
-        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
-        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
     pairs = [comparison.pair(results, "prioritized", arm) for arm in by_name if arm != "prioritized"]
     full = comparison.pair(results, "renormalized", "standard")
     return {**results, "pairs": [*pairs, full], "answer": answer(pairs, full)}
@@ -121,27 +110,32 @@ def answer(pairs: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) -> str:
     return f"Does prioritization beat its own controls? {word}. At full pressure, {at_full}."
 
 
-def table(results: dict[str, Any], digits: int) -> str:
-    """Arms and pairs as Markdown tables, shares in percent, and the answer."""
-    columns = f"arm | coefficient | mean weight | {digits} digits after | old lengths after | last KL | last comma"
-    lines = [f"| {columns} |", "|---|---|---|---|---|---|---|"]
+def text(results: Results, run: arms_lib.Run) -> str:
+    """Arms and pairs as Markdown tables, shares in percent, the answer and how long the run took."""
+    rows = []
     for arm, values in results["arms"].items():
         target, old, comma = (percent(values[name]) for name in ("target_after", "old_after", "comma_after"))
         weight, kl = (values[name][0] for name in ("weight", "kl_after"))
-        lines.append(f"| {arm} | {values['kl_coefficient']:g} | {weight:.3f} | {target} | {old} | {kl:.4f} | {comma} |")
+        rows.append([arm, f"{values['kl_coefficient']:g}", f"{weight:.3f}", target, old, f"{kl:.4f}", comma])
     before = next(iter(results["arms"].values()))["target_before"][0]
-    lines += [f"| before | | | {100 * before:.1f} | | 0 | |", "", comparison.table(results["pairs"], digits)]
-    return "\n".join([*lines, "", results["answer"]])
+    rows.append(["before", "", "", f"{100 * before:.1f}", "", "0", ""])
+    after = (f"{run.digits} digits after", "old lengths after", "last KL", "last comma")
+    tables = [
+        markdown(["arm", "coefficient", "mean weight", *after], rows),
+        comparison.table(results["pairs"], run.digits),
+    ]
+    return "\n\n".join([*tables, f"{results['answer']}\n{results['wall_seconds']:.0f} s"])
 
 
-def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
+def draw(results: Results, run: arms_lib.Run) -> Figure:
+    digits = run.digits
     names = list(results["arms"])
     others = [arm for arm in names if arm not in plots.COLORS]
     colors = plots.COLORS | {arm: PALETTE[index % len(PALETTE)] for index, arm in enumerate(others)}
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8))
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     less = tuple(arm for arm in names if arm not in SAME_WEIGHTS[2:])
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     titles = {"J^beta and its controls": SAME_WEIGHTS, "less KL": less}
@@ -149,7 +143,7 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
         panel.set_prop_cycle(color=[colors[arm] for arm in shown if arm in others])
         plots.curves(panel, before, {arm: success[arm] for arm in shown}, scale=100)
         panel.set(xlabel="RL episodes", title=title)
-        panel.legend(frameon=False, loc="upper left", fontsize=9)
+        panel.legend(loc="upper left", fontsize=9)
     panels[0, 0].set_ylabel(f"accuracy on each round's {digits}-digit problems (%)")
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])
     after = [100 * arms_lib.after(results, arm) for arm in names]
@@ -162,19 +156,12 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     panels[1, 1].axvline(0, color=plots.INK, linewidth=1)
     panels[1, 1].set(xlabel="difference after RL, paired by seed (points)")
     figure.suptitle(f"RL on {digits} digits, {len(results['seeds'])} seeds")
-    plots.save(figure, directory, "controls")
+    return figure
 
 
 def main(command: ControlsCommand) -> None:
-    run = arms_lib.run_arms(command, COMMAND, arms(command.config, command.grid), grid=command.grid)
-    with reading.only_read(command.out, "plot_only", command.plot_only):
-        config = FinetuneConfig(**run.config["config"])
-        results = summarize(run, arms(config, run.config["grid"]))
-        results |= {"config": run.config, **run.made}
-        shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"
-        draw(results, run.digits, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, controls.png and controls.svg in {command.out}")
+    of_run = arms(command.config, command.grid)
+    arms_lib.publish(command, COMMAND, "controls", of_run, summarize, text, draw, grid=command.grid)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -52,19 +51,23 @@ from matplotlib.figure import Figure
 
 from ckl_jax import tasks
 from ckl_jax.analysis import critical, discovery, plots
-from ckl_jax.analysis.critical import Generations, Sampling
+from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.analysis.statistics import percent, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, write_json
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.errors import require
 from ckl_jax.evaluate import judge
-from ckl_jax.runs.directory import earlier_results, machine
 from ckl_jax.runtime import cli
+from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.critical_token_discovery"
 BRANCHES = ("own", "runner_up")
-COUNTS = ("candidates", "own_is_better", "known_candidates", "known_tokens")
+COUNTS = {
+    "open candidates": "candidates",
+    "own is better": "own_is_better",
+    "of them known": "known_candidates",
+    "known tokens": "known_tokens",
+}
 KNOWN, OTHER, CONTROL = plots.COLORS["prioritized"], plots.COLORS["standard"], plots.SOFT
 
 
@@ -81,7 +84,7 @@ class DiscoveryCommand:
     answers: int = 70
     """Answers sampled and looked at."""
     rule: Annotated[Rule, tyro.conf.arg(name="")] = field(default_factory=Rule)
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Tables and figure again from results.json."""
 
@@ -144,28 +147,30 @@ def starts(answers: Generations, probes: Sequence[dict[str, Any]], branch: str) 
     return given_PxT
 
 
-def table(results: dict[str, Any]) -> str:
+def text(results: Results) -> str:
     """Types with enough candidates or known tokens, precision and recall, as Markdown."""
-    lines = [
-        "| type | open candidates | own is better | of them known | known tokens | mean gap | drop | cost | |",
-        "|" + "---|" * 9,
-    ]
+    types = []
     for kind in results["types"]:
         if kind["verdict"] != "too few" or kind["known_tokens"]:
-            counts = " | ".join(str(kind[name]) for name in COUNTS)
-            cells = f"{kind['gap']:.3f} | {percent(kind['drop'], '+')}" if kind["candidates"] else "- | -"
-            lines.append(f"| {kind['name']} | {counts} | {cells} | {100 * kind['cost']:.1f} | {kind['verdict']} |")
-    lines += ["", "| | % | most of them? |", "|---|---|---|"]
-    for name in ("precision", "recall", "known_that_are_open_candidates", "success", "drop_of_controls"):
-        lines.append(f"| {name.replace('_', ' ')} | {percent(results[name])} | {results['verdicts'].get(name, '')} |")
+            counts = [str(kind[name]) for name in COUNTS.values()]
+            measured = [f"{kind['gap']:.3f}", percent(kind["drop"], "+")] if kind["candidates"] else ["-", "-"]
+            types.append([kind["name"], *counts, *measured, f"{100 * kind['cost']:.1f}", kind["verdict"]])
+    shares = [
+        [name.replace("_", " "), percent(results[name]), results["verdicts"].get(name, "")]
+        for name in ("precision", "recall", "known_that_are_open_candidates", "success", "drop_of_controls")
+    ]
+    tables = [
+        markdown(["type", *COUNTS, "mean gap", "drop", "cost", ""], types),
+        markdown(["", "%", "most of them?"], shares),
+    ]
     found, known = results["types_critical"], results["types_critical_and_known"]
-    lines += ["", f"{found} critical types, {known} of them known; {results['types_known']} types are known"]
-    return "\n".join(lines)
+    said = f"{found} critical types, {known} of them known; {results['types_known']} types are known"
+    return "\n\n".join([*tables, f"{said}\n{results['wall_seconds']:.0f} s"])
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     bars = [kind for kind in reversed(results["types"]) if kind["verdict"] != "too few"]
-    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))), layout="constrained")
+    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))))
     (left, right) = figure.subplots(1, 2)
     probes = [probe for probe in results["probes"] if probe["open"]]
     groups = (
@@ -179,7 +184,7 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
         drops_P = 100 * discovery.drops(some) + jitter_P
         left.scatter([p["gap"] for p in some], drops_P, s=16, color=color, alpha=0.6, linewidth=0, label=label)
     left.set(xlabel="certainty gap ΔJ", ylabel="drop in success, points")
-    left.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9)
     for height, kind in enumerate(bars):
         mean, low, high = (100 * value for value in kind["drop"])
         color = KNOWN if discovery.is_known(kind) else OTHER
@@ -191,14 +196,11 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
     title = f"Types judged; critical (strong colour): {found}, of them known: {known}"
     right.set(xlabel="drop in success, points, mean and 95% interval", ylim=(-0.6, max(len(bars), 5) - 0.4))
     right.set_title(title, fontsize=10)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    plots.save(figure, directory, "discovery")
+    return figure
 
 
-def measure(command: DiscoveryCommand) -> dict[str, Any]:
-    """The whole results.json but for what was timed, from a checkpoint."""
+def measure(command: DiscoveryCommand) -> Results:
+    """What a model's characters decide, and the config."""
     model = load_model(command.checkpoint)
     base = model.max_pretrain_digits
     digits = base + 1 if command.digits is None else command.digits
@@ -215,18 +217,7 @@ def measure(command: DiscoveryCommand) -> dict[str, Any]:
 
 
 def main(command: DiscoveryCommand) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        start = time.monotonic()
-        results = measure(command) | machine() | {"wall_seconds": time.monotonic() - start}
-        command.out.mkdir(parents=True, exist_ok=True)
-        write_json(command.out / "results.json", results)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s"
-        draw(results, command.out)
-    print(f"{shown}; results.json, discovery.png and discovery.svg in {command.out}")
+    publish(command, COMMAND, "discovery", measure, text, draw)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Accuracy on N, N + 1, N + 2 and N + 3 digits of models of several N, where both 
 (*identical*) or one has and the other's length is drawn from 1 up to it (*varying*), decoded greedily: the paper does
 not say how it decodes. A cell whose longest answer (plus ``extra_length``) the block cannot hold "does not fit".
 
-The models come from the cache that experiments share (``experiments.models``); the missing ones are trained first. A
-call that was interrupted goes on with the same command, and cells that are done are kept; ``--plot-only`` draws again.
+The models come from the cache that experiments share (``common.models``); the missing ones are trained first. A call
+that was interrupted goes on with the same command, and cells that are done are kept; ``--plot-only`` draws again.
 
 Intervals shown are the bootstrap's over problems, as in the paper. The rules below read Wilson's score interval
 instead, which keeps a width at 0% and 100% (all of 95%). They were written before any model but tiny's N = 5 was
@@ -39,22 +39,21 @@ import tyro
 from matplotlib.figure import Figure
 
 from ckl_jax import tasks
-from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import bootstrap_interval, percent, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import Model, fingerprint, write_json
-from ckl_jax.errors import ConfigError, require
-from ckl_jax.evaluate import DRAWS, judge_cell, longest_episode
-from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
+from ckl_jax.analysis.statistics import Interval, bootstrap_interval, percent, share_interval
+from ckl_jax.checkpoint.store import Model, fingerprint
+from ckl_jax.errors import require
+from ckl_jax.evaluate import DRAWS, judge_cell
+from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
-from experiments.models import Models, colors_of, models_preset
-from experiments.pretraining_claims import figure2_claims, overlap
+from experiments.common.claims import LIES_ABOVE, OVERLAP
+from experiments.common.figure import Results, markdown, publish
+from experiments.common.models import Models, colors_of, models_preset
+from experiments.common.pretraining_claims import figure2_claims
 
 COMMAND = "experiments.figure2_pretraining"
-Interval = tuple[float, float, float]
 BEYOND = range(4)
 LENGTHS = ("N", "N+1", "N+2", "N+3")
-HIGH, ALMOST_NONE, NONE_UP_TO = 0.9, 0.01, 9
+HIGH, ALMOST_NONE, NONE_UP_TO = Interval(0.9, 0.9, 0.9), Interval(0.01, 0.01, 0.01), 9
 PAPER = {
     "identical": {
         7: ((98.9, 0.7), (48.8, 3.0), (0.0, 0.0), (0.0, 0.0)),
@@ -102,7 +101,7 @@ def preset(scale: str = "tiny") -> Figure2Command:
 def measure_cell(command: Figure2Command, model: Model, operands: str, digits: int) -> dict[str, Any]:
     """One cell: how many problems are solved, with both intervals, or that the block is too short for it."""
     cell = {"max_pretrain_digits": model.max_pretrain_digits, "operands": operands, "digits": digits}
-    longest, block = longest_episode(model.task, digits, command.extra_length), model.config.block_size
+    longest, block = model.task.longest_episode(digits, command.extra_length), model.config.block_size
     if longest > block:
         return cell | {"fits": False, "characters": longest, "block_size": block}
     settings: dict[str, Any] = {"seed": command.seed, "extra_length": command.extra_length}
@@ -116,39 +115,28 @@ def measure_cell(command: Figure2Command, model: Model, operands: str, digits: i
     }
 
 
-def above(higher: Interval, lower: Interval) -> str:
-    """Whether one interval (mean, low, high) lies above another, as the verdict on the claim that it does."""
-    if higher[1] > lower[2]:
-        return "reproduced"
-    return "not reproduced" if higher[2] < lower[1] else "undecided"
-
-
-def exactly(value: float) -> Interval:
-    return value, value, value
-
-
 def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     """The module's rules on all cells: claim, operands, N (or the two compared), verdict, the intervals that decide."""
     found = []
 
-    def add(claim: str, operands: str, digits: list[int], one: Interval | None, other: Interval | None, rule=above):
+    def add(claim: str, operands: str, digits: list[int], one: Any, other: Any, rule=LIES_ABOVE) -> None:
         said = {"claim": claim, "operands": operands, "max_pretrain_digits": digits}
-        fits = one is not None and other is not None
-        found.append(said | {"verdict": rule(one, other) if fits else "does not fit", "intervals": (one, other)})
+        verdict = rule[Interval(*one).side(other)] if one and other else "does not fit"
+        found.append(said | {"verdict": verdict, "intervals": (one, other)})
 
     by_cell = {(c["operands"], c["max_pretrain_digits"], c["digits"]): c.get("score_interval") for c in cells}
     bases = sorted({cell["max_pretrain_digits"] for cell in cells})
     for operands in DRAWS:
         for base in bases:
             at = [by_cell[operands, base, base + k] for k in BEYOND]
-            add("high at N", operands, [base], at[0], exactly(HIGH))
+            add("high at N", operands, [base], at[0], HIGH)
             add("falls at N+1", operands, [base], at[0], at[1])
             if base <= NONE_UP_TO:
-                add("almost none at N+3", operands, [base], exactly(ALMOST_NONE), at[3])
+                add("almost none at N+3", operands, [base], ALMOST_NONE, at[3])
             if scale == "gpt2" and base in PAPER[operands]:
                 for k, (mean, half) in enumerate(PAPER[operands][base]):
-                    theirs = (mean / 100, (mean - half) / 100, (mean + half) / 100)
-                    add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, overlap)
+                    theirs = Interval(mean / 100, (mean - half) / 100, (mean + half) / 100)
+                    add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, OVERLAP)
         low, high = bases[0], bases[-1]
         for k in BEYOND[1:] if low < high else ():
             compared = by_cell[operands, high, high + k], by_cell[operands, low, low + k]
@@ -156,32 +144,31 @@ def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Our cells above the paper's, in percent, and the verdicts, as Markdown."""
-    header = ["| operands | N | N digits | N+1 | N+2 | N+3 |", "|---|---|---|---|---|---|"]
-    lines = []
+    lines: list[list[str]] = []
     for operands in DRAWS:
         rows: dict[int, list[str]] = {}
         for cell in results["cells"]:
             if cell["operands"] == operands:
                 rows.setdefault(cell["max_pretrain_digits"], []).append(_shown(cell))
-        lines += [f"| {operands} | {base} | {' | '.join(cells)} |" for base, cells in rows.items()]
+        lines += [[operands, str(base), *cells] for base, cells in rows.items()]
         for base, numbers in PAPER[operands].items():
-            shown = " | ".join(f"{mean:g} ± {half:g}" for mean, half in numbers)
-            lines.append(f"| {operands}, paper (85M) | {base} | {shown} |")
-    said = ["| claim | operands | N | verdict |", "|---|---|---|---|"]
-    for row in results["verdicts"]:
-        compared = " against ".join(map(str, row["max_pretrain_digits"]))
-        said.append(f"| {row['claim']} | {row['operands']} | {compared} | {row['verdict']} |")
-    return "\n".join([*header, *lines, "", *said])
+            lines.append([f"{operands}, paper (85M)", str(base), *(f"{mean:g} ± {half:g}" for mean, half in numbers)])
+    said = [
+        [row["claim"], row["operands"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
+        for row in results["verdicts"]
+    ]
+    cells = markdown(["operands", "N", "N digits", *LENGTHS[1:]], lines)
+    return f"{cells}\n\n{markdown(['claim', 'operands', 'N', 'verdict'], said)}"
 
 
 def _shown(cell: dict[str, Any]) -> str:
     return percent(cell["accuracy"]) if cell["fits"] else "does not fit"
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+def draw(results: Results) -> Figure:
+    figure = Figure(figsize=(10, 4.2))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     bases = sorted({cell["max_pretrain_digits"] for cell in results["cells"]})
     colors = colors_of(bases)
@@ -190,20 +177,18 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
             of_base = [c for c in results["cells"] if c["max_pretrain_digits"] == base and c["operands"] == operands]
             cells = [cell for cell in of_base if cell["fits"]]
             mean, low, high = (100 * np.array([cell["accuracy"][part] for cell in cells]) for part in range(3))
-            style: dict[str, Any] = {"marker": "o", "capsize": 4, "markeredgecolor": "white", "linewidth": 2}
+            style: dict[str, Any] = {"marker": "o", "markeredgecolor": "white", "linewidth": 2}
             x = [cell["digits"] for cell in cells]
             panel.errorbar(x, mean, [mean - low, high - mean], label=f"N = {base}", color=colors[base], **style)
         panel.set(title=f"{operands} lengths", xlabel="digits")
         panel.set_xticks(range(bases[0], bases[-1] + max(BEYOND) + 1))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="greedy accuracy (%)", ylim=(-2, 102))
-    panels[1].legend(frameon=False, title="pre-trained on up to N digits")
-    plots.save(figure, directory, "figure2")
+    panels[1].legend(title="pre-trained on up to N digits")
+    return figure
 
 
-def measure(command: Figure2Command) -> dict[str, Any]:
-    """All cells, those of an interrupted call kept, with verdicts, config, device and wall seconds of evaluating."""
+def measure(command: Figure2Command) -> Results:
+    """All cells, those of an interrupted call kept, with verdicts, config and wall seconds of evaluating."""
     settings = {name: getattr(command, name) for name in ("problems", "seed", "extra_length")}
     described = {"command": COMMAND, "models": command.models.describe(), **settings}
     directory = RunDirectory(command.out, described)
@@ -228,23 +213,20 @@ def measure(command: Figure2Command) -> dict[str, Any]:
         "paper": {operands: {str(base): row for base, row in rows.items()} for operands, rows in PAPER.items()},
         "seeds": [command.seed],
         "config": described,
-        **machine(),
         "wall_seconds": directory.seconds(),
     }
 
 
+def judge(results: Results) -> Results:
+    return {"claims": figure2_claims(results)}
+
+
+def text(results: Results) -> str:
+    return f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
+
+
 def main(command: Figure2Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results["claims"] = figure2_claims(results)
-        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of evaluating"
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure2.png and .svg in {command.out}")
+    publish(command, COMMAND, "figure2", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ where section 5.3 has 5), on each round's new problems (lines) and on common tes
 paper's text says N + 1 digits and its caption N + 2: a panel for each. A run with several seeds per N and panel lies
 under ``out``; all have the same budget, but not the same problems, since these have other lengths.
 
-The models come from the cache that experiments share (``experiments.models``); the missing ones are trained first. A
-call that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
+The models come from the cache that experiments share (``common.models``); the missing ones are trained first. A call
+that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
 model's block cannot hold are refused before anything is trained.
 
 The paper's claims, compared between the largest and the smallest N in each panel by rules that were written before any
@@ -35,21 +35,22 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent, share_interval
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import Model, fingerprint, write_json
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
+from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.finetune import finetune
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory, by_run, earlier_results, machine
+from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runtime import cli
-from experiments.claims import as_json
-from experiments.figure2_pretraining import above
-from experiments.models import Models, colors_of, models_preset
-from experiments.pretraining_claims import from_verdicts
+from experiments.common import arms as arms_lib
+from experiments.common.claims import LIES_ABOVE, as_json
+from experiments.common.figure import Results, markdown, publish
+from experiments.common.models import Models, colors_of, models_preset
+from experiments.common.pretraining_claims import from_verdicts
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -107,32 +108,22 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> Figure3Command:
 
 def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Per-seed curves and intervals of one run (N = ``base`` and one target), from metrics.jsonl's records."""
-    numbers = range(config.seed, config.seed + seeds)
-    tests, rounds = by_run(records, "test_target"), by_run(records, "success")
-    test_steps, round_steps = (sorted({step for _, _, step in found}) for found in (tests, rounds))
-
-    def curve(found: dict[tuple[str, int, int], dict[str, Any]], steps: list[int], name: str) -> np.ndarray:
-        return np.array([[found[ARM, seed, step][name] for step in steps] for seed in numbers])
-
-    target, old = (curve(tests, test_steps, name) for name in ("test_target", "test_old"))
-    first = tests[ARM, config.seed, 0]
-    return {
+    digits = base + config.extra_digits
+    run = arms_lib.Run({"config": dataclasses.asdict(config), "seeds": seeds}, records, {}, digits)
+    found = arms_lib.summarize(run, [ARM], {})
+    values = found.pop("arms")[ARM]
+    target = np.array(values["learning_curve"])
+    problems = next(record["test_problems"] for record in records if record["step"] == 0)
+    return found | {
         "max_pretrain_digits": base,
         "extra_digits": config.extra_digits,
-        "digits": base + config.extra_digits,
-        "seeds": list(numbers),
-        "test_episodes": [step * config.episodes for step in test_steps],
-        "round_episodes": [step * config.episodes for step in round_steps],
-        "learning_curve": target.tolist(),
-        "old_curve": old.tolist(),
-        "collect_success": curve(rounds, round_steps, "success").tolist(),
-        "kl": curve(rounds, round_steps, "kl").tolist(),
-        "before": share_interval(round(first["test_target"] * first["test_problems"]), first["test_problems"]),
-        "after": mean_interval(target[:, -1]),
-        "gain": mean_interval(target[:, -1] - target[:, 0]),
+        "digits": digits,
+        **{name: values[name] for name in ("learning_curve", "old_curve", "collect_success", "kl", "old_after")},
+        "before": share_interval(round(target[0, 0] * problems), problems),
+        "after": values["target_after"],
+        "gain": values["target_gain"],
         "last_change": mean_interval(target[:, -1] - target[:, -2]),
-        "old_before": float(old[0, 0]),
-        "old_after": mean_interval(old[:, -1]),
+        "old_before": values["old_curve"][0][0],
     }
 
 
@@ -147,57 +138,58 @@ def verdicts(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "claim": f"larger N {claim} on N+{extra}",
                     "max_pretrain_digits": [high["max_pretrain_digits"], low["max_pretrain_digits"]],
-                    "verdict": above(high[name], low[name]),
+                    "verdict": LIES_ABOVE[Interval(*high[name]).side(low[name])],
                     "intervals": (high[name], low[name]),
                 }
             )
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """Accuracies in percent and the verdicts, as Markdown."""
-    lines = [
-        "| N | digits | before | after | gain | since the test before | old lengths before | old lengths after |",
-        "|---|---|---|---|---|---|---|---|",
+    rows = [
+        [
+            str(run["max_pretrain_digits"]),
+            str(run["digits"]),
+            *(percent(run[name]) for name in ("before", "after")),
+            *(percent(run[name], "+") for name in ("gain", "last_change")),
+            f"{100 * run['old_before']:.1f}",
+            percent(run["old_after"]),
+        ]
+        for run in results["runs"]
     ]
-    for run in results["runs"]:
-        changes = " | ".join(percent(run[name], "+") for name in ("gain", "last_change"))
-        lines.append(
-            f"| {run['max_pretrain_digits']} | {run['digits']} | {percent(run['before'])} | {percent(run['after'])} "
-            f"| {changes} | {100 * run['old_before']:.1f} | {percent(run['old_after'])} |"
-        )
-    lines += ["", "| claim | N | verdict |", "|---|---|---|"]
-    for row in results["verdicts"]:
-        lines.append(
-            f"| {row['claim']} | {' against '.join(map(str, row['max_pretrain_digits']))} | {row['verdict']} |"
-        )
-    return "\n".join(lines)
+    said = [
+        [row["claim"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
+        for row in results["verdicts"]
+    ]
+    changes = ("before", "after", "gain", "since the test before", "old lengths before", "old lengths after")
+    return f"{markdown(['N', 'digits', *changes], rows)}\n\n{markdown(['claim', 'N', 'verdict'], said)}"
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     runs = results["runs"]
     extras = sorted({run["extra_digits"] for run in runs})
     colors = colors_of(sorted({run["max_pretrain_digits"] for run in runs}))
     size = (5.2 * len(extras), 4.4)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     panels = figure.subplots(1, len(extras), sharey=True, squeeze=False)
     for panel, extra in zip(panels[0], extras, strict=True):
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"
             panel.set_prop_cycle(color=[colors[run["max_pretrain_digits"]]])
-            before = np.array(run["round_episodes"]) - run["round_episodes"][0]
+            before = arms_lib.episodes_before(run)
             plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100)
             tested = {name: np.array(run["learning_curve"])}
             plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_")
         panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
     panels[0, 0].set_ylim(bottom=-1)
-    panels[0, -1].legend(frameon=False, title=f"standard KL, {len(runs[0]['seeds'])} seeds")
-    plots.save(figure, directory, "figure3")
+    panels[0, -1].legend(title=f"standard KL, {len(runs[0]['seeds'])} seeds")
+    return figure
 
 
-def measure(command: Figure3Command) -> dict[str, Any]:
-    """All runs with their verdicts, config, device and wall seconds of the fine-tuning."""
+def measure(command: Figure3Command) -> Results:
+    """All runs with their verdicts, config and wall seconds of the fine-tuning."""
     settings = {"finetune": dataclasses.asdict(command.finetune), "extra_digits": list(command.extra_digits)}
     described = {"command": COMMAND, "models": command.models.describe(), "seeds": command.seeds, **settings}
     whole = RunDirectory(command.out, described)
@@ -213,7 +205,6 @@ def measure(command: Figure3Command) -> dict[str, Any]:
         "verdicts": verdicts(runs),
         "seeds": runs[0]["seeds"],
         "config": described,
-        **machine(),
         "wall_seconds": sum(run["wall_seconds"] for run in runs),
     }
 
@@ -222,26 +213,23 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     """One model's fine-tuning on N + ``extra`` digits, all seeds, in its own directory; its summary."""
     base, config, name = model.max_pretrain_digits, command.target(extra), fingerprint(model.params)
     settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, "checkpoint": name}
-    directory = RunDirectory(command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings})
-    print(f"N = {base}, {base + extra} digits, {command.seeds} seeds: {directory.path}", flush=True)
-    finetune(config, model, directory, {ARM: {}}, command.seeds)
-    directory.close()
+    path, described = command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings}
+    title = f"N = {base}, {base + extra} digits, {command.seeds} seeds: {path}"
+    directory = finetune_lib.run(path, described, config, model, {ARM: {}}, command.seeds, LogOptions(), title)
     found = summarize(config, base, command.seeds, directory.metrics())
     return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
 
 
+def judge(results: Results) -> Results:
+    return {"claims": as_json(from_verdicts(results["verdicts"]))}
+
+
+def text(results: Results) -> str:
+    return f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
+
+
 def main(command: Figure3Command) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results["claims"] = as_json(from_verdicts(results["verdicts"]))
-        shown = f"{table(results)}\n{results['wall_seconds']:.0f} s of fine-tuning"
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure3.png and .svg in {command.out}")
+    publish(command, COMMAND, "figure3", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

@@ -15,23 +15,19 @@ from __future__ import annotations
 
 import pathlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import shipped, write_json
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
+from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.figure4_prioritized_kl"
 
@@ -47,27 +43,25 @@ class Figure4Command(arms_lib.ArmsCommand):
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure4Command:
-    return Figure4Command(finetune_preset(scale, recipe), task, shipped(task))
+preset = Figure4Command.preset
 
 
 def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
     return {"standard": {"beta": 0.0}, "prioritized": {"beta": config.beta}}
 
 
-def summarize(run: arms_lib.Run) -> dict[str, Any]:
-    """Per-seed values, means with 95% intervals over seeds, and paired differences."""
-
+def summarize(run: arms_lib.Run) -> Results:
+    """Per-seed values, means with 95% intervals over seeds, paired differences, and the claim."""
     lines = {f"critical_comma_step{line}": comparison.critical_comma(run.task, line) for line in (1, 2)}
     results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
     results["paired_difference"] = {
         name: mean_interval(arms_lib.after(results, "prioritized", curve) - arms_lib.after(results, "standard", curve))
         for name, curve in (("target", "learning_curve"), ("old", "old_curve"))
     }
-    return results
+    return results | {"claims": as_json(claims(results, run.digits))}
 
 
-def claims(results: dict[str, Any], digits: int) -> list[Claim]:
+def claims(results: Results, digits: int) -> list[Claim]:
     difference = results["paired_difference"]["target"]
     return [
         Claim(
@@ -75,62 +69,51 @@ def claims(results: dict[str, Any], digits: int) -> list[Claim]:
             "prioritized above standard (7 to 8 digits, 10 seeds; numbers not printed)",
             f"{percent(difference, '+')} points ({digits - 1} to {digits} digits, {len(results['seeds'])} seeds)",
             (difference,),
-            verdict(difference),
+            LIES_ABOVE[difference.side()],
             "final accuracy, prioritized minus standard of the same seed: reproduced if Student's 95% interval over "
             "seeds is above 0, not reproduced if it is below, else undecided",
         )
     ]
 
 
-def table(results: dict[str, Any], digits: int) -> str:
-    """The summary as a Markdown table, in percent."""
-    lines = [
-        f"| arm | {digits} digits before | {digits} digits after | gain | old lengths before | old lengths after |",
-        "|---|---|---|---|---|---|",
-    ]
+def text(results: Results, run: arms_lib.Run) -> str:
+    """The summary as a Markdown table, in percent, and how long the run took."""
+    target = f"{run.digits} digits"
+    header = ["arm", f"{target} before", f"{target} after", "gain", "old lengths before", "old lengths after"]
+    rows = []
     for arm, values in results["arms"].items():
-        columns = ("target_before", "target_after", "target_gain", "old_before", "old_after")
-        before, after, gain, old_before, old_after = (values[name] for name in columns)
-        lines.append(
-            f"| {arm} | {100 * before[0]:.1f} | {percent(after)} | {percent(gain, '+')} "
-            f"| {100 * old_before[0]:.1f} | {percent(old_after)} |"
-        )
-    target, old = (percent(results["paired_difference"][name], "+") for name in ("target", "old"))
-    lines.append(f"| prioritized - standard, paired | | {target} | | | {old} |")
-    return "\n".join(lines)
+        before, old_before = (f"{100 * values[name][0]:.1f}" for name in ("target_before", "old_before"))
+        after, old_after = (percent(values[name]) for name in ("target_after", "old_after"))
+        rows.append([arm, before, after, percent(values["target_gain"], "+"), old_before, old_after])
+    paired, old = (percent(results["paired_difference"][name], "+") for name in ("target", "old"))
+    rows.append(["prioritized - standard, paired", "", paired, "", "", old])
+    return f"{markdown(header, rows)}\n{results['wall_seconds']:.0f} s"
 
 
-def draw(results: dict[str, Any], run: arms_lib.Run, directory: pathlib.Path) -> None:
+def draw(results: Results, run: arms_lib.Run) -> Figure:
     digits, operand = run.digits, run.task.long_operands[-1]
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top = figure.add_subplot(grid[0, :])
     collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     tested = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
     top.set_title(f"{run.task.name}, N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
-    top.legend(frameon=False, loc="upper left", ncols=2)
+    top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])
         by_arm = {arm: np.array(v[f"critical_comma_step{line}"], float) for arm, v in results["arms"].items()}
         plots.curves(panel, before, by_arm)
         panel.set(xlabel="RL episodes", ylabel="probability of the right character", ylim=(0, 1.02))
         panel.set_title(f"critical comma, step {line}, operand {operand}")
-    plots.save(figure, directory, "figure4")
+    return figure
 
 
 def main(command: Figure4Command) -> None:
-    run = arms_lib.run_arms(command, COMMAND, arms(command.config))
-    with reading.only_read(command.out, "plot_only", command.plot_only):
-        results = summarize(run)
-        results |= {"claims": as_json(claims(results, run.digits)), "config": run.config, **run.made}
-        shown = f"{table(results, run.digits)}\n{results['wall_seconds']:.0f} s"
-        draw(results, run, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure4.png and figure4.svg in {command.out}")
+    arms_lib.publish(command, COMMAND, "figure4", arms(command.config), summarize, text, draw)
 
 
 if __name__ == "__main__":

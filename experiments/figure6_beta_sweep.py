@@ -38,21 +38,17 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import shipped, write_json
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments.claims import Claim, as_json, verdict
+from experiments.common import arms as arms_lib
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
+from experiments.common.figure import Results, markdown
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"
 PRESSURES = {"kl_weight": "kl_weight", "kl": "kl", "kl_loss": "loss/kl"}
-AGAINST = {"reproduced": "above", "not reproduced": "below", "undecided": "undecided"}
 RULE = "{}, final accuracy paired by seed: reproduced if Student's 95% interval is above 0, not reproduced if below"
 
 
@@ -73,16 +69,15 @@ class Figure6Command(arms_lib.ArmsCommand):
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
 
 
-def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Figure6Command:
-    return Figure6Command(finetune_preset(scale, recipe), task, shipped(task))
+preset = Figure6Command.preset
 
 
 def arm_name(beta: float) -> str:
     return f"beta_{beta:g}" if beta else STANDARD
 
 
-def summarize(run: arms_lib.Run) -> dict[str, Any]:
-    """Per-seed curves, the KL pressure, and differences to the standard arm, each mean with its 95% interval.
+def summarize(run: arms_lib.Run) -> Results:
+    """Per-seed curves, the KL pressure, and differences to the standard arm, means with 95% intervals, and claims.
 
     Raises:
       ConfigError: the config names no betas.
@@ -97,11 +92,12 @@ def summarize(run: arms_lib.Run) -> dict[str, Any]:
         for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
             paired = arms_lib.after(results, arm, curve) - arms_lib.after(results, STANDARD, curve)
             values[f"{name}_minus_standard"] = mean_interval(paired)
-        values["against_standard"] = AGAINST[verdict(values["target_minus_standard"])]
-    return {"betas": betas, **results}
+        values["against_standard"] = values["target_minus_standard"].side()
+    results["betas"] = betas
+    return results | {"claims": as_json(claims(results))}
 
 
-def claims(results: dict[str, Any]) -> list[Claim]:
+def claims(results: Results) -> list[Claim]:
     """What the paper says of Figure 6 about the betas that were swept, by the rules of this module's docstring."""
     betas = results["betas"]
     final = {beta: arms_lib.after(results, arm_name(beta)) for beta in (0.0, *betas)}
@@ -111,7 +107,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     def add(claim: str, paper: str, what: str, paired: np.ndarray) -> None:
         difference = mean_interval(paired)
         here = f"{what}: {percent(difference, '+')} points ({seeds})"
-        found.append(Claim(claim, paper, here, (difference,), verdict(difference), RULE.format(what)))
+        found.append(Claim(claim, paper, here, (difference,), LIES_ABOVE[difference.side()], RULE.format(what)))
 
     moderate = [beta for beta in betas if 10 <= beta <= 500]
     if moderate:
@@ -131,42 +127,36 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     return found
 
 
-def table(results: dict[str, Any], digits: int) -> str:
-    """An arm per line, as Markdown: KL pressure as means over rounds, accuracies in percent."""
-    lines = [
-        f"| arm | J^beta | KL, nats | weighted KL loss | {digits} digits after | minus standard, paired | "
-        "old lengths after | against standard |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def text(results: Results, run: arms_lib.Run) -> str:
+    """An arm per line, as Markdown: KL pressure as means over rounds, accuracies in percent. Then the claims."""
+    accuracies = (f"{run.digits} digits after", "minus standard, paired", "old lengths after", "against standard")
+    rows = []
     for arm, values in results["arms"].items():
-        pressure = [_interval(values["pressure"][name]) for name in PRESSURES]
+        pressure = [Interval(*values["pressure"][name]).text(".3g") for name in PRESSURES]
         difference = "" if arm == STANDARD else percent(values["target_minus_standard"], "+")
         accuracy = [percent(values["target_after"]), difference, percent(values["old_after"])]
         said = "" if arm == STANDARD else values["against_standard"]
-        lines.append("| " + " | ".join([arm.replace("_", " "), *pressure, *accuracy, said]) + " |")
-    return "\n".join(lines)
+        rows.append([arm.replace("_", " "), *pressure, *accuracy, said])
+    table = markdown(["arm", "J^beta", "KL, nats", "weighted KL loss", *accuracies], rows)
+    claimed = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]
+    return "\n".join([table, *claimed, f"{results['wall_seconds']:.0f} s"])
 
 
-def _interval(interval: tuple[float, float, float]) -> str:
-    mean, low, high = interval
-    return f"{mean:.3g}" + (f" [{low:.3g}, {high:.3g}]" if math.isfinite(low) else "")
-
-
-def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
-    betas = results["betas"]
+def draw(results: Results, run: arms_lib.Run) -> Figure:
+    digits, betas = run.digits, results["betas"]
     shades = colormaps["plasma_r"](np.linspace(0.12, 0.95, len(betas)))
     colors: dict[str, Any] = {STANDARD: STANDARD_COLOR} | dict(zip(map(arm_name, betas), shades, strict=True))
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    before = np.array(results["round_episodes"]) - results["round_episodes"][0]
+    before = arms_lib.episodes_before(results)
     for arm, values in results["arms"].items():
         mean, _, _ = mean_intervals(np.array(values["collect_success"]))
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
         top.plot(before, 100 * mean, color=colors[arm], label=arm.replace("_", " "), **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
     top.set_title(f"N = {digits - 1} to {digits} digits, mean over {len(results['seeds'])} seeds")
-    top.legend(frameon=False, loc="upper left", ncols=2)
+    top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]
     final = arms_lib.after(results, STANDARD)
@@ -187,28 +177,18 @@ def draw(results: dict[str, Any], digits: int, directory: pathlib.Path) -> None:
     for panel in (left, right):
         panel.set(xscale="log", xlabel="beta", ylim=(0, None))
         panel.set_ylim(top=1.15 * panel.get_ylim()[1])
-        panel.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+        panel.legend(fontsize=8, loc="upper right", ncols=2)
     left.set_ylabel(f"accuracy on {digits} digits (%)")
     right.set_ylabel("weight of a token's KL")
     right.set_title("mean of J^beta over all rounds", fontsize=10)
     left.set_title("after training, common test problems", fontsize=10)
-    for panel in (top, left, right):
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    plots.save(figure, directory, "figure6")
+    return figure
 
 
 def main(command: Figure6Command) -> None:
-    arms = {arm_name(beta): {"beta": beta} for beta in (0.0, *sorted(command.betas))}
-    run = arms_lib.run_arms(command, COMMAND, arms, betas=sorted(command.betas))
-    with reading.only_read(command.out, "plot_only", command.plot_only):
-        results = summarize(run)
-        results |= {"claims": as_json(claims(results)), "config": run.config, **run.made}
-        said = [f"{claim['claim']}: {claim['verdict']} ({claim['here']})" for claim in results["claims"]]
-        shown = "\n".join([table(results, run.digits), *said, f"{results['wall_seconds']:.0f} s"])
-        draw(results, run.digits, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, figure6.png and figure6.svg in {command.out}")
+    betas = sorted(command.betas)
+    arms = {arm_name(beta): {"beta": beta} for beta in (0.0, *betas)}
+    arms_lib.publish(command, COMMAND, "figure6", arms, summarize, text, draw, betas=betas)
 
 
 if __name__ == "__main__":

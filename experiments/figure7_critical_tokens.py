@@ -18,6 +18,7 @@ six: reproduced if the interval is above 0, not reproduced if it is below 0, els
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -29,15 +30,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, mean_intervals, percent
+from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runs.directory import by_run, critical_probability, earlier_results, read_json, read_metrics
+from ckl_jax.runs.records import by_run, critical_probability, read_json, read_metrics
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import task_named
-from experiments.claims import Claim, as_json, verdict
-from experiments.comparison import COMMA
+from ckl_jax.tasks.catalog import task_named
+from experiments.common.claims import LIES_ABOVE, Claim, as_json
+from experiments.common.comparison import COMMA
+from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")
@@ -117,7 +118,7 @@ def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int,
         "arms": arms,
         "final_difference": difference,
         "pairs": len(paired),
-        "verdict": verdict(difference),
+        "verdict": LIES_ABOVE[difference.side()],
     }
 
 
@@ -129,7 +130,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     )
     found = []
     for token in results["tokens"]:
-        difference = token["final_difference"]
+        difference = Interval(*token["final_difference"])
         final = {arm: percent(token["arms"][arm]["final"]) for arm in ARMS}
         found.append(
             Claim(
@@ -138,32 +139,28 @@ def claims(results: dict[str, Any]) -> list[Claim]:
                 f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
                 f"({token['pairs']} seeds)",
                 (difference,),
-                verdict(difference),
+                LIES_ABOVE[difference.side()],
                 rule,
             )
         )
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def text(results: Results) -> str:
     """The six tokens as a Markdown table of probabilities in percent."""
-    lines = [
-        "| comma of step, operand | before | standard, last round | prioritized, last round | difference, paired | |",
-        "|---|---|---|---|---|---|",
-    ]
+    last = (f"{arm}, last round" for arm in ARMS)
+    rows = []
     for token in results["tokens"]:
         standard, prioritized = (token["arms"][arm] for arm in ARMS)
-        lines.append(
-            f"| {token['step']}, {token['operand']} | {percent(standard['before'])} | {percent(standard['final'])} "
-            f"| {percent(prioritized['final'])} | {percent(token['final_difference'], '+')} | {token['verdict']} |"
-        )
-    return "\n".join(lines)
+        shown = [percent(interval) for interval in (standard["before"], standard["final"], prioritized["final"])]
+        difference = percent(token["final_difference"], "+")
+        rows.append([f"{token['step']}, {token['operand']}", *shown, difference, token["verdict"]])
+    return markdown(["comma of step, operand", "before", *last, "difference, paired", ""], rows)
 
 
-def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
+def draw(results: Results) -> Figure:
     operands = sorted({token["operand"] for token in results["tokens"]})
-    size: dict[str, Any] = {"figsize": (11, 3.2 * len(operands)), "layout": "constrained"}
-    figure = Figure(**size)
+    figure = Figure(figsize=(11, 3.2 * len(operands)))
     panels = figure.subplots(len(operands), 3, sharex=True, sharey=True, squeeze=False)
     for token in results["tokens"]:
         panel = panels[operands.index(token["operand"]), token["step"] - 1]
@@ -181,13 +178,14 @@ def draw(results: dict[str, Any], directory: pathlib.Path) -> None:
         f"mean over {len(results['seeds'])} seeds; below the panels' names: prioritized minus standard "
         "in the last round, paired by seed, with 95% interval"
     )
-    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS), "frameon": False}
+    place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS)}
     figure.legend(handles, labels, title=caption, **place)
-    plots.save(figure, directory, "figure7")
+    return figure
 
 
-def measure(run: pathlib.Path) -> dict[str, Any]:
+def measure(command: Figure7Command) -> Results:
     """``summarize`` of a run's directory, with the run's config, device and wall seconds."""
+    run = command.run
     complete = all((run / name).is_file() for name in ("config.json", "metrics.jsonl", "results.json"))
     require(complete, "run", str(run), f"{FINISHED_RUN} --out {run}")
     config, made = read_json(run / "config.json", "run"), read_json(run / "results.json", "run")
@@ -205,21 +203,13 @@ def measure(run: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def judge(results: Results) -> Results:
+    return {"claims": as_json(claims(results))}
+
+
 def main(command: Figure7Command) -> None:
-    directory = command.directory
-    results = earlier_results(directory, COMMAND)
-    if not command.plot_only:
-        results = measure(command.run)
-        directory.mkdir(parents=True, exist_ok=True)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {directory}, allowed is a directory with an earlier call's results.json")
-    with reading.only_read(directory / "results.json", "plot_only", command.plot_only):
-        results["claims"] = as_json(claims(results))
-        shown = table(results)
-        draw(results, directory)
-    write_json(directory / "results.json", results)
-    print(shown)
-    print(f"results.json, figure7.png and figure7.svg in {directory}")
+    command = dataclasses.replace(command, out=command.out or command.run / "figure7")
+    publish(command, COMMAND, "figure7", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

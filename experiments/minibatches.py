@@ -23,7 +23,6 @@ is a run of its own under ``out``; an interrupted call goes on with the same com
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -35,21 +34,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ckl_jax import finetune
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import Model, Params, load_model, shipped, write_json
+from ckl_jax.checkpoint.store import Model, Params, load_model, shipped
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.errors import ConfigError, require
-from ckl_jax.finetune import describe, finetune
+from ckl_jax.errors import require
+from ckl_jax.finetune import describe
 from ckl_jax.presets import finetune_preset
+from ckl_jax.rl import program
 from ckl_jax.rl.program import make_program, make_runs
-from ckl_jax.runs.directory import RunDirectory, earlier_results, machine
-from ckl_jax.runs.progress import display
+from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import TaskName
-from experiments import arms as arms_lib
-from experiments import comparison
+from ckl_jax.tasks.catalog import TaskName
+from experiments.common import arms as arms_lib
+from experiments.common import comparison
+from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.minibatches"
 KINDS = ("episodes", "transitions")
@@ -87,8 +87,8 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
 
 
 def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> MinibatchesCommand:
-    config = dataclasses.replace(finetune_preset(scale, recipe), rounds=4, episodes=64, test_every=2)
-    config = dataclasses.replace(config, minibatch="episodes", learning_rate=3e-4)
+    budget: dict[str, Any] = {"rounds": 4, "episodes": 64, "test_every": 2}
+    config = dataclasses.replace(finetune_preset(scale, recipe), minibatch="episodes", learning_rate=3e-4, **budget)
     return MinibatchesCommand(config, task, shipped(task))
 
 
@@ -100,7 +100,7 @@ def displacement(params: Params, start: Params) -> float:
     return float(np.sqrt(sum(jax.tree.leaves(squares))))
 
 
-def measure(command: MinibatchesCommand) -> dict[str, Any]:
+def measure(command: MinibatchesCommand) -> Results:
     """Both kinds' runs: per arm what ``arms.summarize`` gives, the displacement of every seed, and seconds a round."""
     model = arms_lib.load(command)
     for kind in KINDS:
@@ -117,21 +117,18 @@ def measure(command: MinibatchesCommand) -> dict[str, Any]:
         results |= found
     whole.record_config()
     whole.close()
-    return {**results, "wall_seconds": sum(results["seconds"].values()), "config": described, **machine()}
+    return {**results, "wall_seconds": sum(results["seconds"].values()), "config": described}
 
 
 def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any]:
     config, arms = command.configured(kind), command.arms(kind)
     described = {"command": COMMAND, "config": dataclasses.asdict(config), "arms": arms, "seeds": command.seeds}
-    with (
-        contextlib.closing(RunDirectory(command.out / kind, described, command.logs)) as directory,
-        display(command.logs.quiet) as progress,
-    ):
-        runs = finetune(config, model, directory, arms, command.seeds, progress)
+    directory = finetune.run(command.out / kind, described, config, model, arms, command.seeds, command.logs)
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():
-        policies = [load_model(directory.path / run.name).params for run in runs if run.arm == arm]
+        runs = [program.Run(arm, seed) for seed in found["seeds"]]
+        policies = [load_model(directory.path / run.name).params for run in runs]
         values |= {"minibatch": kind, "displacement": [displacement(policy, model.params) for policy in policies]}
     return {**found, "digits": digits, "seconds": directory.seconds()}
 
@@ -161,7 +158,7 @@ def compare(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "arm": arm,
                 "seeds_compared": len(compared),
                 "difference": interval,
-                "verdict": comparison.verdict(interval) if interval else "none",
+                "verdict": comparison.JUDGED[interval.side()] if interval else "none",
             }
         )
     return pairs
@@ -171,27 +168,30 @@ def _after(found: Mapping[str, Any]) -> list[float]:
     return [curve[-1] for curve in found["learning_curve"]]
 
 
-def table(results: Mapping[str, Any]) -> str:
+def text(results: Results) -> str:
     """Arms, pairs and seconds as Markdown."""
-    digits = results["digits"]
-    columns = f"arm | displacement | {digits} digits after | old lengths after | last KL"
-    lines = [f"| {columns} |", "|---" * 5 + "|"]
+    rows = []
     for arm, found in results["arms"].items():
         far, kl = np.mean(found["displacement"]), np.mean(np.array(found["kl"])[:, -1])
         target, old = (percent(found[name]) for name in ("target_after", "old_after"))
-        lines.append(f"| {arm} | {far:.3f} | {target} | {old} | {kl:.4f} |")
+        rows.append([arm, f"{far:.3f}", target, old, f"{kl:.4f}"])
     before = 100 * next(iter(results["arms"].values()))["target_before"][0]
-    lines += [f"| before | 0 | {before:.1f} | | 0 |", ""]
-    lines += ["| at the displacement of | transitions - episodes | seeds | |", "|---" * 4 + "|"]
+    rows.append(["before", "0", f"{before:.1f}", "", "0"])
+    compared = []
     for pair in results["pairs"]:
         shown = percent(pair["difference"], "+") if pair["difference"] else "-"
-        lines.append(f"| {pair['arm']} | {shown} | {pair['seeds_compared']} | {pair['verdict']} |")
+        compared.append([pair["arm"], shown, str(pair["seeds_compared"]), pair["verdict"]])
     seconds = ", ".join(f"{kind} {value:.0f} s" for kind, value in results["seconds"].items())
-    return "\n".join([*lines, "", f"all runs: {seconds}"])
+    after = (f"{results['digits']} digits after", "old lengths after")
+    tables = [
+        markdown(["arm", "displacement", *after, "last KL"], rows),
+        markdown(["at the displacement of", "transitions - episodes", "seeds", ""], compared),
+    ]
+    return "\n\n".join([*tables, f"all runs: {seconds}"])
 
 
-def draw(results: Mapping[str, Any], directory: pathlib.Path) -> None:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+def draw(results: Results) -> Figure:
+    figure = Figure(figsize=(10, 4))
     panels = figure.subplots(1, 2, sharex=True)
     names = {"target": f"{results['digits']} digits", "old": "the lengths of pre-training"}
     for panel, (curve, title) in zip(panels, names.items(), strict=True):
@@ -208,26 +208,18 @@ def draw(results: Mapping[str, Any], directory: pathlib.Path) -> None:
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy after RL (%)")
-    panels[0].legend(frameon=False, title="minibatches of")
+    panels[0].legend(title="minibatches of")
     figure.suptitle(f"Equal samples, several learning rates, {len(results['seeds'])} seeds")
-    plots.save(figure, directory, "minibatches")
+    return figure
+
+
+def judge(results: Results) -> Results:
+    return {"pairs": compare(results["arms"])}
 
 
 def main(command: MinibatchesCommand) -> None:
-    results = earlier_results(command.out, COMMAND)
-    if not command.plot_only:
-        results = measure(command)
-    elif results is None:
-        raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with a finished call's results.json")
-    with reading.only_read(command.out / "results.json", "plot_only", command.plot_only):
-        results |= {"pairs": compare(results["arms"])}
-        shown = table(results)
-        draw(results, command.out)
-    write_json(command.out / "results.json", results)
-    print(f"{shown}; results.json, minibatches.png and .svg in {command.out}")
+    publish(command, COMMAND, "minibatches", measure, text, draw, judge=judge)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import require
 from ckl_jax.losses import kl_estimate, prioritized_kl
-from ckl_jax.runs.directory import machine
+from ckl_jax.runs.records import machine
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.task import Problem
 
 BOS, EOS = alphabet.VOCAB_SIZE, alphabet.VOCAB_SIZE + 1
 LAST_STEPS, OUTPUT_SCALE = 5, 6
@@ -209,7 +210,7 @@ def additions(command: TunixCommand, seed: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(seed)
     for _ in range(command.steps):
         operands = rng.integers(10, 100, (command.prompts, 2)).tolist()
-        yield {"prompts": np.array([ADDITION.prompt_text(a, b) for a, b in operands])}
+        yield {"prompts": np.array([ADDITION.prompt_text(Problem(a, b)) for a, b in operands])}
 
 
 def train(command: TunixCommand, exponent: float, seed: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, update
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import score
+from ckl_jax.rollout.trajectory import Sampling, score
 from ckl_jax.runtime import xla_cpu
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
@@ -87,9 +87,9 @@ def show(figure: Figure, name: str) -> None:
 N = 5
 DIGITS = N + 1
 PROBLEM = ADDITION.problem(788400, 756689)
-PROMPT = ADDITION.prompt_text(PROBLEM.a, PROBLEM.b)
-RIGHT = ADDITION.answer_text(PROBLEM.a, PROBLEM.b)
-MARKS = ADDITION.critical_tokens(PROBLEM.a, PROBLEM.b, N)
+PROMPT = ADDITION.prompt_text(PROBLEM)
+RIGHT = ADDITION.answer_text(PROBLEM)
+MARKS = ADDITION.critical_tokens(PROBLEM, N)
 MAX_LENGTH = ADDITION.max_answer_length(DIGITS, extra=20)
 VOCABULARY, decode, encode = alphabet.VOCABULARY, alphabet.decode, alphabet.encode
 drawn = functools.partial(ADDITION.rl_problems, digits=DIGITS, max_pretrain_digits=N)
@@ -141,9 +141,7 @@ EPISODES = 64
 
 @functools.partial(jax.jit, static_argnums=0)
 def write(config, params, problems, key):
-    written = generate(
-        config, params, problems, key, how="plain", with_scores=True, max_length=MAX_LENGTH, temperature=1.0
-    )
+    written = generate(config, params, problems, key, Sampling(MAX_LENGTH), how="plain", with_scores=True)
     return written.trajectory, written.logits_BxTxV
 
 
@@ -253,7 +251,7 @@ print(f"{sure_BxT[mask_BxT & ~critical_BxT].mean():.4f} at the others")
 # %% [markdown]
 # Two things to see. Of most characters the model is certain: a scratchpad is mostly copying and syntax. And most of the
 # critical tokens lie near J = 1 as well, while other characters (digits of sums, for example) dip too. For this small
-# model only a few critical tokens behave as the paper describes; `experiments/table1_certainty_gap.py` counts them.
+# model only a few critical tokens behave as the paper describes; `python -m experiments.table1_certainty_gap` counts.
 
 # %% [markdown]
 # ## 4. The weight J^beta

@@ -35,7 +35,7 @@ def refuse(where):
 def judged(model):
     """Whether three answers are right that are given whole, the second with another number's result."""
     problems = [tasks.Problem(1, 2), tasks.Problem(3, 4), tasks.Problem(5, 6)]
-    texts = [ADDITION.answer_text(a, b) for a, b in ((1, 2), (3, 5), (5, 6))]
+    texts = [ADDITION.answer_text(tasks.Problem(a, b)) for a, b in ((1, 2), (3, 5), (5, 6))]
     given_BxT = np.full((3, max(map(len, texts))), -1)
     for row, text in enumerate(texts):
         given_BxT[row, : len(text)] = alphabet.encode(text)

@@ -113,12 +113,20 @@ def saved_model(directory):
     return directory
 
 
+def command_of(name):
+    """The module that ``python -m name`` runs, the type of its options, and its preset or None."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    return module, getattr(module, TYPES[name]), getattr(module, "preset", None)
+
+
 def refused_command(here, capsys, monkeypatch, name, arguments, expected):
     """Asserts that a command ends with 2 and one line on standard error, and is a ``refusal``."""
-    module = importlib.import_module(name)
+    module, config_type, preset = command_of(name)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with refusal(here), pytest.raises(SystemExit) as stop:
-        cli.run(module.main, getattr(module, TYPES[name]), getattr(module, "preset", None))
+        cli.run(module.main, config_type, preset)
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert printed.out == ""

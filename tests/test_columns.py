@@ -17,11 +17,11 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "scratchpads.json"
 @pytest.mark.parametrize("case", GOLDEN, ids=[f"{c['a']}+{c['b']}/{c['max_pretrain_digits']}" for c in GOLDEN])
 def test_text_and_critical_tokens_equal_the_golden_file(case):
     a, b, limit = case["a"], case["b"], case["max_pretrain_digits"]
-    answer = ADDITION.answer_text(a, b)
-    assert ADDITION.prompt_text(a, b) == case["prompt"]
+    answer = ADDITION.answer_text(tasks.Problem(a, b))
+    assert ADDITION.prompt_text(tasks.Problem(a, b)) == case["prompt"]
     assert answer == case["answer"]
-    assert ADDITION.result_text(a, b) == case["result"]
-    found = ADDITION.critical_tokens(a, b, limit)
+    assert ADDITION.result_text(tasks.Problem(a, b)) == case["result"]
+    found = ADDITION.critical_tokens(tasks.Problem(a, b), limit)
     as_golden = [
         {
             "step": t.step,
@@ -55,7 +55,10 @@ def test_the_vocabulary_has_41_distinct_characters_and_padding_comes_first():
     assert alphabet.VOCABULARY[alphabet.NEWLINE_ID] == "\n"
 
 
-@pytest.mark.parametrize("text", ["", alphabet.VOCABULARY, ADDITION.prompt_text(90, 7) + ADDITION.answer_text(90, 7)])
+@pytest.mark.parametrize(
+    "text",
+    ["", alphabet.VOCABULARY, ADDITION.prompt_text(tasks.Problem(90, 7)) + ADDITION.answer_text(tasks.Problem(90, 7))],
+)
 def test_decode_undoes_encode(text):
     tokens = alphabet.encode(text)
     assert tokens.dtype == np.uint8
@@ -92,7 +95,7 @@ def test_a_problem_refuses_what_is_no_operand_and_names_it(value):
     with pytest.raises(ValueError, match=r"^b: got"):
         tasks.Problem(0, value)
     with pytest.raises(ValueError, match=r"^b: got"):
-        ADDITION.answer_text(0, value)
+        ADDITION.answer_text(tasks.Problem(0, value))
 
 
 def test_a_problem_takes_the_smallest_and_largest_operands():
@@ -125,8 +128,8 @@ def test_the_longest_document_has_the_known_length(digits, length):
 @pytest.mark.parametrize("digits", [1, 3])
 def test_no_document_is_longer_than_the_longest(digits):
     for problem in ADDITION.short_problems(rng(), 300, digits):
-        assert len(ADDITION.prompt_text(problem.a, problem.b)) <= ADDITION.max_prompt_length(digits)
-        assert len(ADDITION.answer_text(problem.a, problem.b)) <= ADDITION.max_answer_length(digits, extra=0)
+        assert len(ADDITION.prompt_text(problem)) <= ADDITION.max_prompt_length(digits)
+        assert len(ADDITION.answer_text(problem)) <= ADDITION.max_answer_length(digits, extra=0)
 
 
 def test_identical_problems_have_both_operands_of_that_length():
@@ -184,4 +187,4 @@ def test_rl_problems_refuse_a_pretraining_length_that_leaves_no_gap(max_pretrain
 
 def test_critical_tokens_refuse_a_pretraining_length_below_1():
     with pytest.raises(ValueError, match=r"^max_pretrain_digits: got"):
-        ADDITION.critical_tokens(12, 3, 0)
+        ADDITION.critical_tokens(tasks.Problem(12, 3), 0)

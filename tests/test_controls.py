@@ -1,18 +1,22 @@
 """The controls end to end on a random model of width 16, and their numbers and answers from records made by hand."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
+import made_runs
 import numpy as np
 import pytest
 
+from ckl_jax import finetune
 from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from experiments import arms as arms_lib
-from experiments import comparison, controls
+from experiments import controls
+from experiments.common import arms as arms_lib
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -26,22 +30,29 @@ def command(tmp_path, *extra: str) -> controls.ControlsCommand:
     return cli.parse(controls.ControlsCommand, controls.preset, [*OPTIONS.split(), *paths, *extra])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_model):
+@pytest.fixture(scope="module", params=["made", pytest.param("trained", marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("controls")
     params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     params["params"]["wte"]["embedding"] *= 10
     save_model(path / "model", Model(small_model, 1, params), {})
-    controls.main(command(path))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "made":
+            patch.setattr(finetune, "finetune", made_runs.finetune)
+        controls.main(command(path))
     return path / "out"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def rounds(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     return {(r["arm"], r["step"]): r for r in records if "success" in r}
 
 
+trained = pytest.mark.parametrize("finished", [pytest.param("trained", marks=pytest.mark.slow)], indirect=True)
+
+
+@trained
 def test_every_arm_weighs_the_first_rounds_tokens_as_its_name_says(rounds):
     weight = {arm: rounds[arm, 1]["kl_weight"] for arm in ARMS}
     assert 0 < weight["prioritized"] < 0.9
@@ -52,6 +63,7 @@ def test_every_arm_weighs_the_first_rounds_tokens_as_its_name_says(rounds):
     assert len({rounds[arm, 1]["success"] for arm in ARMS}) == 1
 
 
+@trained
 def test_the_kl_term_has_the_arms_coefficient(rounds):
     per_kl = {arm: rounds[arm, 2]["loss/kl"] / rounds[arm, 2]["kl"] for arm in ARMS}
     assert per_kl["no_kl"] == 0
@@ -98,27 +110,20 @@ AFTER = {
 }
 
 
-def records(after):
-    lines = []
-    for arm, values in after.items():
-        for seed, value in enumerate(values):
-            for step, target in ((0, 0.2), (1, 0.25), (2, value)):
-                lines.append({"step": step, "arm": arm, "seed": seed, "test_target": target, "test_old": 1 - target})
-            for step in (1, 2):
-                comma = np.full((3, 2, 2), 0.1)
-                comma[0, 1, 0] = 0.5 + 0.1 * step + 0.01 * seed
-                count = np.ones((3, 2, 2))
-                count[0, 1, 0] = not (arm == "matched" and seed == 2)
-                measured = {"success": 0.1, "kl": 0.01 * step, "kl_weight": 0.9 + 0.02 * step}
-                critical = {"critical_probability_3x2xC": comma.tolist(), "critical_count_3x2xC": count.tolist()}
-                lines.append({"step": step, "arm": arm, "seed": seed, **measured, **critical})
-    return lines
+def measured(arm, seed, step):
+    comma, count = np.full((3, 2, 2), 0.1), np.ones((3, 2, 2))
+    comma[0, 1, 0] = 0.5 + 0.1 * step + 0.01 * seed
+    count[0, 1, 0] = not (arm == "matched" and seed == 2)
+    return {"kl_weight": 0.9 + 0.02 * step, **made_runs.commas(comma, count)}
 
 
 def summarized(after):
-    config = {"config": {"seed": 0, "episodes": 4, "kl_coefficient": 0.5}, "seeds": len(after["standard"])}
-    by_name = {arm: {} for arm in after}
-    return controls.summarize(arms_lib.Run(config, records(after), {}, 2), by_name)
+    def old(arm, seed, step):
+        return {"test_old": 1 - after[arm][seed]} if step == 2 else {"test_old": 0.8}
+
+    records = made_runs.records(after, test=old, round_=measured)
+    config = {"config": dataclasses.asdict(FinetuneConfig()), "grid": [0.1, 0.3], "seeds": len(after["standard"])}
+    return controls.summarize(arms_lib.Run(config, records, {}, 2))
 
 
 @pytest.fixture(scope="module")
@@ -181,19 +186,6 @@ def test_renormalized_prioritizes_too_and_does_not_count(renormalized):
 
 
 @pytest.mark.parametrize(
-    ("difference", "expected"),
-    [
-        ((0.1, 0.01, 0.2), "better"),
-        ((0.1, 0.0, 0.2), "undecided"),
-        ((-0.1, -0.2, -0.01), "worse"),
-        ((0.1, float("nan"), float("nan")), "undecided"),
-    ],
-)
-def test_the_verdict_looks_at_the_interval_alone(difference, expected):
-    assert comparison.verdict(difference) == expected
-
-
-@pytest.mark.parametrize(
     ("field", "options"),
     [
         ("beta", ["--beta", "0"]),
@@ -212,5 +204,5 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
 def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
     results = summarized(after)
-    controls.draw(results, 2, tmp_path)
-    assert (tmp_path / "controls.png").exists()
+    run = arms_lib.Run({}, [], {}, 2)
+    controls.draw(results, run).savefig(tmp_path / "controls.png")

@@ -32,8 +32,8 @@ from ckl_jax.model import forward
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION, SUBTRACTION
-from experiments import figure1_scratchpad as figure1
-from experiments import figure5_certainty_colors as figure5
+from experiments.figure1_scratchpad import __main__ as figure1
+from experiments.figure5_certainty_colors import shown as shown_lib
 
 WRITERS = {
     "transformers": write_transformers,
@@ -57,7 +57,7 @@ def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character
         np.testing.assert_allclose(run(tokens), expected, atol=1e-4)
 
         ours = np.zeros((1, 30), np.int32)
-        prompt = alphabet.encode(ADDITION.prompt_text(12, 7))
+        prompt = alphabet.encode(ADDITION.prompt_text(tasks.Problem(12, 7)))
         ours[0, : len(prompt)] = prompt
         theirs = ours.copy()
         for end in range(len(prompt), 30):
@@ -160,9 +160,9 @@ def test_tokens_that_are_none_of_ours_are_shown_as_unknown(tmp_path):
     write_nano(tmp_path / "source")
     model = load_foreign(tmp_path / "source", ADDITION, 1)
     problem = tasks.Problem(12, 7)
-    assert alphabet.UNKNOWN in figure1.measure(model, problem.a, problem.b, temperature=2.0)["text"]
-    found = critical.sample(model, [problem] * 4, 2, critical.Sampling(temperature=2.0))
-    shown = figure5.scratchpad(ADDITION, found, problem, 0)
+    assert alphabet.UNKNOWN in figure1.answer(model, problem.a, problem.b, temperature=2.0)["text"]
+    found = critical.sample(model, [problem] * 4, 2, critical.Measuring(temperature=2.0))
+    shown = shown_lib.scratchpad(ADDITION, found, problem, 0)
     assert len(shown.text) == found.mask_BxT[0].sum()
     assert alphabet.UNKNOWN in "".join(found.text(row) for row in range(4))
     probes = discovery.choose(found, discovery.Rule(), seed=0)

@@ -9,7 +9,7 @@ from policies import SCRIPT_MODEL, policy, scripted_policy
 
 from ckl_jax import tasks
 from ckl_jax.analysis import critical
-from ckl_jax.analysis.critical import Sampling
+from ckl_jax.analysis.critical import Measuring
 from ckl_jax.analysis.statistics import share_interval
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import ModelConfig
@@ -17,8 +17,8 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.tasks.columns import ADDITION
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-TOKENS = ADDITION.critical_tokens(123, 45, 2)
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+TOKENS = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)
 
 
 def test_delta_j_is_certainty_minus_the_mean_of_the_others():
@@ -41,7 +41,7 @@ def test_places_count_lines_words_and_characters():
 
 def test_the_same_column_has_the_same_place_whatever_the_lengths():
     def place_of(a, b, after):
-        text = ADDITION.answer_text(a, b)
+        text = ADDITION.answer_text(tasks.Problem(a, b))
         return critical.places(text)[text.index(after) + len(after)]
 
     assert place_of(123, 45, "3+5+0=") == place_of(6, 789, "6+9+0=") == (2, 8, 6)
@@ -92,19 +92,19 @@ def test_a_share_has_wilsons_interval():
 
 def test_a_policy_that_knows_the_answer_is_read_as_right():
     problem = tasks.Problem(21, 43)
-    text = ADDITION.answer_text(21, 43)
-    params = scripted_policy(text, len(ADDITION.prompt_text(21, 43)))
-    found = critical.sample(Model(SCRIPT_MODEL, 1, params), [problem] * 3, 2, Sampling(extra_length=3))
+    text = ADDITION.answer_text(tasks.Problem(21, 43))
+    params = scripted_policy(text, len(ADDITION.prompt_text(tasks.Problem(21, 43))))
+    found = critical.sample(Model(SCRIPT_MODEL, 1, params), [problem] * 3, 2, Measuring(extra_length=3))
     assert [found.text(row) for row in range(3)] == [text] * 3
     assert found.reward_B.tolist() == [1.0] * 3
     assert found.wrong_critical_B.tolist() == [0] * 3
-    assert found.recorded_Bx3x2xC.sum() == 3 * len(ADDITION.critical_tokens(21, 43, 1))
+    assert found.recorded_Bx3x2xC.sum() == 3 * len(ADDITION.critical_tokens(tasks.Problem(21, 43), 1))
     np.testing.assert_allclose(found.certainty_BxT[found.mask_BxT], 1.0, atol=1e-3)
 
 
 MODEL = ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400)
 PROBLEMS = ADDITION.rl_problems(np.random.default_rng(0), 4, 2, 1)
-HOW = Sampling(temperature=1.5, certainty="max_prob", certainty_temperature=2.0, extra_length=3)
+HOW = Measuring(temperature=1.5, certainty="max_prob", certainty_temperature=2.0, extra_length=3)
 
 
 def test_certainty_and_reference_probabilities_are_the_references():
@@ -145,12 +145,12 @@ def test_batches_change_nothing(monkeypatch):
 )
 def test_sampling_that_cannot_work_is_refused_in_one_line(bad):
     with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: got .*, allowed is .*$"):
-        Sampling(**bad)
+        Measuring(**bad)
 
 
 def test_a_reference_of_another_shape_and_too_long_episodes_are_refused():
     model = Model(MODEL, 1, policy(MODEL, 0))
     with pytest.raises(ConfigError, match="reference"):
-        critical.sample(model, PROBLEMS, 2, Sampling(extra_length=3), model._replace(max_pretrain_digits=2))
+        critical.sample(model, PROBLEMS, 2, Measuring(extra_length=3), model._replace(max_pretrain_digits=2))
     with pytest.raises(ConfigError, match=r"extra_length: got 1000, allowed is at most \d+ \(block_size = 400\)"):
-        critical.sample(model, PROBLEMS, 2, Sampling(extra_length=1000))
+        critical.sample(model, PROBLEMS, 2, Measuring(extra_length=1000))

@@ -18,6 +18,7 @@ from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_docum
 from ckl_jax.errors import ConfigError
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION
+from ckl_jax.tasks.task import Problem
 
 DIGITS, COUNT, WINDOW, BLOCK, BATCH = 2, 200, 150, 180, 64
 
@@ -46,8 +47,8 @@ def _text(feature):
 def test_prompts_and_answers_are_the_ones_of_their_operands(examples):
     for example in examples["train"] + examples["test"]:
         a, b = int(example["a"]), int(example["b"])
-        assert _text(example["prompt"]) == ADDITION.prompt_text(a, b)
-        assert _text(example["answer"]) == ADDITION.answer_text(a, b)
+        assert _text(example["prompt"]) == ADDITION.prompt_text(Problem(a, b))
+        assert _text(example["answer"]) == ADDITION.answer_text(Problem(a, b))
 
 
 def test_the_train_split_has_equally_many_problems_of_every_pair_of_lengths(examples):
@@ -161,9 +162,10 @@ def test_a_stream_shorter_than_the_window_is_refused(stream):
 def test_another_tasks_dataset_is_one_of_its_own(data_dir):
     multiplied = load_stream(DIGITS, COUNT, data_dir=data_dir, task="multiplication")
     text = alphabet.decode(multiplied.tokens_N)
-    operands = [tuple(map(int, found)) for found in re.findall(r"Input:\n(\d+)T(\d)\nTarget:", text)]
-    assert len(operands) == COUNT == len(multiplied.starts_E)
-    assert text == "".join(MULTIPLICATION.prompt_text(a, b) + MULTIPLICATION.answer_text(a, b) for a, b in operands)
+    operands = re.findall(r"Input:\n(\d+)T(\d)\nTarget:", text)
+    drawn = [MULTIPLICATION.problem(int(a), int(b)) for a, b in operands]
+    assert len(drawn) == COUNT == len(multiplied.starts_E)
+    assert text == "".join(MULTIPLICATION.prompt_text(p) + MULTIPLICATION.answer_text(p) for p in drawn)
     lengths = collections.Counter(len(str(a)) for a, _ in operands)
     assert lengths == {1: COUNT // 2, 2: COUNT // 2}
     with pytest.raises(ConfigError, match=r"^task: got 'division'"):

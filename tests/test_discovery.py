@@ -18,8 +18,8 @@ from ckl_jax.tasks.columns import ADDITION, ColumnTask
 from experiments import critical_token_discovery as experiment
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-COMMA = ADDITION.critical_tokens(123, 45, 2)[1].index
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+COMMA = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)[1].index
 SUM = RIGHT.index("=8") + 1
 
 
@@ -143,13 +143,13 @@ def test_precision_and_recall_are_judged_by_their_rule(share, said):
     assert discovery.verdict(share) == said
 
 
-SAID = ADDITION.answer_text(21, 43)
+SAID = ADDITION.answer_text(tasks.Problem(21, 43))
 RESULT, HARMLESS = len(SAID) - 2, SAID.index("C=0")
 
 
 def policy_that_says(text, wavers_at=()):
     """Says the text after the prompt of 21+43 whatever the context, but often a 9 at some places."""
-    first = len(ADDITION.prompt_text(21, 43))
+    first = len(ADDITION.prompt_text(tasks.Problem(21, 43)))
     params = scripted_policy(text, first)["params"]
     wpe = params["wpe"]["embedding"]
     for index in wavers_at:
@@ -191,7 +191,7 @@ def test_a_policy_that_wavers_where_it_matters_and_where_it_does_not(finished):
     }
     assert (found["precision"][0], found["recall"][0], found["types_critical_and_known"]) == (0.0, 0.0, 0)
     assert found["verdicts"]["recall"] == "fails"
-    assert found["types_known"] == len(ADDITION.critical_tokens(21, 43, 1))
+    assert found["types_known"] == len(ADDITION.critical_tokens(tasks.Problem(21, 43), 1))
 
 
 def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatch, capsys):

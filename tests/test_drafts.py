@@ -38,7 +38,7 @@ def drafted(pair, texts, task=ADDITION):
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['a']}+{case['b']}")
 def test_after_every_right_beginning_the_draft_is_the_golden_texts_next_window(case):
     a, b = case["a"], case["b"]
-    answer = ADDITION.answer_text(a, b)
+    answer = ADDITION.answer_text(tasks.Problem(a, b))
     lengths = range(0, len(answer) + 1, 1 if len(answer) < 500 else 7)
     got = drafted((a, b), [answer[:length] for length in lengths])
     assert got == [answer[length : length + WINDOW] for length in lengths]
@@ -59,7 +59,7 @@ def test_after_every_right_beginning_the_draft_is_the_golden_texts_next_window(c
     ids=lambda x: getattr(x, "name", x),
 )
 def test_other_tasks_are_drafted_to_their_end_from_every_right_beginning(task, a, b):
-    answer = task.answer_text(a, b)
+    answer = task.answer_text(task.problem(a, b))
     got = drafted((a, b), [answer[:length] for length in range(len(answer) + 1)], task)
     assert got == [answer[length : length + WINDOW] for length in range(len(answer) + 1)]
 
@@ -74,9 +74,9 @@ def test_what_is_borrowed_or_carried_wrongly_goes_into_the_next_line():
 
 def continued(text, right_a, b, own_a):
     """A text that leaves ``right_a + b`` for ``own_a + b`` at its end, and what a faithful draft says next."""
-    own = ADDITION.answer_text(own_a, b)
+    own = ADDITION.answer_text(tasks.Problem(own_a, b))
     assert own.startswith(text)
-    assert not ADDITION.answer_text(right_a, b).startswith(text)
+    assert not ADDITION.answer_text(tasks.Problem(right_a, b)).startswith(text)
     return own[len(text) : len(text) + WINDOW]
 
 
@@ -101,13 +101,15 @@ def test_a_wrong_digit_or_carry_that_was_written_goes_into_the_next_line():
 
 
 def test_the_result_repeats_the_end_lines_list_and_nothing_follows():
-    wrong = ADDITION.answer_text(357, 68).replace("A=[4,2,5] C=0", "A=[4,7,5] C=0").removesuffix("4 2 5\n")
+    wrong = (
+        ADDITION.answer_text(tasks.Problem(357, 68)).replace("A=[4,2,5] C=0", "A=[4,7,5] C=0").removesuffix("4 2 5\n")
+    )
     got = drafted((357, 68), [wrong, wrong + "4 7", wrong + "4 7 5\n"])
     assert got == ["4 7 5\n", " 5\n", ""]
 
 
 def test_a_carry_out_of_the_last_column_leads_the_result():
-    answer = ADDITION.answer_text(99, 1)
+    answer = ADDITION.answer_text(tasks.Problem(99, 1))
     start = answer.index("</scratch>")
     assert drafted((99, 1), [answer[:start]]) == ["</scratch>\n1 0 0\n"]
 

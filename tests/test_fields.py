@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from hostile import refusal
 
-from ckl_jax.analysis.critical import Sampling
+from ckl_jax.analysis.critical import Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.check_xla import CheckXlaCommand
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.convert import ConvertConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import EvaluateConfig
-from ckl_jax.fields import Above, AtLeast, bound, kinds, require_fields
+from ckl_jax.fields import Above, bound, kinds, require_fields
 from ckl_jax.finetune import FinetuneCommand
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.runs.logs import LogOptions
 
-CONFIGS = [ModelConfig, PretrainConfig, FinetuneConfig, LogOptions, Sampling, Rule]
+CONFIGS = [ModelConfig, PretrainConfig, FinetuneConfig, LogOptions, Measuring, Rule]
 COMMANDS = [PretrainCommand, FinetuneCommand, EvaluateConfig, ConvertConfig, CheckXlaCommand]
 FIELDS = [(config, name) for config in (*CONFIGS, *COMMANDS) for name in kinds(config)]
 JUNK = [object(), b"1", [1], {"a": 1}, np.zeros(3), "a\nb"]
@@ -88,17 +88,27 @@ def test_defaults_and_the_ends_of_bounds_are_taken(config):
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("call", "said"),
     [
-        (AtLeast(1), "at least 1"),
-        (AtLeast(0, 0.99), "at least 0, at most 0.99"),
-        (Above(0), "above 0"),
-        (Above(0, 0.9999), "above 0, at most 0.9999"),
-        (AtLeast(-1e6, 1e6), "at least -1e+06, at most 1e+06"),
+        (lambda: PretrainConfig(batch_size=2.0), "batch_size: got 2.0, allowed is an integer"),
+        (lambda: Measuring(temperature="hot"), "temperature: got 'hot', allowed is a number"),
+        (lambda: PretrainConfig(shard_state=1), "shard_state: got 1, allowed is True or False"),
+        (lambda: PretrainConfig(model={"width": 4}), "model: got {'width': 4}, allowed is a ModelConfig"),
+        (lambda: PretrainConfig(optimizer="sgd"), "optimizer: got 'sgd', allowed is adamw | muon"),
+        (lambda: PretrainConfig(data_devices=0), "data_devices: got 0, allowed is at least 1, or None"),
+        (lambda: Rule(least_drop=math.nan), "least_drop: got nan, allowed is above 0, at most 1"),
+        (lambda: ModelConfig(dropout=1), "dropout: got 1, allowed is at least 0, at most 0.99"),
+        (
+            lambda: FinetuneConfig(reward_wrong=-1e7),
+            "reward_wrong: got -10000000.0, allowed is at least -1e+06, at most 1e+06",
+        ),
+        (lambda: FinetuneConfig(beta=1e300), "beta: got 1e+300, allowed is at least 0, and what 32 bits can hold"),
     ],
 )
-def test_a_bound_is_said_in_words(limits, said):
-    assert str(limits) == said
+def test_a_refusal_says_in_words_what_is_allowed(call, said):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    assert str(caught.value) == said
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,16 @@ from ckl_jax.model import forward
 from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
-from experiments import figure1_scratchpad as figure1
+from ckl_jax.tasks.task import Problem
+from experiments.figure1_scratchpad import __main__ as figure1
+from experiments.figure1_scratchpad import drawing
 
-RIGHT = ADDITION.answer_text(12, 34)
+RIGHT = ADDITION.answer_text(Problem(12, 34))
 MISCOPIED = RIGHT.replace("[3,4]", "[3]", 1)
 
 
 def says(text):
-    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(ADDITION.prompt_text(12, 34))))
+    return Model(SCRIPT_MODEL, 1, scripted_policy(text, len(ADDITION.prompt_text(Problem(12, 34)))))
 
 
 def command(*arguments):
@@ -31,13 +33,13 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def miscopied():
-    return figure1.measure(says(MISCOPIED), 12, 34)
+    return figure1.answer(says(MISCOPIED), 12, 34)
 
 
 @pytest.fixture(scope="module")
 def unsure(small_model):
     model = Model(small_model, 1, policy(small_model, pad_logit=-100.0))
-    return model, figure1.measure(model, 12, 34, temperature=2.0, seed=3)
+    return model, figure1.answer(model, 12, 34, temperature=2.0, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_certainty_and_probability_belong_to_the_character_they_stand_at(miscopi
 
 def test_an_unsure_model_gets_its_own_distributions_certainty(small_model, unsure):
     model, measured = unsure
-    assert measured == figure1.measure(model, 12, 34, temperature=2.0, seed=3)
+    assert measured == figure1.answer(model, 12, 34, temperature=2.0, seed=3)
     prompt, text = measured["prompt"], measured["text"]
     assert len(text) == ADDITION.max_answer_length(2)
     tokens = jnp.asarray(alphabet.encode(prompt + text), jnp.int32)[None]
@@ -97,7 +99,7 @@ def test_an_unsure_model_gets_its_own_distributions_certainty(small_model, unsur
 
 
 def test_a_right_answer_has_no_deviation_and_all_critical_tokens():
-    measured = figure1.measure(says(RIGHT), 12, 34)
+    measured = figure1.answer(says(RIGHT), 12, 34)
     assert measured["solved"]
     assert measured["first_deviation"] is None
     assert len(measured["critical"]) == measured["critical_in_right_answer"] == 6
@@ -131,12 +133,12 @@ def test_plot_only_draws_again_without_a_model(finished, capsys):
 
 
 def test_a_text_without_lines_is_wrapped_and_drawn(unsure, tmp_path):
-    figure1.draw(unsure[1] | {"config": {"temperature": 2.0}}, tmp_path)
-    assert (tmp_path / "figure1.png").exists()
+    picture = figure1.draw(unsure[1] | {"config": {"temperature": 2.0}})
+    picture.savefig(tmp_path / "figure1.png")
 
 
 def test_cells_wrap_long_lines_and_end_lines_after_their_newline():
-    assert figure1.cells("ab\nabcd", 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert drawing.cells("ab\nabcd", 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
 @pytest.mark.parametrize(
@@ -162,14 +164,3 @@ def test_operands_of_known_lengths_are_refused(finished):
 def test_answers_that_do_not_fit_the_model_are_refused(finished):
     with pytest.raises(ConfigError, match=r"^block_size: "):
         figure1.main(command("--checkpoint", finished / "model", "--a", 12345, "--out", finished / "new"))
-
-
-def test_another_commands_results_are_not_overwritten(finished, tmp_path):
-    (tmp_path / "results.json").write_text('{"config": {"command": "experiments.figure4_prioritized_kl"}}')
-    with pytest.raises(ConfigError, match=r"^out: .*another command's results\.json"):
-        figure1.main(command("--checkpoint", finished / "model", "--a", 12, "--b", 34, "--out", tmp_path))
-
-
-def test_plot_only_without_results_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure1.main(command("--out", tmp_path / "new", "--plot-only"))

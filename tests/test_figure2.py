@@ -3,19 +3,20 @@
 import dataclasses
 import json
 
+import made_runs
 import numpy as np
 import pytest
-from policies import SCRIPT_MODEL, policy, scripted_policy
+from policies import SCRIPT_MODEL, scripted_policy
 
 from ckl_jax.analysis.statistics import share_interval
-from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
 from experiments import figure2_pretraining as figure2
-from experiments import models
-from experiments.models import Models
+from experiments.common import models
+from experiments.common.models import Models
 
 
 def made_cells(numbers, problems=1000):
@@ -97,9 +98,6 @@ def finished(command, monkeypatch):
     """Interrupted before its fourth cell, with a line half written, and started again; half of all is solved."""
     measured = []
 
-    def write_model(config, run, data_dir, progress):
-        save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits)), {})
-
     def half_right(model, operands, digits, count, *, seed, extra_length):
         assert (seed, extra_length) == (0, 40)
         if len(measured) == 3:
@@ -107,7 +105,7 @@ def finished(command, monkeypatch):
         measured.append((model.max_pretrain_digits, operands, digits))
         return np.arange(count, dtype=np.float32) % 2
 
-    monkeypatch.setattr(models, "pretrain", write_model)
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
     monkeypatch.setattr(figure2, "judge_cell", half_right)
     with pytest.raises(KeyboardInterrupt):
         figure2.main(command)
@@ -162,7 +160,7 @@ def test_another_number_of_problems_is_refused_before_anything_is_trained(finish
 
 def test_a_cell_counts_what_the_model_solves(command, small_model):
     problem = ADDITION.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
-    params = scripted_policy(ADDITION.answer_text(problem.a, problem.b), ADDITION.max_prompt_length(1))
+    params = scripted_policy(ADDITION.answer_text(problem), ADDITION.max_prompt_length(1))
     cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
     asked = ADDITION.identical_problems(np.random.default_rng([0, 1]), 4, 1)
     assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1
@@ -186,12 +184,6 @@ def test_what_cannot_work_is_refused_in_one_line(options, field):
     with pytest.raises(ConfigError, match=rf"{field}: ") as error:
         cli.parse(figure2.Figure2Command, figure2.preset, options)
     assert "\n" not in str(error.value)
-
-
-def test_without_a_finished_call_there_is_nothing_to_draw(tmp_path):
-    with pytest.raises(ConfigError, match="plot_only"):
-        figure2.main(figure2.Figure2Command(out=tmp_path / "new", plot_only=True))
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("scale", ["small", "gpt2"])

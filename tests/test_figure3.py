@@ -3,37 +3,32 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
+import made_runs
 import pytest
 
+from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis.statistics import mean_interval, share_interval
-from ckl_jax.checkpoint.store import Model, load_model, save_model
+from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.presets import finetune_preset
 from ckl_jax.runtime import cli
 from experiments import figure3_pretraining_levels as figure3
-from experiments import models
-from experiments.models import Models
+from experiments.common import models
+from experiments.common.models import Models
 
 
-def records(seeds, before, after):
+def records(before, after, seed=0):
     """metrics.jsonl of a run with a round before each of two tests: ``before`` of 100, then 50, then ``after``."""
-    found = []
-    for seed, last in zip(seeds, after, strict=True):
-        at = {"arm": "standard", "seed": seed}
-        for step, solved in enumerate((before, 50, last)):
-            found.append({**at, "step": step, "test_problems": 100, "test_target": solved / 100, "test_old": 0.9})
-        found += [{**at, "step": step, "success": 0.1 * step, "kl": 0.01 * seed} for step in (1, 2)]
-    return sorted(found, key=lambda record: record["step"])
+    solved = {"standard": [last / 100 for last in after]}
+    early = {0: {"test_target": before / 100}, 1: {"test_target": 0.5}}
+    test, kl = (lambda arm, seed, step: early.get(step, {})), (lambda arm, seed, step: {"kl": 0.01 * seed})
+    return made_runs.records(solved, seed=seed, tests=(0, 1, 2), test=test, round_=kl)
 
 
 def run(base, extra, before, after, seed=0):
     config = dataclasses.replace(finetune_preset("tiny", "ours"), extra_digits=extra, seed=seed)
-    seeds = range(seed, seed + len(after))
-    return figure3.summarize(config, base, len(after), records(seeds, before, after))
+    return figure3.summarize(config, base, len(after), records(before, after, seed))
 
 
 def test_the_summary_of_a_run():
@@ -84,27 +79,23 @@ def command(tmp_path, small_model):
 
 @pytest.fixture(autouse=True)
 def _random_models(monkeypatch):
-    def write_model(config, run, data_dir, progress):
-        params = jax.jit(GPT2(config.model).init)(jax.random.key(config.max_digits), jnp.zeros((1, 2), jnp.int32))
-        save_model(run.path, Model(config.model, config.max_digits, params), {})
-
-    monkeypatch.setattr(models, "pretrain", write_model)
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
 
 
 def test_every_n_and_target_is_a_run_of_its_own(command, monkeypatch, capsys):
     trained = []
 
-    def made_finetune(config, model, directory, arms, seeds):
+    def made_finetune(config, model, directory, arms, seeds, progress):
         assert arms == {"standard": {}}
         assert (config.beta, config.kl_coefficient) == (0, 1.0)
         trained.append((directory.path.name, model.max_pretrain_digits + config.extra_digits))
         if len(trained) == 2:
             raise KeyboardInterrupt
         directory.rewind_metrics(-1)
-        directory.log(records(range(seeds), 10 * model.max_pretrain_digits, (60, 62)))
+        directory.log(records(10 * model.max_pretrain_digits, (60, 62)))
         directory.log_seconds(2, 1.5)
 
-    monkeypatch.setattr(figure3, "finetune", made_finetune)
+    monkeypatch.setattr(finetune_lib, "finetune", made_finetune)
     with pytest.raises(KeyboardInterrupt):
         figure3.main(command)
     assert not (command.out / "results.json").exists()
@@ -129,6 +120,7 @@ def test_every_n_and_target_is_a_run_of_its_own(command, monkeypatch, capsys):
     assert len(trained) == count
 
 
+@pytest.mark.slow
 def test_a_real_run_ends_with_results_and_a_policy_per_seed(command):
     one = dataclasses.replace(command, extra_digits=(1,), models=dataclasses.replace(command.models, digits=(1,)))
     figure3.main(one)
@@ -169,9 +161,3 @@ def test_every_scale_has_the_standard_kl_at_twice_figure_4s_coefficient(scale):
     changed = {"beta", "kl_coefficient", "extra_length"}
     same = [dataclasses.asdict(c).items() for c in (config, figure4)]
     assert all(a == b for a, b in zip(*same, strict=True) if a[0] not in changed)
-
-
-def test_without_a_finished_call_there_is_nothing_to_draw(command):
-    with pytest.raises(ConfigError, match="plot_only"):
-        figure3.main(dataclasses.replace(command, plot_only=True))
-    assert not command.out.exists()

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import policy
 
 from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import MULTIPLICATION, TASKS
+from ckl_jax.tasks.catalog import TASKS
+from ckl_jax.tasks.columns import MULTIPLICATION
 from experiments import figure4_prioritized_kl as figure4
 
 OPTIONS = (
@@ -83,12 +85,19 @@ def test_a_second_call_with_another_seed_count_is_refused(finished):
         figure4.main(command(finished, "--seeds", "3"))
 
 
-def test_another_tasks_model_is_fine_tuned_on_its_own_problems(tmp_path, small_model):
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    save_model(tmp_path / "model", Model(small_model, 1, params, MULTIPLICATION), {})
+@pytest.fixture
+def multiplying(tmp_path, small_model):
+    save_model(tmp_path / "model", Model(small_model, 1, policy(small_model), MULTIPLICATION), {})
+
+
+def test_another_tasks_model_is_refused(tmp_path, multiplying):
     with pytest.raises(ConfigError, match=r"^task: got 'addition', allowed is multiplication, the checkpoint's"):
         figure4.main(command(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_another_tasks_model_is_fine_tuned_on_its_own_problems(tmp_path, multiplying):
     rounds = ["--rounds", "1", "--test-every", "1", "--seeds", "1", "--rollout", "plain"]
     figure4.main(command(tmp_path, "--task", "multiplication", *rounds))
     config = json.loads((tmp_path / "out" / "config.json").read_text())

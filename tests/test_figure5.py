@@ -14,11 +14,12 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
-from experiments import figure5_certainty_colors as figure5
+from experiments.figure5_certainty_colors import __main__ as figure5
+from experiments.figure5_certainty_colors import shown as shown_lib
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-TOKENS = ADDITION.critical_tokens(123, 45, 2)
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+TOKENS = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)
 COMMA = TOKENS[1].index
 WRONG = replaced(RIGHT, COMMA, "]").replace("1 6 8", "1 6")
 
@@ -33,7 +34,7 @@ def sure_except(*by_index):
 
 def test_a_scratchpad_has_each_characters_numbers_and_marks():
     found = made(PROBLEM, [RIGHT, WRONG], sure_except({}, {COMMA: 0.5}))
-    right, wrong = (figure5.scratchpad(ADDITION, found, PROBLEM, row) for row in range(2))
+    right, wrong = (shown_lib.scratchpad(ADDITION, found, PROBLEM, row) for row in range(2))
     assert (right.text, wrong.text) == (RIGHT, WRONG)
     assert (right.right, wrong.right) == (True, False)
     assert right.title == "123 + 45 = 168"
@@ -45,27 +46,27 @@ def test_a_scratchpad_has_each_characters_numbers_and_marks():
     assert (shown.character, shown.certainty, shown.entropy, shown.probability) == ("]", 0.5, 0.5, 0.5)
     assert shown.likeliest[0] == ("]", 0.5)
     assert len(shown.likeliest) == 5
-    stored = json.loads(json.dumps(figure5.as_json(wrong)))
-    assert figure5.as_json(figure5.from_json(stored)) == stored
+    stored = json.loads(json.dumps(shown_lib.stored(wrong)))
+    assert shown_lib.stored(shown_lib.restored(stored)) == stored
     assert right.note == "Every character is as in the right answer."
     assert wrong.note == f"Leaves the right answer at character {COMMA}, a critical token: “]” instead of “,”."
 
 
 def test_an_answer_that_stops_early_leaves_at_its_end():
-    pad = figure5.scratchpad(ADDITION, made(PROBLEM, [RIGHT[:-1]]), PROBLEM, 0)
+    pad = shown_lib.scratchpad(ADDITION, made(PROBLEM, [RIGHT[:-1]]), PROBLEM, 0)
     assert pad.note == f"Leaves the right answer at character {len(RIGHT) - 1}: “%” instead of a newline."
 
 
 def test_the_first_right_and_wrong_answers_are_shown_side_by_side():
     found = made(PROBLEM, [WRONG, RIGHT, RIGHT, RIGHT, WRONG])
-    section = figure5.section("Before RL", ADDITION, found, [PROBLEM] * 5, 2)
+    section = shown_lib.section("Before RL", ADDITION, found, [PROBLEM] * 5, 2)
     assert [pad.right for pad in section.scratchpads] == [True, False, True, False]
     assert section.note.startswith("3 of 5 sampled answers are right.")
-    assert [pad.right for pad in figure5.one_of_each(section)] == [True, False]
-    section = figure5.section("Before RL", ADDITION, found.first(3), [PROBLEM] * 3, 2)
+    assert [pad.right for pad in shown_lib.one_of_each(section)] == [True, False]
+    section = shown_lib.section("Before RL", ADDITION, found.first(3), [PROBLEM] * 3, 2)
     assert [pad.right for pad in section.scratchpads] == [True, False, True]
-    only_wrong = figure5.section("Before RL", ADDITION, found.first(1), [PROBLEM], 2)
-    assert [pad.right for pad in figure5.one_of_each(only_wrong)] == [False]
+    only_wrong = shown_lib.section("Before RL", ADDITION, found.first(1), [PROBLEM], 2)
+    assert [pad.right for pad in shown_lib.one_of_each(only_wrong)] == [False]
 
 
 def test_the_summary_counts_answers_whose_least_certain_character_is_critical():

@@ -2,17 +2,17 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
+import made_runs
 import numpy as np
 import pytest
+from policies import policy
 
+from ckl_jax import finetune
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
-from experiments import arms as arms_lib
 from experiments import figure6_beta_sweep as figure6
+from experiments.common import arms as arms_lib
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -29,22 +29,15 @@ FINAL = {
 WEIGHTS = {"standard": 1.0, "beta_10": 0.9, "beta_500": 0.6, "beta_1000": 0.5, "beta_10000": 0.2}
 
 
-def records():
-    found = []
-    for arm, final in FINAL.items():
-        for seed in (3, 4):
-            for step, value in ((0, 0.2), (2, final[seed - 3])):
-                found.append({"step": step, "arm": arm, "seed": seed, "test_target": value, "test_old": 0.9})
-            for step in (1, 2):
-                pressure = {"kl_weight": WEIGHTS[arm] - 0.1 * (step - 1), "kl": 0.01 * step, "loss/kl": 0.1 * seed}
-                found.append({"step": step, "arm": arm, "seed": seed, "success": 0.2, **pressure})
-    return found
+def pressure(arm, seed, step):
+    return {"kl_weight": WEIGHTS[arm] - 0.1 * (step - 1), "kl": 0.01 * step, "loss/kl": 0.1 * seed}
 
 
 @pytest.fixture(scope="module")
 def made():
+    records = made_runs.records(FINAL, seed=3, round_=pressure)
     config = {"config": {"seed": 3, "episodes": 10}, "seeds": 2, "betas": [10.0, 500.0, 1000.0, 10000.0]}
-    return figure6.summarize(arms_lib.Run(config, records(), {}, 6))
+    return figure6.summarize(arms_lib.Run(config, records, {}, 6))
 
 
 def command(tmp_path, *extra):
@@ -52,12 +45,14 @@ def command(tmp_path, *extra):
     return cli.parse(figure6.Figure6Command, figure6.preset, [*OPTIONS.split(), *paths, *extra])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_model):
+@pytest.fixture(scope="module", params=["made", pytest.param("trained", marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("figure6")
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    save_model(path / "model", Model(small_model, 1, params), {})
-    figure6.main(command(path))
+    save_model(path / "model", Model(small_model, 1, policy(small_model)), {})
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "made":
+            patch.setattr(finetune, "finetune", made_runs.finetune)
+        figure6.main(command(path))
     return path
 
 
@@ -108,18 +103,24 @@ def test_one_seed_decides_nothing(made):
     assert {claim.verdict for claim in figure6.claims(one)} == {"undecided"}
 
 
-def test_all_arms_are_one_run_and_their_weights_fall_with_beta(finished):
+def test_all_arms_are_one_run(finished):
     results = json.loads((finished / "out" / "results.json").read_text())
     assert list(results["arms"]) == ["standard", "beta_10", "beta_1000"]
     assert results["betas"] == [10, 1000]
     assert results["seeds"] == [0, 1]
-    weights = [results["arms"][arm]["pressure"]["kl_weight"][0] for arm in results["arms"]]
-    assert weights[0] == 1
-    assert weights[0] > weights[1] > weights[2]
     assert np.shape(results["arms"]["beta_10"]["kl_loss"]) == (2, 2)
     assert [claim["claim"] for claim in results["claims"]] == [
         "Beta from 10 to 500 is slightly better than the standard KL"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", ["trained"], indirect=True)
+def test_the_weights_fall_with_beta(finished):
+    results = json.loads((finished / "out" / "results.json").read_text())
+    weights = [results["arms"][arm]["pressure"]["kl_weight"][0] for arm in results["arms"]]
+    assert weights[0] == 1
+    assert weights[0] > weights[1] > weights[2]
     assert (finished / "out" / "beta_1000" / "seed_1" / "model.json").exists()
 
 
@@ -144,8 +145,7 @@ def test_plot_only_without_a_finished_run_is_refused(finished, tmp_path):
 
 
 def test_plot_only_with_another_checkpoint_is_refused(finished, tmp_path, small_model):
-    params = GPT2(small_model).init(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
-    save_model(tmp_path / "other", Model(small_model, 1, params), {})
+    save_model(tmp_path / "other", Model(small_model, 1, policy(small_model, 1)), {})
     with pytest.raises(ConfigError, match=r"^checkpoint: "):
         figure6.main(command(finished, "--checkpoint", str(tmp_path / "other"), "--plot-only"))
 

@@ -116,21 +116,6 @@ def test_a_single_pair_decides_nothing(tokens):
     assert (tokens[3, 2]["pairs"], tokens[3, 2]["verdict"]) == (1, "undecided")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0.01, 0.2, "reproduced"),
-        (0.0, 0.2, "undecided"),
-        (-0.1, 0.1, "undecided"),
-        (-0.1, 0.0, "undecided"),
-        (-0.2, -0.01, "not reproduced"),
-        (float("nan"), float("nan"), "undecided"),
-    ],
-)
-def test_the_verdict_looks_at_the_interval_alone(low, high, expected):
-    assert figure7.verdict((0.0, low, high)) == expected
-
-
 def test_the_picture_is_a_png_and_an_svg(finished):
     assert (finished / "figure7.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (finished / "figure7.svg").read_text()
@@ -175,11 +160,6 @@ def test_another_commands_results_are_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match=r"^out: .*another command's results\.json"):
         figure7.main(command("--run", run, "--out", run))
     assert (run / "results.json").read_bytes() == before
-
-
-def test_plot_only_without_results_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^plot_only: "):
-        figure7.main(command("--out", tmp_path / "new", "--plot-only"))
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path):

@@ -25,7 +25,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.model import GPT2, values
-from ckl_jax.rl.collect import collect, weighed
+from ckl_jax.rl.collect import collect, kl_weights
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
@@ -257,7 +257,11 @@ def _collected(program, ref_params):
 
 
 def _weighed(config, episodes, index):
-    return weighed(config, episodes, index, HYPER.beta, jax.random.key(4))
+    hyper, mask_BxT = HYPER._replace(kl_weights=index), episodes.trajectory.mask_BxT
+    weights_BxT = kl_weights(
+        config, hyper, episodes.certainty_BxT, episodes.ref_logits_BxTxV, mask_BxT, jax.random.key(4)
+    )
+    return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
 @functools.partial(jax.jit, static_argnums=0)

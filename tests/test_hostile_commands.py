@@ -52,9 +52,11 @@ def test_what_is_not_refused_is_stopped_where_it_compiles(here):
 
 
 def test_every_command_is_in_the_table():
-    modules = [*(ROOT / "ckl_jax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]
-    with_main = {f"{path.parent.name}.{path.stem}" for path in modules if "cli.run(main" in path.read_text()}
-    elsewhere = {"experiments.tunix_grpo"}  # In test_tunix.py: its package is not in the extra test.
+    modules = [path for package in ("ckl_jax", "experiments") for path in (ROOT / package).rglob("*.py")]
+    files = [path.relative_to(ROOT).with_suffix("") for path in modules if "cli.run(main" in path.read_text()]
+    with_main = {".".join(part for part in path.parts if part != "__main__") for path in files}
+    # Not for users; in test_tunix.py, as its package is not in the extra test.
+    elsewhere = {"experiments.benchmark.process", "experiments.tunix_grpo"}
     assert with_main == set(TYPES) | elsewhere
 
 
@@ -138,24 +140,14 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ),
         ("ckl_jax.pretrain", "--batch-size 1e3", r"--batch-size: invalid literal for int\(\) with base 10: '1e3'"),
         ("ckl_jax.pretrain", "--seed 99999999999", rf"seed: got 9{{11}}, {NUMBER_32}"),
-        ("ckl_jax.pretrain", "--learning-rate inf", rf"learning_rate: got inf, {NUMBER_32}"),
-        ("ckl_jax.pretrain", "--learning-rate 1e-60", rf"learning_rate: got 1e-60, {NUMBER_32}"),
         ("ckl_jax.pretrain", "--data-dir file/x", f"data_dir: {BELOW_A_FILE}"),
-        ("ckl_jax.pretrain", "--data-devices 0", r"data_devices: got 0, allowed is at least 1, or None"),
-        ("ckl_jax.finetune", "--beta nan", r"beta: got nan, allowed is at least 0"),
-        ("ckl_jax.finetune", "--beta 1e300", rf"beta: got 1e\+300, {NUMBER_32}"),
-        ("ckl_jax.finetune", "--reward-right inf", r"reward_right: got inf, allowed is .*at most 1e\+06"),
-        ("ckl_jax.finetune", "--temperature -1", r"temperature: got -1\.0, allowed is above 0"),
         ("ckl_jax.finetune", "--seeds 1000000000", r"seeds: got 10{9}, allowed is at least 1, at most 1000"),
-        ("ckl_jax.finetune", "--seeds 0", r"seeds: got 0, allowed is at least 1, at most 1000"),
         (
             "ckl_jax.finetune",
             "--checkpoint model --extra-digits 2",
             r"extra_digits: got 2, allowed is what fits the model: .*",
         ),
         ("ckl_jax.evaluate", "--temperature inf", rf"temperature: got inf, {NUMBER_32}, or None"),
-        ("ckl_jax.evaluate", "--temperature 1e-50", rf"temperature: got 1e-50, {NUMBER_32}, or None"),
-        ("ckl_jax.evaluate", "--seed 99999999999", rf"seed: got 9{{11}}, {NUMBER_32}"),
         ("ckl_jax.evaluate", "--problems 1.5", r"--problems: invalid literal for int\(\) with base 10: '1\.5'"),
         ("experiments.figure1_scratchpad", "--a -1", r"a: got -1, allowed is an integer from 0, of at most 18 digits"),
         ("experiments.figure1_scratchpad", "--a 5 --b 5", r"a: got 5, allowed is an operand .* more than the 5 .*"),

@@ -1,6 +1,5 @@
 """Every file that a command reads, damaged in every way: one line that names where it lies, or it was not needed."""
 
-import importlib
 import json
 import pathlib
 import re
@@ -11,12 +10,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from damage import each
-from hostile import TYPES, saved_model, snapshot
+from hostile import command_of, saved_model, snapshot
 
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.analysis import plots
 from ckl_jax.runtime import cli, preemption
+from experiments.common import figure
 
 # Orbax leaves threads of its own behind when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -45,9 +45,9 @@ class Answered:
 
 
 def _run(name, arguments, monkeypatch):
-    module = importlib.import_module(name)
+    module, config_type, preset = command_of(name)
     monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
-    cli.run(module.main, getattr(module, TYPES[name]), getattr(module, "preset", None))
+    cli.run(module.main, config_type, preset)
 
 
 def _ended(name, arguments, monkeypatch, capsys):
@@ -189,8 +189,7 @@ def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(publish
     module, _, options = PLOTTED[published].partition(" ")
     name, directory = f"experiments.{module}", tmp_path / published
     shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg", "*_*"))
-    monkeypatch.setattr(plots, "save", _go_on)
-    monkeypatch.setattr(importlib.import_module(name), "write_json", _go_on)
+    monkeypatch.setattr(figure, "write_json", _go_on)
     arguments = f"--plot-only --out {directory} {options}"
     assert _ended(name, arguments, monkeypatch, capsys) is None
     reads_a_run = "figure4" in published or published == "figure6"
@@ -231,7 +230,7 @@ def test_what_another_command_wrote_is_read_whole_or_refused_in_one_line(reader,
     monkeypatch.setattr(plots, "save", _go_on)
     for ends, function in (("regularizers", "run_stage"), ("reproduce", "write_report")):
         if module == ends:
-            monkeypatch.setattr(importlib.import_module(name), function, _go_on)
+            monkeypatch.setattr(command_of(name)[0], function, _go_on)
     arguments = options.format(directory)
     assert _ended(name, arguments, monkeypatch, capsys) is None
     shutil.rmtree(tmp_path / "new", ignore_errors=True)

@@ -11,16 +11,16 @@ from hostile import refusal
 
 from ckl_jax import evaluate, losses, rollout, tasks, token_weights
 from ckl_jax.analysis import critical, report, statistics
-from ckl_jax.analysis.critical import Sampling
-from ckl_jax.analysis.discovery import Rule
+from ckl_jax.analysis.critical import Measuring
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model
-from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.config import ModelConfig
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.program import make_runs
 from ckl_jax.rollout import generation, speculative
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -42,12 +42,13 @@ def mask(*shape):
     return np.ones(shape, bool)
 
 
-def generated(**options):
-    return rollout.rollout(CONFIG, None, PACKED, None, **{"max_length": 10} | options)
+def generated(batch=None, **sampling):
+    return rollout.rollout(CONFIG, None, PACKED, None, Sampling(**{"max_length": 10} | sampling), batch=batch)
 
 
-def verified(**options):
-    return speculative.speculative_rollout(CONFIG, None, PACKED, None, **{"max_length": 10} | options)
+def verified(window=32, slots=None, **sampling):
+    how = Sampling(**{"max_length": 10} | sampling)
+    return speculative.speculative_rollout(CONFIG, None, PACKED, None, how, window=window, slots=slots)
 
 
 def judged(**options):
@@ -68,8 +69,8 @@ TEXTS = [
     (lambda: alphabet.decode([[1], [1, 2]]), r"tokens: got rows of several lengths, allowed is one axis of integers"),
     (lambda: alphabet.decode([object()]), r"tokens: got 'shape \(1,\) of object', allowed is one axis of integers"),
     (lambda: alphabet.decode("12"), r"tokens: got 'shape \(\) of <U2', allowed is one axis of integers"),
-    (lambda: ADDITION.critical_tokens("1", 2, 1), r"a: got '1', allowed is an integer .*"),
-    (lambda: ADDITION.critical_tokens(1, 2, NAN), r"max_pretrain_digits: got nan, allowed is 1 or more"),
+    (lambda: ADDITION.critical_tokens(tasks.Problem("1", 2), 1), r"a: got '1', allowed is an integer .*"),
+    (lambda: ADDITION.critical_tokens(tasks.Problem(1, 2), NAN), r"max_pretrain_digits: got nan, allowed is 1 or more"),
     (lambda: ADDITION.max_answer_length(0), r"digits: got 0, allowed is 1\.\.18"),
     (lambda: ADDITION.max_prompt_length(HUGE), r"digits: got int without a text, allowed is 1\.\.18"),
     (lambda: ADDITION.varying_problems(RNG, 1.5, 2), r"count: got 1\.5, allowed is 1 or more"),
@@ -155,7 +156,7 @@ GENERATION = [
     (lambda: verified(slots=0), r"slots: got 0, allowed is 1 or more"),
     (lambda: verified(temperature=-1.0), r"temperature: got -1\.0, allowed is above 0 and finite .*"),
     (
-        lambda: generation.generate(CONFIG, None, PACKED, None, how="fast", max_length=9),
+        lambda: generation.generate(CONFIG, None, PACKED, None, Sampling(9), how="fast"),
         r"how: got 'fast', allowed .*",
     ),
     (lambda: evaluate.judge(MODEL, [], 1), r"problems: got 0, allowed is 1 or more"),
@@ -166,22 +167,10 @@ GENERATION = [
     (lambda: judged(given_BxT=np.zeros((3, 2), int)), r"given_BxT: got \(3, 2\), allowed is \[1, up to \d+\]"),
     (lambda: evaluate.judge(MODEL, ONE, 40), r"digits: got 40, allowed is 1\.\.18"),
     (lambda: evaluate.judge_cell(MODEL, "both", 1, 1), r"operands: got 'both', allowed is identical \| varying"),
-    (lambda: critical.sample(MODEL, ONE, 9, Sampling()), r"extra_length: got 100, allowed is at most -?\d+ .*"),
-    (lambda: critical.sample(MODEL, ONE, 1, Sampling(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
+    (lambda: critical.sample(MODEL, ONE, 9, Measuring()), r"extra_length: got 100, allowed is at most -?\d+ .*"),
+    (lambda: critical.sample(MODEL, ONE, 1, Measuring(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
 ]
 SETTINGS = [
-    (lambda: Sampling(temperature="hot"), r"temperature: got 'hot', allowed is a number"),
-    (lambda: Sampling(seed=1.5), r"seed: got 1\.5, allowed is an integer"),
-    (lambda: Sampling(seed=2**31), r"seed: got 2147483648, allowed is at least 0, and what 32 bits can hold"),
-    (lambda: Rule(candidates="6"), r"candidates: got '6', allowed is an integer"),
-    (lambda: Rule(completions=2.5), r"completions: got 2\.5, allowed is an integer"),
-    (lambda: Rule(least_drop=NAN), r"least_drop: got nan, allowed is above 0, at most 1"),
-    (lambda: PretrainConfig(batch_size=2.0), r"batch_size: got 2\.0, allowed is an integer"),
-    (lambda: PretrainConfig(shard_state=1), r"shard_state: got 1, allowed is True or False"),
-    (lambda: PretrainConfig(model={"width": 4}), r"model: got \{'width': 4\}, allowed is a ModelConfig"),
-    (lambda: PretrainConfig(data_devices="2"), r"data_devices: got '2', allowed is an integer, or None"),
-    (lambda: FinetuneConfig(episodes=True), r"episodes: got True, allowed is an integer"),
-    (lambda: FinetuneConfig(reward_wrong=NAN), r"reward_wrong: got nan, allowed is at least -1e\+06, at most 1e\+06"),
     (lambda: pretrain_preset(["tiny"]), r"scale: got \['tiny'\], allowed is tiny \| small \| gpt2"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {}}, 10**9), r"seeds: got 10{9}, .* at most 1000"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {"rounds": 1}}, 1), r"arms\.a: got \['rounds'\], .*"),
@@ -244,14 +233,14 @@ def test_no_text_but_one_with_the_right_line_is_rewarded(a, b, text, marked):
     text = text + tasks.RESULT_MARK + text if marked else text
     ended = text[:LENGTH].partition(alphabet.PAD)[0]
     _, mark, after = ended.partition(tasks.RESULT_MARK)
-    expected = bool(mark) and after.partition("\n")[:2] == (ADDITION.result_text(a, b), "\n")
+    expected = bool(mark) and after.partition("\n")[:2] == (ADDITION.result_text(tasks.Problem(a, b)), "\n")
     assert reward_of(text, a, b) == float(expected)
 
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(OPERANDS, OPERANDS, st.data())
 def test_the_right_line_is_rewarded_and_no_line_with_another_character_is(a, b, data):
-    line = ADDITION.result_text(a, b)
+    line = ADDITION.result_text(tasks.Problem(a, b))
     at = data.draw(st.integers(0, len(line) - 1))
     other = data.draw(st.sampled_from(alphabet.VOCABULARY.replace(line[at], "")))
     assert reward_of(tasks.RESULT_MARK + line + "\n", a, b) == 1
@@ -262,8 +251,8 @@ def test_the_right_line_is_rewarded_and_no_line_with_another_character_is(a, b, 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.integers(0, 10**18 - 1), st.integers(0, 10**18 - 1), st.integers(1, 20))
 def test_critical_tokens_stand_in_the_answer_where_they_say(a, b, limit):
-    answer = ADDITION.answer_text(a, b)
-    found = ADDITION.critical_tokens(a, b, limit)
+    answer = ADDITION.answer_text(tasks.Problem(a, b))
+    found = ADDITION.critical_tokens(tasks.Problem(a, b), limit)
     assert all(0 <= token.index < len(answer) and answer[token.index] == token.character for token in found)
     assert len({token.index for token in found}) == len(found)
     longer = max(len(str(a)), len(str(b))) > limit
@@ -277,15 +266,15 @@ indices = jax.jit(problems_lib.critical_indices)
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(OPERANDS, OPERANDS, st.data())
 def test_critical_tokens_of_any_answer_lie_inside_it_and_what_precedes_them_is_right(a, b, data):
-    right = ADDITION.answer_text(a, b)
+    right = ADDITION.answer_text(tasks.Problem(a, b))
     cut = data.draw(st.integers(0, len(right)))
     text = (right[:cut] + data.draw(st.text(alphabet.VOCABULARY, max_size=40)))[:LENGTH]
     packed = problems_lib.pack(ADDITION, [tasks.Problem(a, b)], 3, 2)
     answers_1xT = alphabet.encode(text.ljust(LENGTH, alphabet.PAD))[None].astype(np.int32)
     where, recorded = (np.asarray(array)[0] for array in indices(answers_1xT, packed))
     assert ((where >= 0) & (where < LENGTH)).all()
-    for token in ADDITION.critical_tokens(a, b, 2):
-        slot = (token.step - 1, token.operand - 1, 2 * (token.gap_index - 1) + token.name.endswith("digit"))
+    for token in ADDITION.critical_tokens(tasks.Problem(a, b), 2):
+        slot = (token.step - 1, token.operand - 1, token.slot)
         if token.index <= cut:
             assert recorded[slot]
             assert where[slot] == token.index

@@ -15,7 +15,7 @@ from ckl_jax.runs.lock import hold
 
 HOLDER = """
 import pathlib, sys
-from ckl_jax.lock import hold
+from ckl_jax.runs.lock import hold
 held = hold(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -188,8 +188,8 @@ def test_samples_are_two_answers_at_every_test_and_the_same_after_an_interruptio
 def test_a_sample_has_the_reward_of_its_text():
     drawn = ADDITION.rl_problems(np.random.default_rng(evaluation.TEST_SEED), 3, 2, 1)
     right = drawn[1]
-    first = len(ADDITION.prompt_text(right.a, right.b))
-    scripted = scripted_policy(ADDITION.answer_text(right.a, right.b), first)
+    first = len(ADDITION.prompt_text(right))
+    scripted = scripted_policy(ADDITION.answer_text(right), first)
     params = jax.tree.map(lambda *x: jnp.stack(x), policy(SCRIPT_MODEL), scripted)
     tested = evaluation.test(make_program(CONFIG, Model(SCRIPT_MODEL, 1, scripted)), params, 3)
     rewards = []
@@ -204,7 +204,7 @@ def test_a_sample_has_the_reward_of_its_text():
             assert sample["reward"] == recomputed[0]
             rewards.append(sample["reward"])
     assert rewards == [0, 0, 0, 1]
-    assert tested.samples(1)[1]["answer"] == ADDITION.answer_text(right.a, right.b)
+    assert tested.samples(1)[1]["answer"] == ADDITION.answer_text(right)
     assert tested.accuracy["target"].tolist() == [0, pytest.approx(tested.rewards_RxS[1].mean())]
 
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 
+import made_runs
 import pytest
 
 from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import pretrain_preset
-from experiments import models
-from experiments.models import Models, models_preset, pretrained
+from experiments.common import models
+from experiments.common.models import Models, models_preset, pretrained
 
 
 @pytest.fixture
@@ -27,18 +28,14 @@ def config(small_model):
     )
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tfds")
-
-
 def refuse_to_train(*arguments):
     raise AssertionError("trained a model that is there")
 
 
-def test_a_missing_model_is_trained_and_a_finished_one_is_read(config, data_dir, tmp_path, monkeypatch):
+def test_a_missing_model_is_trained_and_a_finished_one_is_read(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
     lines = []
-    path = pretrained(config, tmp_path, lines.append, data_dir)
+    path = pretrained(config, tmp_path, lines.append)
     assert path == tmp_path / "tiny_N1"
     assert lines[0].startswith("pre-training tiny_N1")
     assert load_model(path).max_pretrain_digits == 1
@@ -46,7 +43,9 @@ def test_a_missing_model_is_trained_and_a_finished_one_is_read(config, data_dir,
     assert pretrained(config, tmp_path, refuse_to_train) == path
 
 
-def test_an_interrupted_pre_training_goes_on_to_the_same_model(config, data_dir, tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_pre_training_goes_on_to_the_same_model(config, tmp_path):
+    data_dir = tmp_path / "tfds"
     whole = load_model(pretrained(config, tmp_path / "whole", lambda line: None, data_dir))
 
     def interrupt(line):
@@ -61,8 +60,9 @@ def test_an_interrupted_pre_training_goes_on_to_the_same_model(config, data_dir,
     assert [line.split(":")[1].split("/")[0] for line in lines[1:]] == [" step 4"]
 
 
-def test_the_place_of_another_config_is_refused_and_left_alone(config, data_dir, tmp_path, monkeypatch):
-    pretrained(config, tmp_path, lambda line: None, data_dir)
+def test_the_place_of_another_config_is_refused_and_left_alone(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
+    pretrained(config, tmp_path, lambda line: None)
     before = (tmp_path / "tiny_N1" / "model.json").read_bytes()
     monkeypatch.setattr(models, "pretrain", refuse_to_train)
     with pytest.raises(ConfigError, match="num_steps"):

@@ -1,7 +1,6 @@
 """Runs in a bucket: their files against a file system in memory that, like a bucket's, cannot append."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from hostile import TYPES, saved_model
+from hostile import TYPES, command_of, saved_model
 from matplotlib.figure import Figure
 
 from ckl_jax import checkpoint, convert
@@ -21,7 +20,7 @@ from ckl_jax.analysis import plots
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.datasets import load_stream
 from ckl_jax.errors import ConfigError
-from ckl_jax.runs import directory as runs
+from ckl_jax.runs import directory, records
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli, paths
 
@@ -132,7 +131,7 @@ def test_files_in_a_bucket_are_appended_to_listed_and_replaced(bucket):
 
 
 def test_a_run_in_a_bucket_keeps_its_config_and_metrics_and_refuses_another(bucket, monkeypatch):
-    monkeypatch.setattr(runs, "StateCheckpoints", lambda directory: None)  # Orbax asks Google itself for its bucket.
+    monkeypatch.setattr(directory, "StateCheckpoints", lambda where: None)  # Orbax asks Google itself for its bucket.
     run = RunDirectory(bucket / "run", {"seed": 0})
     run.log([{"step": 1}, {"step": 2}])
     run.log([{"step": 3}])
@@ -233,8 +232,7 @@ def _path_options(config_type, prefix="--"):
 def test_every_path_of_every_command_is_read_in_that_way(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    module = importlib.import_module(name)
-    config_type, preset = getattr(module, TYPES[name]), getattr(module, "preset", None)
+    _, config_type, preset = command_of(name)
     options = dict(_path_options(config_type))
     assert options or name == "ckl_jax.check_xla"
     for option, field in options.items():
@@ -259,7 +257,7 @@ def test_public_functions_take_a_path_as_text(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "config.json").exists()
     plots.save(Figure(), "~/run", "figure")
     assert (tmp_path / "run" / "figure.png").exists()
-    assert runs.earlier_results("~/run", "nothing") is None
+    assert records.earlier_results("~/run", "nothing") is None
     load_stream(1, 4, data_dir="~/data")
     assert (tmp_path / "data").is_dir()
     for source in ("~/model", f"file://{tmp_path}/model"):

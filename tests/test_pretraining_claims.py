@@ -3,7 +3,7 @@
 from ckl_jax.analysis.statistics import share_interval
 from experiments import figure2_pretraining as figure2
 from experiments import figure3_pretraining_levels as figure3
-from experiments.pretraining_claims import from_verdicts, paper_cells
+from experiments.common.pretraining_claims import from_verdicts, paper_cells
 
 
 def cells(by_base, problems=1000):

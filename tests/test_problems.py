@@ -16,9 +16,9 @@ from ckl_jax.tasks.columns import ADDITION
 
 DIGITS = 4
 LENGTH = ADDITION.max_answer_length(DIGITS, extra=12)
-RIGHT = ADDITION.answer_text(1234, 5678)
+RIGHT = ADDITION.answer_text(tasks.Problem(1234, 5678))
 PACKED = problems.pack(ADDITION, [tasks.Problem(1234, 5678)], DIGITS, 2)
-TOKENS = ADDITION.critical_tokens(1234, 5678, 2)
+TOKENS = ADDITION.critical_tokens(tasks.Problem(1234, 5678), 2)
 judge_on_device = jax.jit(problems.reward)
 mask_on_device = jax.jit(trajectory.answer_mask)
 find_critical = jax.jit(problems.critical_indices)
@@ -42,7 +42,7 @@ def judge(problem, text):
 @functools.cache
 def right_documents():
     pairs = [(0, 0), (5, 7), (99, 1), (9999, 9999), (1234, 5678), (7, 1000)]
-    return [(tasks.Problem(a, b), ADDITION.answer_text(a, b)) for a, b in pairs]
+    return [(tasks.Problem(a, b), ADDITION.answer_text(tasks.Problem(a, b))) for a, b in pairs]
 
 
 @st.composite
@@ -123,7 +123,7 @@ def test_the_mask_ends_with_the_newline_of_the_result_or_the_first_padding():
 def test_pack_pads_prompts_on_the_left_and_results_on_the_right():
     packed = problems.pack(ADDITION, [tasks.Problem(7, 95), tasks.Problem(999, 999)], 3, 2)
     assert packed.prompts_BxP.shape == (2, ADDITION.max_prompt_length(3))
-    assert alphabet.decode(packed.prompts_BxP[0]) == ADDITION.prompt_text(7, 95).rjust(22, alphabet.PAD)
+    assert alphabet.decode(packed.prompts_BxP[0]) == ADDITION.prompt_text(tasks.Problem(7, 95)).rjust(22, alphabet.PAD)
     assert packed.prompt_lengths_B.tolist() == [19, 22]
     assert [alphabet.decode(row) for row in packed.results_BxR] == ["1 0 2\n%%", "1 9 9 8\n"]
     assert [alphabet.decode(row) for row in packed.lists_Bx3x2xJ[0, :, 1]] == ["[9,5]%%", "[9]%%%%", "%%%%%%%"]
@@ -159,11 +159,11 @@ def recorded_indices(text, packed=PACKED, row=0):
 def test_on_right_answers_every_critical_token_is_recorded_where_it_stands(max_pretrain_digits):
     cases = [(1234, 5678), (1234, 56), (7, 9999), (999, 1000), (12, 34), (0, 0)]
     packed = problems.pack(ADDITION, [tasks.Problem(a, b) for a, b in cases], DIGITS, max_pretrain_digits)
-    texts = [ADDITION.answer_text(a, b) for a, b in cases]
+    texts = [ADDITION.answer_text(tasks.Problem(a, b)) for a, b in cases]
     indices, recorded = (np.array(x) for x in find_critical(as_array(*texts), packed))
     characters = np.array(problems.critical_characters(packed))
     for row, ((a, b), text) in enumerate(zip(cases, texts, strict=True)):
-        tokens = ADDITION.critical_tokens(a, b, max_pretrain_digits)
+        tokens = ADDITION.critical_tokens(tasks.Problem(a, b), max_pretrain_digits)
         assert recorded[row].sum() == len(tokens)
         for token in tokens:
             assert recorded[row][slot(token)]
@@ -179,7 +179,7 @@ def list_start(step, operand):
 
 def test_a_miscopied_character_stops_what_follows_it_in_that_operand_only():
     for step in (1, 2, 3):
-        for operand, text in enumerate(ADDITION.operand_lists(1234, 5678)[step - 1], start=1):
+        for operand, text in enumerate(ADDITION.operand_lists(tasks.Problem(1234, 5678))[step - 1], start=1):
             for position, wrong in ((p, w) for p in range(len(text)) for w in "=0"):
                 at = list_start(step, operand) + position
                 assert RIGHT[at] == text[position]

@@ -1,17 +1,83 @@
-"""What the README promises is what the project does."""
+"""What the READMEs promise is what the project does: their code runs, their words and links lead to what is there."""
 
+import ast
+import importlib
+import importlib.util
+import json
+import os
 import pathlib
 import re
+import shlex
+import subprocess
 
 import jax.numpy as jnp
 import pytest
+from hostile import cli
+from names import ROOT, missing
 
-ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DIRECTORIES = ["", "experiments", "tpu_scripts", "tests"]
+TEXTS = {directory: (ROOT / directory / "README.md").read_text() for directory in DIRECTORIES}
+README, EXPERIMENTS = TEXTS[""], TEXTS["experiments"]
+RESULTS = ROOT / "experiments" / "results"
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
+each_readme = pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda directory: directory or "top")
 
 
-def test_the_ten_line_example_runs_and_its_gradient_is_finite():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(text, language):
+    """The contents of the code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def prose(text):
+    """A text without its code blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text):
+    """The words of every command in the blocks of a shell, its assignments left out."""
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:python -m|tpu_scripts/)[^`]*\s[^`]*)`", prose(text).replace("\n", " "))
+    return [words for line in lines for words in _split(line)]
+
+
+def _split(line):
+    lexer = shlex.shlex(line.replace('"$OUT', "$OUT").replace("$OUT", "gs://bucket/run"), True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    found, words = [], []
+    for word in [*lexer, ";"]:
+        if re.fullmatch(r"[&|;]+", word):
+            found, words = [*found, words], []
+        else:
+            words.append(word)
+    return [words for words in found if words]
+
+
+def module_call(words):
+    """(module, arguments) of a call of this project's modules, also by a script of ``tpu_scripts``; else None."""
+    for position, word in enumerate(words):
+        if re.fullmatch(r"(ckl_jax|experiments|tests)(\.\w+)+", word) and (
+            words[position - 1] == "-m" or words[0].startswith("tpu_scripts/")
+        ):
+            return word, words[position + 1 :]
+    return None
+
+
+CALLS = sorted({(call[0], *call[1]) for text in TEXTS.values() for call in map(module_call, commands(text)) if call})
+SCRIPTS = sorted({tuple(words) for text in TEXTS.values() for words in commands(text) if "tpu_scripts/" in words[0]})
+
+
+def source_of(module):
+    """The file that ``python -m module`` runs."""
+    found = importlib.util.find_spec(module)
+    assert found is not None, module
+    if found.submodule_search_locations:
+        found = importlib.util.find_spec(f"{module}.__main__")
+        assert found is not None, module
+    return pathlib.Path(found.origin)
+
+
+def test_the_examples_run_and_the_gradient_is_finite():
+    (code,) = blocks(README, "python")
     namespace: dict = {}
     exec(code, namespace)
     assert namespace["value"] > 0
@@ -19,27 +85,192 @@ def test_the_ten_line_example_runs_and_its_gradient_is_finite():
     assert (namespace["gradient"] != 0).any()
 
 
-def test_ci_calls_the_readmes_test_command():
+def test_ci_calls_the_readmes_commands():
+    ci = (ROOT / ".ci" / "run").read_text()
     (command,) = re.findall(r"^python3 -m venv .*-m pytest$", README, re.MULTILINE)
-    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command in ci.splitlines()
+    assert command in TEXTS["tests"]
+    (pages,) = re.findall(r"`python -m (pdoc [^`]*)`", README)
+    assert f"-m {pages}\n" in ci
 
 
-def test_the_layout_names_every_module():
-    modules = {path.name for path in (ROOT / "ckl_jax").glob("*.py")} - {"__init__.py"}
-    assert all(name in README for name in modules)
+@each_readme
+def test_its_blocks_are_of_known_kinds_and_parse(directory):
+    text = TEXTS[directory]
+    kinds = re.findall(r"^```(\w*)\n.*?^```$", text, re.DOTALL | re.MULTILINE)
+    assert set(kinds) <= {"bash", "python", "bibtex", ""}
+    assert len(kinds) * 2 == text.count("```")
+    for block in blocks(text, "bash"):
+        parsed = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert (parsed.returncode, parsed.stderr) == (0, ""), block
+    for block in blocks(text, "python"):
+        ast.parse(block)
+    for block in blocks(text, "bibtex"):
+        assert block.count("{") == block.count("}")
 
 
-@pytest.mark.parametrize("directory", ["", "experiments", "tpu_scripts"])
-def test_a_readme_has_no_open_placeholder_and_what_it_links_to_exists(directory):
-    text = (ROOT / directory / "README.md").read_text()
+@pytest.mark.parametrize("call", CALLS, ids=" ".join)
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_a_command_takes_its_options(call):
+    module, *arguments = call
+    source = source_of(module).read_text()
+    if "cli.run(" not in source:
+        assert [option for option in OPTION.findall(" ".join(arguments)) if option not in source] == []
+        return
+    if "import tunix" in source or "from tunix" in source:
+        pytest.importorskip("tunix")
+    found = importlib.import_module(".".join(source_of(module).relative_to(ROOT).with_suffix("").parts))
+    (words,) = re.findall(r"cli\.run\(main, ([^)]*)\)", source)
+    kind, *preset = (getattr(found, word.strip()) for word in words.split(",") if "=" not in word)
+    cli.parse(kind, *(preset or [None]), arguments)
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_a_script_is_there_and_knows_its_options(words):
+    script, *arguments = words
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    source = path.read_text() + (ROOT / "tpu_scripts" / "lib.sh").read_text()
+    call = module_call(words)
+    own = arguments[: arguments.index(call[0])] if call else arguments
+    assert [word for word in own if word.startswith("--") and word not in source] == []
+
+
+@each_readme
+def test_every_option_in_its_text_is_one(directory):
+    sources = [path.read_text() for package in ("ckl_jax", "experiments") for path in (ROOT / package).rglob("*.py")]
+    fields = set(re.findall(r"^    (\w+): ", "\n".join(sources), re.MULTILINE))
+    scripts = "".join(path.read_text() for path in (ROOT / "tpu_scripts").glob("*.sh"))
+    words = " ".join(re.findall(r"`([^`]+)`", prose(TEXTS[directory])))
+    for option in OPTION.findall(re.sub(r"ruff \S+ --check|python -m (pytest|pdoc)[^`]*", "", words)):
+        name = option.removeprefix("--").replace("-", "_")
+        known = {"help", "scale", "recipe"} | fields
+        assert {name, name.removeprefix("no_")} & known or option in scripts, option
+
+
+@each_readme
+def test_names_in_it_lead_somewhere(directory):
+    text = TEXTS[directory]
+    assert missing(text) == []
+    for module in re.findall(r"\b(?:experiments|tests)(?:\.(?!md\b|py\b)[a-z]\w+)+\b", text):
+        assert importlib.util.find_spec(module) is not None, module
+    for path in re.findall(r"`((?:ckl_jax|experiments|tests|tpu_scripts|results)/[\w./*]+|test_\w*\*?\w*\.py)`", text):
+        at = [ROOT / directory, ROOT, ROOT / "tests"]
+        assert any(list(place.glob(path.rstrip("/"))) for place in at), path
+
+
+@each_readme
+def test_it_has_no_open_placeholder_and_its_links_lead_to_files_and_headings(directory):
+    text = TEXTS[directory]
     assert not re.findall(r"@[A-Z_]+@", text)
-    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
-    assert [target for target in targets if not (ROOT / directory / target).exists()] == []
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (ROOT / directory / (file or "README.md")).resolve()
+        assert target.exists(), link
+        if anchor:
+            (target,) = target.glob("README.md") if target.is_dir() else [target]
+            assert anchor in anchors(target.read_text()), link
 
 
-def test_the_readme_links_to_headings_that_exist():
-    linked = re.findall(r"\]\(experiments/README\.md#([^)]+)\)", README)
-    headings = re.findall(r"^#+ (.*)$", (ROOT / "experiments" / "README.md").read_text(), re.MULTILINE)
-    names = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert linked
-    assert set(linked) <= names
+def anchors(text):
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@each_readme
+def test_its_tables_have_as_many_cells_in_every_row(directory):
+    for table in re.findall(r"(?:^\|.*\n)+", prose(TEXTS[directory]), re.MULTILINE):
+        rows = table.splitlines()
+        assert re.fullmatch(r"\|(-+\|)+", rows[1]), rows[:2]
+        assert len({row.count("|") for row in rows}) == 1, rows[0]
+
+
+def test_the_first_page_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 130 and not line.startswith("|") and "](" not in line] == []
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES[1:])
+def test_a_page_of_several_sections_lists_them_all(directory):
+    text = TEXTS[directory]
+    start, *_ = re.split(r"^## ", prose(text), maxsplit=1, flags=re.MULTILINE)
+    listed = re.findall(r"\]\(#([^)]+)\)", start)
+    assert listed == [*dict.fromkeys(listed)]
+    titles = re.findall(r"^## (.*)$", prose(text), re.MULTILINE)
+    assert listed == [name for title in titles for name in anchors(f"# {title}")]
+
+
+def test_every_experiment_has_its_parts():
+    _, *sections = re.split(r"^## ", EXPERIMENTS, flags=re.MULTILINE)
+    for section in sections[:-1]:
+        title = section.splitlines()[0]
+        parts = [part for part in ("**Question.**", "```bash", "**Result.**") if part not in section]
+        assert parts == [], title
+
+
+def test_every_published_picture_is_shown_or_linked():
+    pictures = {path.relative_to(ROOT / "experiments").as_posix() for path in RESULTS.rglob("*.png")}
+    assert pictures <= set(re.findall(r"\]\(([^)]+\.png)\)", EXPERIMENTS))
+
+
+def test_the_ten_seeds_are_those_of_the_published_run():
+    published = json.loads((RESULTS / "tiny" / "figure4" / "results.json").read_text())
+    assert published["seeds"] == list(range(10))
+
+    def cell(interval, sign=""):
+        mean, low, high = (f"{100 * value:{sign}z.1f}" for value in interval)
+        return mean if low == high else f"{mean} [{low}, {high}]"
+
+    for arm in ("standard", "prioritized"):
+        of = published["arms"][arm]
+        cells = [cell(of[name]) for name in ("target_before", "target_after")] + [cell(of["target_gain"], "+")]
+        cells += [cell(of[name]) for name in ("old_before", "old_after")]
+        for text in (README, EXPERIMENTS):
+            assert f"| {arm} | {' | '.join(cells)} |" in text
+    paired = {name: cell(interval, "+") for name, interval in published["paired_difference"].items()}
+    for text in (README, EXPERIMENTS):
+        (row,) = re.findall(r"^\| difference, paired \|.*$", text, re.MULTILINE)
+        assert f"**{paired['target']}**" in row
+        assert paired["old"] in row
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("tiny/figure7", ["+15.9 [+10.2, +21.7]"]),
+        ("tiny/table1/1000_answers", ["197 of 197"]),
+        ("tiny/figure5", ["9.5 [5.1, 17.0]"]),
+        ("tiny/figure6", ["+3.3 [-27.4, +34.1]", "-18.8 [-23.9, -13.7]", "+1.2 [-35.6, +38.0]", "+1.0 [-61.3, +63.3]"]),
+        ("tiny/figure4_subtraction", ["+14.2 [-1.9, +30.3]"]),
+        ("tiny/figure4_multiplication", ["+0.1 [-0.6, +0.7]"]),
+    ],
+)
+def test_numbers_of_claims_are_those_that_were_published(name, numbers):
+    claims = json.loads((RESULTS / name / "results.json").read_text())["claims"]
+    measured = " ".join(claim["here"] for claim in claims)
+    told = " ".join(EXPERIMENTS.split()).replace("%", "")
+    assert [number for number in numbers if number not in measured or number not in told] == []
+
+
+def test_a_rounds_speed_is_the_benchmarks():
+    table = (RESULTS / "benchmark" / "table.md").read_text()
+    told = "6.4 times as fast as the authors' procedure with the same updates, 343 times with ours on whole episodes"
+    assert told in README
+    for kind, times in (("transitions", 6.4), ("episodes", 343)):
+        (measured,) = re.findall(rf"^\| {kind} \|.*\| ([\d.]+)x", table, re.MULTILINE)
+        assert float(measured) == pytest.approx(times, rel=0.01)
+
+
+def test_the_folders_and_modules_of_the_package_are_named():
+    package = ROOT / "ckl_jax"
+    (section,) = re.findall(r"^## How a round computes\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(re.findall(r"^- `(\w+)/`", section, re.MULTILINE)) == folders
+    assert {name for name in re.findall(r"`(\w+\.py)`", section) if not (package / name).exists()} == set()
+    described = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
+    named = {word.rpartition(".")[2] for word in re.findall(r"`([\w.]+)`", described)}
+    assert {path.stem for path in package.rglob("*.py")} - {"__init__"} <= named

@@ -5,12 +5,13 @@ import re
 import signal
 
 import pytest
+from hostile import command_of
 
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.preemption import PreemptedError
-from experiments import reproduce
-from experiments.reproduce import Item, ReproduceCommand
+from experiments.reproduce import __main__ as reproduce
+from experiments.reproduce.__main__ import Item, ReproduceCommand
 
 STAND_IN = """
 import argparse, json, pathlib, sys
@@ -183,12 +184,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(stand_ins, argum
 @pytest.mark.parametrize("item", reproduce.ITEMS, ids=lambda item: item.name)
 @pytest.mark.parametrize("checkpoint", [None, reproduce.SHIPPED_TINY])
 def test_every_items_module_takes_the_arguments_that_it_gets(item, checkpoint, tmp_path):
-    module = pytest.importorskip(item.module)
     command = ReproduceCommand(checkpoint=checkpoint, out=tmp_path / "out", seeds=4)
-    (config_type,) = [
-        found for name, found in vars(module).items() if name.endswith("Command") and found.__module__ == item.module
-    ]
-    parsed = cli.parse(config_type, getattr(module, "preset", None), reproduce.arguments(command, item)[2:])
+    _, config_type, preset = command_of(item.module)
+    parsed = cli.parse(config_type, preset, reproduce.arguments(command, item)[2:])
     assert parsed.out == tmp_path / "out" / item.name
     assert getattr(parsed, "seeds", 4) == 4
 

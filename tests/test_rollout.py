@@ -13,6 +13,7 @@ from ckl_jax import losses, rollout, tasks
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rollout import decoding
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import sharding
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
@@ -33,9 +34,7 @@ def rows_of(tree, rows):
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "greedy"))
 def generate(config, params, problems, key, max_length, temperature=1.0, greedy=False):
-    return decoding.rollout(
-        config, params, problems, key, max_length=max_length, temperature=temperature, greedy=greedy
-    )
+    return decoding.rollout(config, params, problems, key, Sampling(max_length, temperature, greedy))
 
 
 score = jax.jit(rollout.score, static_argnums=0)
@@ -111,7 +110,7 @@ def test_an_episode_draws_the_same_characters_in_any_batch(short_trajectory):
 def test_decoding_in_groups_changes_no_character(short_trajectory, batch, divisor):
     params, trajectory = short_trajectory
     assert sharding.largest_divisor(24, batch) == divisor
-    grouped = jax.jit(lambda problems: decoding.rollout(MODEL, params, problems, KEY, max_length=60, batch=batch))
+    grouped = jax.jit(lambda problems: decoding.rollout(MODEL, params, problems, KEY, Sampling(60), batch=batch))
     np.testing.assert_array_equal(grouped(pack(PAIRS * 4)).tokens_BxL, trajectory.tokens_BxL)
 
 
@@ -146,16 +145,16 @@ def steps_taken(monkeypatch, *args, **options):
 
 def test_the_loop_stops_after_one_character_when_all_episodes_start_with_padding(monkeypatch):
     params = policy(MODEL, pad_logit=500.0)
-    trajectory, steps = steps_taken(monkeypatch, MODEL, params, pack(), KEY, max_length=60)
+    trajectory, steps = steps_taken(monkeypatch, MODEL, params, pack(), KEY, Sampling(60))
     assert steps == 1
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [1] * len(PAIRS)
     assert not trajectory.reward_B.any()
 
 
 def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(monkeypatch):
-    problems, right = pack([(123, 405), (123, 406)]), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405), (123, 406)]), ADDITION.answer_text(tasks.Problem(123, 405))
     params = scripted_policy(right + "1+1=2\n" * 3, first=22)
-    trajectory, steps = steps_taken(monkeypatch, SCRIPT_MODEL, params, problems, KEY, max_length=250)
+    trajectory, steps = steps_taken(monkeypatch, SCRIPT_MODEL, params, problems, KEY, Sampling(250))
     assert steps == len(right) > decoding.CACHE_BLOCK
     assert [alphabet.decode(answer) for answer in trajectory.answers_BxT] == [right.ljust(250, alphabet.PAD)] * 2
     assert trajectory.mask_BxT.sum(axis=1).tolist() == [len(right)] * 2
@@ -163,7 +162,7 @@ def test_the_episode_ends_with_the_newline_of_the_result_and_the_loop_with_it(mo
 
 
 def test_an_answer_that_the_end_of_the_block_cuts_gets_no_reward():
-    problems, right = pack([(123, 405)]), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405)]), ADDITION.answer_text(tasks.Problem(123, 405))
     config = dataclasses.replace(SCRIPT_MODEL, block_size=22 + len(right) - 1)
     params = scripted_policy(right[:-1], first=22, config=config)
     trajectory = generate(config, params, problems, KEY, len(right) - 1, greedy=True)
@@ -177,7 +176,7 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
     keys = jax.random.split(KEY, 2)
 
     def one(params, key):
-        return decoding.rollout(MODEL, params, pack(PAIRS * 4), key, max_length=60, axis_name="run")
+        return decoding.rollout(MODEL, params, pack(PAIRS * 4), key, Sampling(60), axis_name="run")
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
@@ -190,16 +189,16 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("sampling", "name"),
     [
-        ({"max_length": 30, "temperature": 0.0}, "temperature"),
-        ({"max_length": 30, "temperature": -1.0}, "temperature"),
-        ({"max_length": 379}, "block_size"),
+        (Sampling(30, temperature=0.0), "temperature"),
+        (Sampling(30, temperature=-1.0), "temperature"),
+        (Sampling(379), "block_size"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
+def test_what_cannot_work_is_refused_before_the_model_is_touched(sampling, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        decoding.rollout(MODEL, None, pack(), KEY, **options)
+        decoding.rollout(MODEL, None, pack(), KEY, sampling)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -230,13 +229,13 @@ def test_a_given_start_of_its_own_answer_goes_on_to_the_same_episode(short_traje
     problems, given = pack(PAIRS * 4), cut(trajectory, starts)
     for width in (60, starts.max()):
         again = jax.jit(
-            lambda given: decoding.rollout(MODEL, params, problems, KEY, max_length=60, given_BxT=given, batch=batch)
+            lambda given: decoding.rollout(MODEL, params, problems, KEY, Sampling(60, given_BxT=given), batch=batch)
         )(given[:, :width])
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), again, trajectory)
 
 
 def test_a_given_character_changes_the_answer_and_is_judged_with_it():
-    problems, right = pack([(123, 405)] * 3), ADDITION.answer_text(123, 405)
+    problems, right = pack([(123, 405)] * 3), ADDITION.answer_text(tasks.Problem(123, 405))
     params = scripted_policy(right, first=22)
     last = right.rindex("8")
     given = np.full((3, 250), -1)
@@ -244,7 +243,7 @@ def test_a_given_character_changes_the_answer_and_is_judged_with_it():
     given[1, : last + 1] = alphabet.encode(right[: last + 1])
     given[2, : last + 1] = alphabet.encode(right[:last] + alphabet.PAD)
     trajectory = jax.jit(
-        lambda given: decoding.rollout(SCRIPT_MODEL, params, problems, KEY, max_length=250, given_BxT=given)
+        lambda given: decoding.rollout(SCRIPT_MODEL, params, problems, KEY, Sampling(250, given_BxT=given))
     )(given)
     texts = [alphabet.decode(answer).rstrip(alphabet.PAD) for answer in trajectory.answers_BxT]
     assert texts == [right[:last] + "9\n", right, right[:last]]
@@ -257,4 +256,4 @@ def test_a_given_character_changes_the_answer_and_is_judged_with_it():
 @pytest.mark.parametrize("shape", [(len(PAIRS), 31), (len(PAIRS) - 1, 30), (len(PAIRS),)])
 def test_given_characters_of_another_shape_are_refused(shape):
     with pytest.raises(ConfigError, match=rf"^given_BxT: got .*, allowed is \[{len(PAIRS)}, up to 30\]"):
-        decoding.rollout(MODEL, None, pack(), KEY, max_length=30, given_BxT=np.zeros(shape, int))
+        decoding.rollout(MODEL, None, pack(), KEY, Sampling(30, given_BxT=np.zeros(shape, int)))

@@ -15,7 +15,7 @@ from ckl_jax.pretrain import preset as pretrain_preset
 from ckl_jax.runtime import cli
 from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
-from experiments.reproduce import ReproduceCommand
+from experiments.reproduce.__main__ import ReproduceCommand
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "tpu_scripts" / "run_gpu.sh"
 PYTHON = (

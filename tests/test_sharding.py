@@ -19,7 +19,7 @@ from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime.sharding import by_run, make_mesh, state_shardings
-from experiments.benchmarks.workload import text_stream
+from experiments.benchmark.workload import text_stream
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 2.0}}
 CONFIG = FinetuneConfig(

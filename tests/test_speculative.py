@@ -15,7 +15,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.speculative import TRIAL_PASSES, speculative_rollout
-from ckl_jax.rollout.trajectory import gumbel_noise, score
+from ckl_jax.rollout.trajectory import Sampling, gumbel_noise, score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -33,15 +33,18 @@ def pack(pairs=PAIRS, digits=3):
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "greedy"))
 def plain(config, params, problems, key, max_length=LENGTH, temperature=1.0, greedy=False):
-    return rollout(config, params, problems, key, max_length=max_length, temperature=temperature, greedy=greedy)
+    return rollout(config, params, problems, key, Sampling(max_length, temperature, greedy))
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("config", "max_length", "greedy", "slots", "window", "drafter", "with_scores", "least_accepted"),
 )
-def speculative(config, params, problems, key, max_length=LENGTH, **options):
-    return speculative_rollout(config, params, problems, key, max_length=max_length, **options)
+def speculative(
+    config, params, problems, key, max_length=LENGTH, temperature=1.0, greedy=False, given_BxT=None, **more
+):
+    sampling = Sampling(max_length, temperature, greedy, given_BxT)
+    return speculative_rollout(config, params, problems, key, sampling, **more)
 
 
 score_of = jax.jit(score, static_argnums=0)
@@ -134,7 +137,7 @@ def test_scores_are_given_only_when_asked_for():
 
 
 def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episode():
-    right, window = ADDITION.answer_text(123, 405), 64
+    right, window = ADDITION.answer_text(tasks.Problem(123, 405)), 64
     params = scripted_policy(right, first=22)
     problems = pack([(123, 405)] * 3)
     # 21 characters of the prompt after its first, and the answer, which a window's last sample can end.
@@ -148,8 +151,8 @@ def test_a_right_policy_needs_a_pass_per_window_and_a_slot_takes_the_next_episod
 
 
 def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
-    right = ADDITION.answer_text(123, 405)
-    wrong = ADDITION.answer_text(12, 405)
+    right = ADDITION.answer_text(tasks.Problem(123, 405))
+    wrong = ADDITION.answer_text(tasks.Problem(12, 405))
     wrong = right[: right.index(",3]")] + wrong[wrong.index(",2]") + 2 :]
     window = 64
     params = scripted_policy(wrong, first=22)
@@ -160,7 +163,7 @@ def test_one_wrong_character_costs_one_pass_more_with_the_tasks_drafts():
 
 @functools.partial(jax.jit, static_argnames=("how", "with_scores"))
 def generated(params, how, with_scores=True):
-    return generate(MODEL, params, pack(PAIRS * 3), KEY, how=how, batch=4, max_length=LENGTH, with_scores=with_scores)
+    return generate(MODEL, params, pack(PAIRS * 3), KEY, Sampling(LENGTH), how=how, batch=4, with_scores=with_scores)
 
 
 def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
@@ -175,8 +178,7 @@ def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
 def test_auto_is_speculative_for_a_policy_that_follows_the_drafts(shipped):
     problems = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(1), 40, 4), 4, 2)
     length = ADDITION.max_answer_length(4, 20)
-    sampling = {"max_length": length, "batch": 4}
-    chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, how="auto", **sampling))
+    chosen = jax.jit(lambda params: generate(shipped.config, params, problems, KEY, Sampling(length), batch=4))
     verified = chosen(shipped.params)
     assert verified.complete
     assert verified.passes > TRIAL_PASSES
@@ -193,7 +195,7 @@ def test_giving_up_is_told():
 
 def test_an_unknown_way_is_refused():
     with pytest.raises(ConfigError, match=r"^how: got 'fast', allowed is auto \| speculative \| plain"):
-        generate(MODEL, None, pack(), KEY, how="fast", max_length=30)
+        generate(MODEL, None, pack(), KEY, Sampling(30), how="fast")
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
@@ -201,8 +203,7 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
     keys = jax.random.split(KEY, 2)
 
     def one(params, key):
-        options = {"max_length": LENGTH, "slots": 3, "axis_name": "run"}
-        return speculative_rollout(MODEL, params, pack(), key, **options)
+        return speculative_rollout(MODEL, params, pack(), key, Sampling(LENGTH), slots=3, axis_name="run")
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     together = jax.jit(jax.vmap(one, axis_name="run"))(stacked, keys)
@@ -213,17 +214,17 @@ def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("sampling", "options", "name"),
     [
-        ({"max_length": 30, "temperature": 0.0}, "temperature"),
-        ({"max_length": 379}, "block_size"),
-        ({"max_length": 30, "window": 0}, "window"),
-        ({"max_length": 30, "slots": 0}, "slots"),
+        (Sampling(30, temperature=0.0), {}, "temperature"),
+        (Sampling(379), {}, "block_size"),
+        (Sampling(30), {"window": 0}, "window"),
+        (Sampling(30), {"slots": 0}, "slots"),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_model_is_touched(options, name):
+def test_what_cannot_work_is_refused_before_the_model_is_touched(sampling, options, name):
     with pytest.raises(ConfigError, match=rf"^{name}: got"):
-        speculative_rollout(MODEL, None, pack(), KEY, **options)
+        speculative_rollout(MODEL, None, pack(), KEY, sampling, **options)
 
 
 @pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
@@ -237,7 +238,7 @@ def test_given_starts_go_on_as_step_by_step(options):
     verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
     assert_same_characters(MODEL, params, pack(), KEY, expected, verified)
     given[:, :30] = np.where(given[:, :30] >= 0, 30, -1)
-    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, max_length=LENGTH, given_BxT=given))(given)
+    other = jax.jit(lambda given: rollout(MODEL, params, pack(), KEY, Sampling(LENGTH, given_BxT=given)))(given)
     verified = speculative(MODEL, params, pack(), KEY, given_BxT=given, **options)
     assert (np.array(other.answers_BxT) == 30).any()
     assert_same_characters(MODEL, params, pack(), KEY, other, verified)
@@ -248,7 +249,7 @@ def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(
     problems, length = problems_lib.pack(ADDITION, drawn, 6, 5), 150
     given = np.full((8, 80), -1)
     for row, problem in enumerate(drawn):
-        text = ADDITION.answer_text(problem.a, problem.b)[: 10 * row]
+        text = ADDITION.answer_text(problem)[: 10 * row]
         given[row, : len(text)] = alphabet.encode(text[:-1] + "]" if text else "")
     sampling = {"max_length": length, "given_BxT": given}
     expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, **sampling))()

@@ -18,7 +18,7 @@ from ckl_jax.runtime import startup
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIGURE4 = ROOT / "experiments" / "results" / "tiny" / "figure4"
-NOTHING = ("-m", "experiments.claims")  # Imports what every command imports first.
+NOTHING = ("-m", "experiments.common.claims")  # Imports what every command imports first.
 HELP = ("-m", "ckl_jax.evaluate", "--help")
 NOBODY = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
 NOBODY += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]  # Python may be root's.
@@ -122,7 +122,7 @@ def test_a_process_that_may_use_one_core_of_many_has_one_device():
     program = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from ckl_jax import startup
+from ckl_jax.runtime import startup
 startup.use_all_cores()
 import jax
 print(jax.device_count(), os.environ["NPROC"])
@@ -199,8 +199,8 @@ def test_importing_the_library_changes_no_backend_and_no_environment():
 import os
 import matplotlib
 matplotlib.use("svg")
-from ckl_jax import plots
-import experiments.figure4_prioritized_kl, experiments.regularizers, experiments.benchmarks.report, sys
+from ckl_jax.analysis import plots
+import experiments.figure4_prioritized_kl, experiments.regularizers.results, experiments.benchmark.report, sys
 assert matplotlib.get_backend() == "svg"
 assert "matplotlib.pyplot" not in sys.modules
 assert not {"MPLBACKEND", "NPROC", "COLUMNS"} & set(os.environ)

@@ -14,11 +14,12 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
-from experiments import table1_certainty_gap as table1
+from experiments.table1_certainty_gap import __main__ as table1
+from experiments.table1_certainty_gap import counting, verdicts
 
 PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(123, 45)
-TOKENS = ADDITION.critical_tokens(123, 45, 2)
+RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
+TOKENS = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)
 LENGTH = len(RIGHT)
 
 
@@ -32,7 +33,7 @@ def sure_except(by_index):
 def test_delta_j_of_an_answer_that_is_unsure_at_its_critical_tokens_alone():
     count = len(TOKENS)
     found = made(PROBLEM, [RIGHT] * 2, sure_except({token.index: 0.5 for token in TOKENS}))
-    row = table1.delta_j(found)
+    row = counting.delta_j(found)
     missing = 0.5 / (LENGTH - 1)
     assert row["critical"][0] == pytest.approx(-0.5 + (count - 1) * missing)
     assert row["noncritical_minimum"][0] == pytest.approx(count * missing)
@@ -48,7 +49,7 @@ def test_delta_j_of_an_answer_that_is_unsure_at_its_critical_tokens_alone():
 def test_the_lowest_place_is_the_one_with_the_lowest_mean_over_answers():
     often, once = RIGHT.index("=8") + 1, RIGHT.index("C=0") + 2
     certainty = np.concatenate([sure_except({often: 0.6, once: 0.1}), *[sure_except({often: 0.6})] * 3])
-    row = table1.delta_j(made(PROBLEM, [RIGHT] * 4, certainty))
+    row = counting.delta_j(made(PROBLEM, [RIGHT] * 4, certainty))
     place = row["lowest_places"][0]
     assert (place["line"], place["word"], place["character"]) == (2, 8, 6)
     assert (place["mostly"], place["answers"]) == ("8", 4)
@@ -60,7 +61,7 @@ def test_the_lowest_place_is_the_one_with_the_lowest_mean_over_answers():
 def test_places_that_few_answers_reach_do_not_count():
     certainty = np.concatenate([sure_except({LENGTH - 2: 0.01})] + [sure_except({})] * 5)
     texts = [RIGHT] + [RIGHT[:20]] * 5
-    found = table1.by_place(made(PROBLEM, texts), certainty[:, :LENGTH])
+    found = counting.by_place(made(PROBLEM, texts), certainty[:, :LENGTH])
     assert {place["answers"] for place, _ in found} == {6}
     assert [len(values) for _, values in found] == [6] * len(found)
     assert found[0][1].mean() == 1.0
@@ -75,7 +76,7 @@ def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
         RIGHT.replace("1 6 8", "1 6 9"),
         RIGHT[:5],
     ]
-    found = table1.criterion_1(made(PROBLEM, texts))
+    found = counting.criterion_1(made(PROBLEM, texts))
 
     def counts(name):
         return found[name]["ended_so"], found[name]["count"]
@@ -98,16 +99,16 @@ def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
 )
 def test_verdicts_follow_their_rules(critical, others, share, expected):
     row = {"critical": critical, "noncritical_minimum": others}
-    said = table1.verdicts(row, {"wrong_critical_ended_wrong": {"share": share}}, 5)
+    said = verdicts.verdicts(verdicts.sides(row, {"wrong_critical_ended_wrong": {"share": share}}, 5))
     assert (said["gap"], said["wrong_critical_token_decides"], said["size"]) == expected
 
 
 def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
     row = {"critical": (-0.3, -0.4, -0.2), "noncritical_minimum": (0.0, 0.0, 0.0)}
     criterion = {"wrong_critical_ended_wrong": {"share": (1.0, 0.9, 1.0)}}
-    assert "size" not in table1.verdicts(row, criterion, 4)
+    assert "size" not in verdicts.sides(row, criterion, 4)
     nan = float("nan")
-    said = table1.verdicts({**row, "critical": (nan, nan, nan)}, criterion, 5)
+    said = verdicts.verdicts(verdicts.sides({**row, "critical": (nan, nan, nan)}, criterion, 5))
     assert "size" not in said
     assert said["gap"] == "undecided"
 

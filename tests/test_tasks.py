@@ -13,8 +13,10 @@ from policies import SCRIPT_MODEL, scripted_policy
 from ckl_jax import tasks
 from ckl_jax.errors import ConfigError
 from ckl_jax.rollout import generation
-from ckl_jax.tasks import alphabet, columns, problems
-from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION, task_named
+from ckl_jax.rollout.trajectory import Sampling
+from ckl_jax.tasks import alphabet, catalog, problems
+from ckl_jax.tasks.catalog import task_named
+from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION
 
 SUBTRACTED = """
 <scratch>
@@ -41,36 +43,42 @@ def rng():
 
 
 def test_the_texts_are_those_written_by_hand():
-    assert SUBTRACTION.prompt_text(502, 497) == "Input:\n502-497\nTarget:"
-    assert SUBTRACTION.answer_text(502, 497) == SUBTRACTED
-    assert MULTIPLICATION.prompt_text(357, 8) == "Input:\n357T8\nTarget:"
-    assert MULTIPLICATION.answer_text(357, 8) == MULTIPLIED
+    assert SUBTRACTION.prompt_text(SUBTRACTION.problem(502, 497)) == "Input:\n502-497\nTarget:"
+    assert SUBTRACTION.answer_text(SUBTRACTION.problem(502, 497)) == SUBTRACTED
+    assert MULTIPLICATION.prompt_text(MULTIPLICATION.problem(357, 8)) == "Input:\n357T8\nTarget:"
+    assert MULTIPLICATION.answer_text(MULTIPLICATION.problem(357, 8)) == MULTIPLIED
 
 
-@pytest.mark.parametrize("task", columns.TASKS.values(), ids=columns.TASKS)
+@pytest.mark.parametrize("task", catalog.TASKS.values(), ids=catalog.TASKS)
 def test_the_result_is_the_operations_and_the_scratchpads_list_has_its_digits(task):
     operation = {"addition": int.__add__, "subtraction": int.__sub__, "multiplication": int.__mul__}[task.name]
     for problem in task.short_problems(rng(), 300, 4):
-        answer = task.answer_text(problem.a, problem.b)
+        answer = task.answer_text(problem)
         result = operation(problem.a, problem.b)
         assert answer.endswith(f"</scratch>\n{' '.join(str(result))}\n")
         end = answer.split("\n")[-4]
         listed, carry = end.split("A=[")[1].split("] C=")[0], end.split("C=")[1][0]
         assert int(carry + listed.replace(",", "")) == result
-        alphabet.encode(task.prompt_text(problem.a, problem.b) + answer)
+        alphabet.encode(task.prompt_text(problem) + answer)
 
 
 @pytest.mark.parametrize("digits", [1, 2])
 def test_no_answer_is_longer_than_the_longest(digits):
     for task in (SUBTRACTION, MULTIPLICATION):
         pairs = itertools.product(range(10**digits), range(10 if task.repeats_second else 10**digits))
-        lengths = [len(task.answer_text(a, b)) for a, b in pairs if not task.larger_first or b <= a]
+        lengths = [len(task.answer_text(task.problem(a, b))) for a, b in pairs if not task.larger_first or b <= a]
         assert max(lengths) == task.max_answer_length(digits, extra=0)
 
 
 def test_three_digits_borrow_nearly_everywhere_in_the_longest_subtraction():
-    longest = max(len(SUBTRACTION.answer_text(a, b)) for a in range(900, 1000) for b in range(100, a + 1, 3))
-    assert longest <= SUBTRACTION.max_answer_length(3, extra=0) == len(SUBTRACTION.answer_text(900, 199))
+    longest = max(
+        len(SUBTRACTION.answer_text(SUBTRACTION.problem(a, b))) for a in range(900, 1000) for b in range(100, a + 1, 3)
+    )
+    assert (
+        longest
+        <= SUBTRACTION.max_answer_length(3, extra=0)
+        == len(SUBTRACTION.answer_text(SUBTRACTION.problem(900, 199)))
+    )
 
 
 def test_problems_keep_to_what_the_operation_takes():
@@ -91,17 +99,16 @@ def test_problems_keep_to_what_the_operation_takes():
         (SUBTRACTION, -1, 0, r"a: got -1, allowed is an integer from 0 to below 10\^18"),
     ],
 )
-@pytest.mark.parametrize("text", ["prompt_text", "answer_text", "result_text", "operand_lists"])
-def test_other_operands_are_refused(task, a, b, said, text):
+def test_other_operands_are_refused(task, a, b, said):
     with pytest.raises(ConfigError, match=f"^{said}"):
-        getattr(task, text)(a, b)
+        task.problem(a, b)
     with pytest.raises(ConfigError, match=f"^{said}"):
-        task.critical_tokens(a, b, 1)
+        problems.pack(task, [tasks.Problem(a, b)], 2, 1)
 
 
 def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
-    assert [task_named(name) for name in columns.TASKS] == [ADDITION, SUBTRACTION, MULTIPLICATION]
-    assert get_args(columns.TaskName) == tuple(columns.TASKS)
+    assert [task_named(name) for name in catalog.TASKS] == [ADDITION, SUBTRACTION, MULTIPLICATION]
+    assert get_args(catalog.TaskName) == tuple(catalog.TASKS)
     with pytest.raises(
         ConfigError, match=r"^task: got 'division', allowed is addition \| subtraction \| multiplication$"
     ):
@@ -109,7 +116,7 @@ def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
 
 
 def test_critical_tokens_lie_in_the_lists_that_are_longer_than_in_pretraining():
-    found = MULTIPLICATION.critical_tokens(357, 8, 2)
+    found = MULTIPLICATION.critical_tokens(MULTIPLICATION.problem(357, 8), 2)
     assert [(token.step, token.operand, token.character) for token in found] == [
         (1, 1, "7"),
         (1, 1, ","),
@@ -118,20 +125,20 @@ def test_critical_tokens_lie_in_the_lists_that_are_longer_than_in_pretraining():
         (3, 1, "3"),
     ]
     assert all(MULTIPLIED[token.index] == token.character for token in found)
-    found = SUBTRACTION.critical_tokens(502, 497, 2)
+    found = SUBTRACTION.critical_tokens(SUBTRACTION.problem(502, 497), 2)
     assert {(token.step, token.operand) for token in found} == set(itertools.product((1, 2, 3), (1, 2)))
     assert all(SUBTRACTED[token.index] == token.character for token in found)
 
 
 @pytest.mark.parametrize(("task", "pair"), [(SUBTRACTION, (502, 497)), (MULTIPLICATION, (357, 8))])
 def test_the_device_judges_an_answer_and_meets_its_critical_tokens(task, pair):
-    right = task.answer_text(*pair)
+    right = task.answer_text(task.problem(*pair))
     packed = problems.pack(task, [task.problem(*pair)], 3, 2)
     answers_1xT = jnp.asarray(alphabet.encode(right)[None].astype(np.int32))
     assert problems.reward(answers_1xT, jnp.asarray(packed.results_BxR).astype(jnp.int32)).tolist() == [1]
     assert problems.reward(answers_1xT.at[0, -2].add(1), jnp.asarray(packed.results_BxR)).tolist() == [0]
     indices, recorded = problems.critical_indices(answers_1xT, packed)
-    expected = sorted(token.index for token in task.critical_tokens(*pair, 2))
+    expected = sorted(token.index for token in task.critical_tokens(task.problem(*pair), 2))
     assert sorted(np.asarray(indices)[np.asarray(recorded)].tolist()) == expected
     characters = np.asarray(problems.critical_characters(packed))[np.asarray(recorded)]
     assert sorted(alphabet.decode(characters)) == sorted(right[index] for index in expected)
@@ -147,11 +154,11 @@ class Maximum(tasks.Task):
     def draw(self, rng, digits_a, digits_b):
         return tasks.Problem(tasks.draw_number(rng, digits_a), tasks.draw_number(rng, digits_b))
 
-    def answer_text(self, a, b):
-        return f"\n{tasks.RESULT_MARK}{self.result_text(a, b)}\n"
+    def answer_text(self, problem):
+        return f"\n{tasks.RESULT_MARK}{self.result_text(problem)}\n"
 
-    def result_text(self, a, b):
-        return str(max(a, b))
+    def result_text(self, problem):
+        return str(max(problem.a, problem.b))
 
     def longest(self, digits):
         return tasks.Problem(10**digits - 1, 0)
@@ -160,10 +167,10 @@ class Maximum(tasks.Task):
 def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_or_drafts():
     task = Maximum("maximum", ">")
     packed = problems.pack(task, [task.problem(3, 7), task.problem(8, 1)], 1, 1)
-    params = scripted_policy(task.answer_text(3, 7), len(task.prompt_text(3, 7)))
-    sampling = {"max_length": task.max_answer_length(1, 2), "temperature": 0.01}
-    generated = generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), **sampling)
+    params = scripted_policy(task.answer_text(task.problem(3, 7)), len(task.prompt_text(task.problem(3, 7))))
+    sampling = Sampling(task.max_answer_length(1, 2), temperature=0.01)
+    generated = generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling)
     assert generated.trajectory.reward_B.tolist() == [1, 0]
     assert not problems.critical_indices(generated.trajectory.answers_BxT, packed)[1].any()
     with pytest.raises(ConfigError, match=r"^drafter: got None, allowed is one: maximum has no drafts of its own"):
-        generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), how="speculative", **sampling)
+        generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling, how="speculative")

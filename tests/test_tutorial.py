@@ -1,5 +1,6 @@
 """The tutorial as a script and as a notebook."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -40,9 +41,9 @@ def test_its_text_names_what_exists(notebook):
     text = "\n".join(cells(notebook, "markdown"))
     assert "ckl_jax.losses.prioritized_kl" in text
     assert missing(text) == []
-    modules = re.findall(r"python -m (\w+)\.(\w+)", text)
-    files = [f"{package}/{module}.py" for package, module in modules] + re.findall(r"`(\w+/\w+\.py)`", text)
-    assert len(files) > 4
+    commands, files = re.findall(r"python -m (\w+\.\w+)", text), re.findall(r"`(\w+/\w+\.py)`", text)
+    assert len(commands) + len(files) > 4
+    assert [name for name in commands if importlib.util.find_spec(name) is None] == []
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
 

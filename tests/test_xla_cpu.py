@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -63,18 +62,19 @@ def _printed(code, **variables):
 def test_a_command_computes_every_pattern_rightly():
     code = """
 import dataclasses
-from ckl_jax import check_xla, cli
+from ckl_jax import check_xla
+from ckl_jax.runtime import cli
 Nothing = dataclasses.make_dataclass("Nothing", ())
 cli.run(lambda _: print(*map(check_xla.is_right, range(len(check_xla.PATTERNS)))), Nothing)
 """
     assert _printed(code, XLA_FLAGS="--xla_backend_optimization_level=0") == ["True"] * len(check_xla.PATTERNS)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of glibc alone is told")
+@pytest.mark.skipif(not xla_cpu._has_huge_pages(), reason="nothing is done without huge pages")
 def test_memory_freed_by_a_thread_is_not_mapped_anew():
     code = """
 import concurrent.futures, ctypes, resource
-from ckl_jax import xla_cpu
+from ckl_jax.runtime import xla_cpu
 libc = ctypes.CDLL("libc.so.6")
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def fill(_):
@@ -88,15 +88,16 @@ with concurrent.futures.ThreadPoolExecutor(1) as thread:
     list(thread.map(fill, range(5)))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    calls = ("", "xla_cpu.keep_freed_memory()")
-    given_back, kept = (int(_printed(code.replace("KEEP", call))[0]) for call in calls)
+    code = code.replace("KEEP", "xla_cpu.keep_freed_memory()")
+    given_back, kept = (int(_printed(code, **{xla_cpu.TUNABLES: own})[0]) for own in ("", xla_cpu.HUGE_PAGES))
     assert kept < 500_000_000 / PAGE / 20 < given_back
 
 
 @pytest.mark.parametrize("own", ["", "glibc.malloc.hugetlb=0", "glibc.malloc.arena_max=3"])
 def test_a_command_starts_once_more_with_huge_pages_and_the_same_arguments(tmp_path, own):
     (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "__init__.py").write_text("from ckl_jax import xla_cpu; xla_cpu.start_with_huge_pages()")
+    start = "from ckl_jax.runtime import xla_cpu; xla_cpu.start_with_huge_pages()"
+    (tmp_path / "probe" / "__init__.py").write_text(start)
     (tmp_path / "probe" / "show.py").write_text(
         "import os, sys; print(os.getpid(), os.environ['GLIBC_TUNABLES'], sys.argv[1:]); sys.exit(7)"
     )

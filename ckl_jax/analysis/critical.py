@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import tasks
+from ckl_jax import rollout, tasks
 from ckl_jax.certainty import CertaintyKind, certainty, entropy_of
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require
 from ckl_jax.fields import NonNegativeInt, PositiveFloat, require_fields
-from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -26,7 +24,7 @@ Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Measuring:
     """How answers are sampled, and how certainty is measured on them."""
 
     temperature: PositiveFloat = 1.0
@@ -102,14 +100,14 @@ class Generations(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="max_length")
 def _answer(
-    config: ModelConfig, how: Sampling, params: Any, ref_params: Any, problems: Problems, key, *, max_length
+    config: ModelConfig, how: Measuring, params: Any, ref_params: Any, problems: Problems, key, *, max_length
 ) -> tuple[Any, ...]:
     """The fields of ``Generations``, in their order."""
-    trajectory, logits_BxTxV, *_ = generate(
-        config, params, problems, key, max_length=max_length, temperature=how.temperature, with_scores=True
+    trajectory, logits_BxTxV, *_ = rollout.generate(
+        config, params, problems, key, rollout.Sampling(max_length, how.temperature), with_scores=True
     )
     assert logits_BxTxV is not None
-    ref_logits_BxTxV = logits_BxTxV if ref_params is None else score(config, ref_params, trajectory)[0]
+    ref_logits_BxTxV = logits_BxTxV if ref_params is None else rollout.score(config, ref_params, trajectory)[0]
     indices, recorded = problems_lib.critical_indices(trajectory.answers_BxT, problems)
     return (
         trajectory.answers_BxT,
@@ -127,7 +125,7 @@ def _answer(
 
 def require_room(model: Model, digits: int, extra_length: int) -> None:
     """Raises ConfigError where episodes of that many digits do not fit into the model's block."""
-    total = model.task.max_prompt_length(digits) + model.task.max_answer_length(digits, extra_length)
+    total = model.task.longest_episode(digits, extra_length)
     room = model.config.block_size
     require(total <= room, "extra_length", extra_length, f"at most {extra_length - total + room} (block_size = {room})")
 
@@ -136,7 +134,7 @@ def sample(
     policy: Model,
     problems: Sequence[tasks.Problem],
     digits: int,
-    how: Sampling,
+    how: Measuring,
     reference: Model | None = None,
 ) -> Generations:
     """The policy's sampled answers to problems of up to ``digits`` digits.

@@ -19,7 +19,18 @@ from ckl_jax.analysis.statistics import mean_intervals
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, replace, resolved
 
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "errorbar.capsize": 4,
+    "figure.constrained_layout.use": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+"""matplotlib's parameters for our pictures: draw inside ``matplotlib.rc_context(STYLE)``, which changes no others."""
 FEW_SEEDS = 4
+POINT: dict[str, Any] = {"fmt": "o", "markersize": 8, "markeredgecolor": "white"}
 COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
 INK, SOFT, RIGHT, WRONG = "#1b1c1f", "#9a9da3", "#167a48", "#c8232c"
 SHADES = LinearSegmentedColormap.from_list("unsure", ["#ffffff", "#9cc4f7", "#3f8cf0"])
@@ -43,8 +54,6 @@ def curves(
             axes.plot(x, scale * values.T, color=line.get_color(), alpha=0.4, linewidth=0.8)
         else:
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def points(
@@ -61,8 +70,7 @@ def points(
         mean, low, high = (scale * part for part in mean_intervals(values))
         few = len(values) < FEW_SEEDS
         errors = None if few else [mean - low, high - mean]
-        style: dict[str, Any] = {"fmt": "o", "markersize": 8, "capsize": 4, "markeredgecolor": "white"}
-        axes.errorbar(x, mean, errors, color=colors.get(arm), label=label.format(arm=arm), **style)
+        axes.errorbar(x, mean, errors, color=colors.get(arm), label=label.format(arm=arm), **POINT)
         if few:
             axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
 
@@ -85,6 +93,7 @@ def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:
     width = across * panel + (across - 1) * GAP
     height = sum(HEAD + lines * line_inch for lines in heights) + FOOT
     figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("none")
 
     def place(left: float, bottom: float, wide: float, high: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, high / height))
@@ -105,6 +114,7 @@ def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:
     bar = place(0.1, 0.3, 2.6, 0.1)
     ticks = (0, 0.01, 0.1, 0.25, 0.5, 1)
     scale = figure.colorbar(ScalarMappable(PowerNorm(0.5, 0, 1), SHADES), bar, orientation="horizontal", ticks=ticks)
+    bar.grid(False)
     scale.ax.set_xticklabels([f"{1 - tick:g}" for tick in ticks], fontsize=6.5)
     bar.set_title("certainty J of the pre-trained model", fontsize=7.5, loc="left", pad=3)
     legend = "boxed: critical token\nred: first character that is not as in the right answer"

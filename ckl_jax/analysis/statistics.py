@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
 import numpy as np
 from scipy import stats
 
 from ckl_jax.errors import is_integer, require
 
+Side = Literal["above", "below", "undecided"]
 
-def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of ``values`` [n] over seeds and Student's t interval: (mean, low, high).
+
+class Interval(NamedTuple):
+    """An estimate and the bounds of its interval, NaN where there are none. JSON has it as a list of three."""
+
+    mean: float
+    low: float
+    high: float
+
+    def side(self, than: float | Sequence[float] = 0.0) -> Side:
+        """Whether all of it lies above or below a number or another interval."""
+        _, low, high = than if isinstance(than, Sequence) else (than, than, than)
+        return "above" if self.low > high else "below" if self.high < low else "undecided"
+
+    def text(self, spec: str, scale: float = 1.0) -> str:
+        """With the format ``z.1f`` and a scale of 100 "52.8 [42.8, 62.7]"; no bounds of NaN, "none" for such a mean."""
+        mean, low, high = (format(scale * value, spec) for value in self)
+        bounds = "" if np.isnan(self.low) else f" [{low}, {high}]"
+        return "none" if np.isnan(self.mean) else mean + bounds
+
+
+def percent(interval: Iterable[float], sign: str = "") -> str:
+    """A mean and its interval in percent, "52.8 [42.8, 62.7]", with ``sign`` "+" always signed."""
+    return Interval(*interval).text(f"{sign}z.1f", 100)
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Mean of ``values`` [n] over seeds and Student's t interval.
 
     One value has an interval of NaN, none has NaN everywhere.
     """
     values = np.asarray(values, np.float64)
     if len(values) == 0:
-        return float("nan"), float("nan"), float("nan")
+        return Interval(float("nan"), float("nan"), float("nan"))
     mean = float(values.mean())
     if len(values) == 1:
-        return mean, float("nan"), float("nan")
+        return Interval(mean, float("nan"), float("nan"))
     half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return mean, mean - half, mean + half
+    return Interval(mean, mean - half, mean + half)
 
 
 def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -28,13 +57,6 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     return mean, low, high
-
-
-def percent(interval: tuple[float, float, float], sign: str = "") -> str:
-    """A mean and its interval in percent, "52.8 [42.8, 62.7]"; an interval of NaN is left out."""
-    mean, low, high = (100 * value for value in interval)
-    bounds = f" [{low:{sign}z.1f}, {high:{sign}z.1f}]" if np.isfinite(low) else ""
-    return f"{mean:{sign}z.1f}{bounds}"
 
 
 def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:
@@ -52,8 +74,8 @@ def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 
     return float(low), float(high)
 
 
-def share_interval(successes: int, count: int) -> tuple[float, float, float]:
-    """Share of ``successes`` in ``count`` trials and Wilson's 95% score interval: (share, low, high).
+def share_interval(successes: int, count: int) -> Interval:
+    """Share of ``successes`` in ``count`` trials and Wilson's 95% score interval.
 
     No trial says nothing: a share of NaN between 0 and 1.
 
@@ -64,6 +86,6 @@ def share_interval(successes: int, count: int) -> tuple[float, float, float]:
         require(is_integer(value), name, value, "an integer")
     require(0 <= successes <= count, "successes", successes, f"0..{count}")
     if count == 0:
-        return float("nan"), 0.0, 1.0
+        return Interval(float("nan"), 0.0, 1.0)
     interval = stats.binomtest(int(successes), int(count)).proportion_ci(method="wilson")
-    return successes / count, float(interval.low), float(interval.high)
+    return Interval(successes / count, float(interval.low), float(interval.high))

@@ -21,7 +21,8 @@ from ckl_jax.errors import ConfigError, is_integer, require
 from ckl_jax.runtime.paths import in_bucket
 from ckl_jax.runtime.strays import is_unread
 from ckl_jax.tasks import alphabet
-from ckl_jax.tasks.columns import ADDITION, task_named
+from ckl_jax.tasks.catalog import task_named
+from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 
 MOST_JSON_BYTES = 2**24

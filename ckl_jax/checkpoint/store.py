@@ -24,7 +24,8 @@ from ckl_jax.model import GPT2
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.runtime.strays import is_unread
-from ckl_jax.tasks.columns import ADDITION, task_named
+from ckl_jax.tasks.catalog import task_named
+from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 
 Params = Any

@@ -20,7 +20,7 @@ from ckl_jax.fields import (
     require_fields,
 )
 from ckl_jax.resuming import end, speed
-from ckl_jax.tasks.columns import TaskName, task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 
 Scale = Literal["tiny", "small", "gpt2"]
 
@@ -102,7 +102,7 @@ class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields
         require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
         fewest = self.max_digits**2
         require(self.num_documents >= fewest, "num_documents", self.num_documents, f"at least {fewest}")
-        tested, task = self.max_digits + 1, task_named(self.task)
-        longest = task.max_prompt_length(tested) + task.max_answer_length(tested)
+        tested = self.max_digits + 1
+        longest = task_named(self.task).longest_episode(tested)
         fits = f"at least {longest}, the longest episode of the tests on max_digits + 1 = {tested}"
         require(self.model.block_size >= longest, "model.block_size", self.model.block_size, fits)

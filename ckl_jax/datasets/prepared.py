@@ -14,8 +14,7 @@ from etils import epath
 
 from ckl_jax.checkpoint import reading
 from ckl_jax.datasets.scratchpads import PREPARED, Scratchpads, split_of
-from ckl_jax.tasks.columns import task_named
-from ckl_jax.tasks.task import Problem
+from ckl_jax.tasks.catalog import task_named
 
 INFO = "dataset_info.json"
 
@@ -62,10 +61,10 @@ def _read(builder: Scratchpads, split: str) -> list[str]:
     for number, example in enumerate(source.__getitems__(range(len(source)))):  # Five times faster than one by one.
         if None in example.values():  # A shard that is cut.
             raise ValueError(f"example {number} of {split} cannot be read")
-        a, b = int(example["a"]), int(example["b"])
-        found.append(task.prompt_text(a, b) + task.answer_text(a, b))
+        problem = task.problem(int(example["a"]), int(example["b"]))
+        found.append(task.prompt_text(problem) + task.answer_text(problem))
         same = found[-1] == _text(example["prompt"]) + _text(example["answer"])
-        if not same or split_of(Problem(a, b)) != split:
+        if not same or split_of(problem) != split:
             raise ValueError(f"example {number} of {split} is not what its operands make")
     if len(found) != len(source):
         raise ValueError(f"{len(found)} examples of {split}, not {len(source)}")

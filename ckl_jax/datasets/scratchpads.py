@@ -18,7 +18,7 @@ from etils import epath
 
 from ckl_jax.checkpoint import reading
 from ckl_jax.errors import is_integer, require
-from ckl_jax.tasks.columns import task_named
+from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.task import MAX_DIGITS, Problem, Task
 
 TEST_SHARE = 0.05
@@ -108,8 +108,8 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
                 {
                     "a": problem.a,
                     "b": problem.b,
-                    "prompt": task.prompt_text(problem.a, problem.b),
-                    "answer": task.answer_text(problem.a, problem.b),
+                    "prompt": task.prompt_text(problem),
+                    "answer": task.answer_text(problem),
                 },
             )
 

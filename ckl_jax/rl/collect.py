@@ -12,7 +12,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.rollout.generation import generate
-from ckl_jax.rollout.trajectory import Trajectory, score
+from ckl_jax.rollout.trajectory import Sampling, Trajectory, score
 from ckl_jax.runtime import sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -21,7 +21,7 @@ from ckl_jax.tasks.problems import Problems
 class Episodes(NamedTuple):
     """A round's collect with everything that its updates need; the reference's pass is done once.
 
-    ``kl_weights_BxT`` are the standard KL's, 1, until ``weighed``. ``kl_cov_BxT`` marks the tokens that KL-Cov holds.
+    ``kl_cov_BxT`` marks the tokens that KL-Cov holds.
     """
 
     trajectory: Trajectory
@@ -58,10 +58,9 @@ def collect(
             policy,
             problems,
             key,
+            Sampling(program.max_length, config.temperature),
             how=config.rollout,
             batch=config.rollout_batch,
-            max_length=program.max_length,
-            temperature=config.temperature,
             with_scores=as_generated,
             axis_name=axis_name,
         )[:3]
@@ -110,13 +109,29 @@ def assessed(
       logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
       key: for weights that are shuffled.
     """
-    mask_BxT = trajectory.mask_BxT
-    outcome_BxT, returns_BxT = _outcome_advantages(config, _final_rewards(config, trajectory), values_BxT, mask_BxT)
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
-    ones_BxT, none_BxT = token_weights.uniform(mask_BxT), jnp.zeros_like(mask_BxT)
-    episodes = Episodes(trajectory, ref_logits_BxTxV, sure_BxT, outcome_BxT, returns_BxT, ones_BxT, none_BxT)
-    episodes = weighed(config, episodes, hyper.kl_weights, hyper.beta, key)
-    return _credited(config, episodes, hyper.kl_coefficient, losses.entropy(logits_BxTxV, config.temperature, mask_BxT))
+    weights_BxT = kl_weights(config, hyper, sure_BxT, ref_logits_BxTxV, trajectory.mask_BxT, key)
+    outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
+    advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)
+    if config.kl_in == "reward":  # After the normalization, which would rescale alpha.
+        to_go_BxT = _kl_to_go(config, trajectory, ref_logits_BxTxV, weights_BxT)
+        advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
+    held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
+    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT)
+
+
+def kl_weights(
+    config: FinetuneConfig,
+    hyper: Hyper,
+    certainty_BxT: jax.Array,
+    ref_logits_BxTxV: jax.Array,
+    mask_BxT: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """The weight of every token's KL over a whole round: float32 [B, T]. ``hyper`` says which, and beta."""
+    entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
+    share, weak = config.kl_quantile, config.kl_weak
+    return token_weights.weigh(hyper.kl_weights, certainty_BxT, entropy_BxT, hyper.beta, mask_BxT, key, share, weak)
 
 
 def _final_rewards(config: FinetuneConfig, trajectory: Trajectory) -> jax.Array:
@@ -124,9 +139,10 @@ def _final_rewards(config: FinetuneConfig, trajectory: Trajectory) -> jax.Array:
 
 
 def _outcome_advantages(
-    config: FinetuneConfig, final_B: jax.Array, values_BxT: jax.Array, mask_BxT: jax.Array
+    config: FinetuneConfig, trajectory: Trajectory, values_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The algorithm's advantages of the right or wrong result, and the critic's targets."""
+    final_B, mask_BxT = _final_rewards(config, trajectory), trajectory.mask_BxT
     if config.has_critic:
         is_last_BxT = mask_BxT & ~jnp.pad(mask_BxT[:, 1:], ((0, 0), (0, 1)))
         rewards_BxT = jnp.where(is_last_BxT, final_B[:, None], 0.0)
@@ -147,11 +163,12 @@ def _outcome_advantages(
     return jnp.where(informative, advantages.standardized(raw_BxT, mask_BxT), 0.0), returns_BxT
 
 
-def _credited(
-    config: FinetuneConfig, episodes: Episodes, kl_coefficient: jax.Array, entropy_BxT: jax.Array
-) -> Episodes:
-    """The episodes with advantages shaped by the policy's entropy, the KL in the reward, and the tokens of KL-Cov."""
-    trajectory, mask_BxT = episodes.trajectory, episodes.trajectory.mask_BxT
+def _shaped(
+    config: FinetuneConfig, advantages_BxT: jax.Array, trajectory: Trajectory, logits_BxTxV: jax.Array
+) -> jax.Array:
+    """The advantages with what the policy's entropy does to them."""
+    mask_BxT = trajectory.mask_BxT
+    entropy_BxT = losses.entropy(logits_BxTxV, config.temperature, mask_BxT)
     shaped = {
         "none": lambda A: A,
         "top_entropy": lambda A: advantages.top_entropy(A, entropy_BxT, mask_BxT, config.entropy_quantile),
@@ -162,36 +179,26 @@ def _credited(
             trajectory.reward_B, entropy_BxT, mask_BxT, config.group_size, config.gtpo_share
         ),
     }
-    advantages_BxT = shaped[config.advantage_shaping](episodes.advantages_BxT)
-    if config.kl_in == "reward":
-        # After the normalization, which would rescale alpha.
-        ref_log_probs_BxT = losses.token_log_probs(
-            episodes.ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT
-        )
-        k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
-        to_go_BxT = advantages.kl_to_go(overflow.product(episodes.kl_weights_BxT, k1_BxT), mask_BxT)
-        advantages_BxT = advantages_BxT - overflow.product(kl_coefficient, to_go_BxT)
-    episodes = episodes._replace(advantages_BxT=advantages_BxT)
-    if config.kl_cov > 0:
-        covariance_BxT = advantages.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
-        held_BxT = advantages.top_share(covariance_BxT, mask_BxT, config.kl_cov_share)
-        episodes = episodes._replace(kl_cov_BxT=held_BxT & (covariance_BxT > 0))
-    return episodes
+    return shaped[config.advantage_shaping](advantages_BxT)
 
 
-def weighed(
-    config: FinetuneConfig, episodes: Episodes, kl_weights: jax.Array | int, beta: float | jax.Array, key: jax.Array
-) -> Episodes:
-    """A whole round's episodes with the weight of every token's KL.
+def _kl_to_go(
+    config: FinetuneConfig, trajectory: Trajectory, ref_logits_BxTxV: jax.Array, weights_BxT: jax.Array
+) -> jax.Array:
+    """The weighted k1 of every token and of all after it."""
+    mask_BxT = trajectory.mask_BxT
+    ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT)
+    k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
+    return advantages.kl_to_go(overflow.product(weights_BxT, k1_BxT), mask_BxT)
 
-    Args:
-      kl_weights: index of the word, from ``token_weights.index_of``; it and ``beta`` replace the config's.
-      key: for weights that are shuffled.
-    """
-    entropy_BxT = losses.entropy(episodes.ref_logits_BxTxV, config.certainty_temperature)
-    mask_BxT, share, weak = episodes.trajectory.mask_BxT, config.kl_quantile, config.kl_weak
-    weights_BxT = token_weights.weigh(kl_weights, episodes.certainty_BxT, entropy_BxT, beta, mask_BxT, key, share, weak)
-    return episodes._replace(kl_weights_BxT=weights_BxT)
+
+def _held_by_kl_cov(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: jax.Array) -> jax.Array:
+    """True on the tokens of KL-Cov."""
+    mask_BxT = trajectory.mask_BxT
+    if config.kl_cov == 0:
+        return jnp.zeros_like(mask_BxT)
+    covariance_BxT = advantages.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
+    return advantages.top_share(covariance_BxT, mask_BxT, config.kl_cov_share) & (covariance_BxT > 0)
 
 
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from ckl_jax.rl.program import Program
 from ckl_jax.rollout.generation import generate
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.sharding import map_runs
 from ckl_jax.tasks import alphabet
@@ -33,10 +34,9 @@ def _answers(program: Program, mesh: Mesh, policies: Any, problems: Problems, ma
                 params,
                 problems,
                 key,
+                Sampling(max_length, config.test_temperature),
                 how=config.rollout,
                 batch=config.rollout_batch,
-                max_length=max_length,
-                temperature=config.test_temperature,
                 axis_name=axis_name,
             ).trajectory
             return trajectory.answers_BxT, trajectory.reward_B

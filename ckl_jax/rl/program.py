@@ -67,7 +67,7 @@ class Run(NamedTuple):
 def make_program(config: FinetuneConfig, model: Model) -> Program:
     """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
     program = Program(model.config, config, model.max_pretrain_digits, model.task)
-    total, block = program.task.max_prompt_length(program.digits) + program.max_length, model.config.block_size
+    total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)
     return program

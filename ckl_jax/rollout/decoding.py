@@ -12,7 +12,7 @@ from ckl_jax import tasks
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require
 from ckl_jax.model import Cache, Output, forward, init_cache
-from ckl_jax.rollout.trajectory import Trajectory, gumbel_noise, judged, layout, require_possible
+from ckl_jax.rollout.trajectory import Sampling, Trajectory, gumbel_noise, judged, layout, require_possible
 from ckl_jax.runtime.sharding import largest_divisor
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.problems import Array, Problems
@@ -40,25 +40,17 @@ def rollout(
     params: Any,
     problems: Problems,
     key: jax.Array,
+    sampling: Sampling,
     *,
-    max_length: int,
-    temperature: float | jax.Array = 1.0,
-    greedy: bool = False,
-    given_BxT: Array | None = None,
     batch: int | None = None,
     axis_name: str | None = None,
 ) -> Trajectory:
     """Generates one answer per problem.
 
-    An episode ends at the newline after the result line, at a padding token, or after ``max_length`` characters.
+    An episode ends at the newline after the result line, at a padding token, or at the length limit.
 
     Args:
       params: of ``GPT2``.
-      max_length: T, the length limit of the answers.
-      temperature: logits are divided by it, above 0. The log-probs are at this temperature too.
-      greedy: take the likeliest character instead of sampling.
-      given_BxT: characters that the answers start with instead of sampled ones, -1 from where on the policy goes on; at
-        most ``max_length`` columns. They belong to the answer: log-probs, end and reward are those of the whole text.
       batch: problems decoded together, at most, in equal groups one after another; default: all. It changes the speed
         and not the characters: on CPU, a KV cache that stays in the processor's own cache is read faster.
       axis_name: name of the vmapped axis of runs, if any. The loop then stops when the episodes of all runs have
@@ -68,12 +60,13 @@ def rollout(
       ValueError: ``temperature`` is not above 0, prompt + answer exceed the model's block, or ``given_BxT`` has another
         shape.
     """
-    require_possible(config, problems, max_length, temperature, given_BxT)
+    require_possible(config, problems, sampling)
     require(batch is None or (is_integer(batch) and batch >= 1), "batch", batch, "1 or more, or None")
-    decode = functools.partial(
-        _decode, config, params, key, max_length=max_length, temperature=temperature, greedy=greedy, axis_name=axis_name
-    )
-    start = (problems, given_BxT)
+
+    def decode(rows: tuple[Problems, Array | None]) -> Trajectory:
+        return _decode(config, params, rows[0], key, sampling._replace(given_BxT=rows[1]), axis_name)
+
+    start = (problems, sampling.given_BxT)
     count = problems.prompts_BxP.shape[0]
     group = largest_divisor(count, at_most=batch or count)
     if group == count:
@@ -84,17 +77,9 @@ def rollout(
 
 
 def _decode(
-    config: ModelConfig,
-    params: Any,
-    key: jax.Array,
-    start: tuple[Problems, Array | None],
-    *,
-    max_length: int,
-    temperature: float | jax.Array,
-    greedy: bool,
-    axis_name: str | None,
+    config: ModelConfig, params: Any, problems: Problems, key: jax.Array, sampling: Sampling, axis_name: str | None
 ) -> Trajectory:
-    problems, given_BxT = start
+    max_length, temperature, greedy, given_BxT = sampling
     num_prompt = problems.prompts_BxP.shape[1]
     total = num_prompt + max_length
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)

@@ -11,7 +11,7 @@ from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.speculative import Verified, speculative_rollout
-from ckl_jax.rollout.trajectory import score
+from ckl_jax.rollout.trajectory import Sampling, score
 from ckl_jax.tasks.problems import Problems
 
 How = Literal["auto", "speculative", "plain"]
@@ -25,12 +25,12 @@ def generate(
     params: Any,
     problems: Problems,
     key: jax.Array,
+    sampling: Sampling,
     *,
     how: How = "auto",
     batch: int | None = None,
     with_scores: bool = False,
     axis_name: str | None = None,
-    **sampling: Any,
 ) -> Verified:
     """One answer per problem, by the fastest way unless one is named: the same characters, up to rounding.
 
@@ -38,12 +38,11 @@ def generate(
       how: ``speculative``, ``plain`` (step by step, then a pass for the scores), or ``auto``: speculative, and plain
         where the task has no drafts or the policy turns out to follow too few of them.
       batch: episodes generated together, at most: ``slots`` of the one, ``batch`` of the other.
-      sampling: ``max_length``, ``temperature``, ``greedy`` and ``given_BxT`` as in ``rollout``.
     """
     require(how in get_args(How), "how", how, " | ".join(get_args(How)))
 
     def plain() -> Verified:
-        trajectory = rollout(config, params, problems, key, batch=batch, axis_name=axis_name, **sampling)
+        trajectory = rollout(config, params, problems, key, sampling, batch=batch, axis_name=axis_name)
         logits_BxTxV, hidden_BxTxD = score(config, params, trajectory) if with_scores else (None, None)
         none = jnp.zeros((), jnp.int32)
         return Verified(trajectory, logits_BxTxV, hidden_BxTxD, none, none, jnp.ones((), bool))
@@ -56,10 +55,10 @@ def generate(
         params,
         problems,
         key,
+        sampling,
         slots=batch,
         with_scores=with_scores,
         least_accepted=break_even if how == "auto" else 0.0,
         axis_name=axis_name,
-        **sampling,
     )
     return verified if how == "speculative" else jax.lax.cond(verified.complete, lambda: verified, plain)

@@ -22,9 +22,9 @@ from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require
 from ckl_jax.model import Cache, forward, init_cache
 from ckl_jax.rollout.drafts import draft
-from ckl_jax.rollout.trajectory import Trajectory, answer_mask, gumbel_noise, judged, require_possible
+from ckl_jax.rollout.trajectory import Sampling, Trajectory, answer_mask, gumbel_noise, judged, require_possible
 from ckl_jax.tasks import alphabet
-from ckl_jax.tasks.problems import Array, Problems
+from ckl_jax.tasks.problems import Problems
 
 Drafter = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 WINDOW = 32
@@ -87,11 +87,8 @@ def speculative_rollout(
     params: Any,
     problems: Problems,
     key: jax.Array,
+    sampling: Sampling,
     *,
-    max_length: int,
-    temperature: float | jax.Array = 1.0,
-    greedy: bool = False,
-    given_BxT: Array | None = None,
     slots: int | None = None,
     window: int = WINDOW,
     with_scores: bool = False,
@@ -109,7 +106,8 @@ def speculative_rollout(
         bad one costs passes, no exactness.
       least_accepted: gives up if the first ``TRIAL_PASSES`` accept fewer characters per window, on average.
     """
-    require_possible(config, problems, max_length, temperature, given_BxT)
+    require_possible(config, problems, sampling)
+    max_length, temperature, greedy, given_BxT = sampling
     count, num_prompt = problems.prompts_BxP.shape
     total = num_prompt + max_length
     require(window >= 1, "window", window, "1 or more")

@@ -45,6 +45,23 @@ class Trajectory(NamedTuple):
         return self.tokens_BxL[:, self.tokens_BxL.shape[1] - self.mask_BxT.shape[1] :]
 
 
+class Sampling(NamedTuple):
+    """How answers are drawn.
+
+    Attributes:
+      max_length: T, the length limit of the answers.
+      temperature: logits are divided by it, above 0. The log-probs are at this temperature too.
+      greedy: take the likeliest character instead of sampling.
+      given_BxT: characters that the answers start with instead of sampled ones, -1 from where on the policy goes on; at
+        most ``max_length`` columns. They belong to the answer: log-probs, end and reward are those of the whole text.
+    """
+
+    max_length: int
+    temperature: float | jax.Array = 1.0
+    greedy: bool = False
+    given_BxT: Array | None = None
+
+
 def gumbel_noise(key: jax.Array, episodes_B: jax.Array, steps_BxT: jax.Array, vocab_size: int) -> jax.Array:
     """Gumbel noise [B, T, V] for the given positions of the answers."""
 
@@ -57,15 +74,10 @@ def gumbel_noise(key: jax.Array, episodes_B: jax.Array, steps_BxT: jax.Array, vo
     return jax.vmap(row)(episodes_B, steps_BxT)
 
 
-def require_possible(
-    config: ModelConfig,
-    problems: Problems,
-    max_length: int,
-    temperature: float | jax.Array,
-    given_BxT: Array | None = None,
-) -> None:
+def require_possible(config: ModelConfig, problems: Problems, sampling: Sampling) -> None:
     """Raises ConfigError as ``rollout`` says."""
-    require_temperature(temperature, note=" (greedy=True for argmax)")
+    max_length, given_BxT = sampling.max_length, sampling.given_BxT
+    require_temperature(sampling.temperature, note=" (greedy=True for argmax)")
     require(is_integer(max_length) and max_length >= 1, "max_length", max_length, "1 or more")
     total = problems.prompts_BxP.shape[1] + max_length
     require(total <= config.block_size, "block_size", config.block_size, f"at least prompt + answer = {total}")

@@ -2,6 +2,11 @@
 
 The run's metrics.jsonl and samples.jsonl are the truth. A copy holds their numbers (not their arrays) and texts, and
 whatever it lacks, because the run was killed or went on with other logging, comes from them at the next start.
+
+``--log-to tensorboard wandb`` (either or both; extra ``logs``) makes the copies in `<out>/tensorboard` and at Weights &
+Biases, which ``WANDB_MODE=offline`` keeps in `<out>/wandb`. It was tested offline alone. TensorBoard needs a local
+``--out``. The commands that train have the option: pretrain, finetune, figures 4 and 6, controls, regularizers and
+minibatches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""How far a run is: a bar where standard output is a terminal, else lines."""
+"""How far a run is: a bar where standard output is a terminal, else lines.
+
+The bar shows accuracy, KL and the time left. ``--quiet`` leaves the end and the errors alone.
+"""
 
 from __future__ import annotations
 

@@ -39,10 +39,10 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
             finder.add_argument(f"--{name}", default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
-    module = sys.modules[config_type.__module__].__spec__
+    module = sys.modules["__main__"].__spec__
     return tyro.cli(
         config_type,
-        prog=module and f"python -m {module.name.removesuffix('.__main__')}",
+        prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
         default=default,
         args=_as_flags(arguments, _switches(config_type)),
         registry=options.RULES,

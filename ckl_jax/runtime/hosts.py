@@ -10,6 +10,8 @@ All of them run the same command with the same options, and find each other by t
 With none of these there is one process, and nothing in this module has an effect. Process 0 alone prints and writes
 files; the arrays of a checkpoint are written by all. So a run's directory must be one that all hosts share, such as a
 bucket or a network file system. Each process must have as many devices as any other.
+
+A test lets two processes on one CPU machine pre-train, fine-tune, die and resume. Real hosts are untested.
 """
 
 from __future__ import annotations

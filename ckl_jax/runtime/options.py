@@ -81,8 +81,10 @@ def _parts(field: StructFieldSpec) -> list[StructFieldSpec]:
     """An unnamed field of a config with chapters as one field for each, and those that it has beside them."""
     if not (is_unnamed(field.type) and isinstance(field.default, fields.Chapter)):
         return []
-    parts, beside = list[StructFieldSpec](), dict(fields.kinds(type(field.default)))
-    for chapter in (base for base in reversed(type(field.default).__mro__) if fields.Chapter in base.__bases__):
+    config_type: Any = type(field.default)
+    chapters: list[Any] = [base for base in reversed(config_type.__mro__) if fields.Chapter in base.__bases__]
+    parts, beside = list[StructFieldSpec](), dict(fields.kinds(config_type))
+    for chapter in chapters:
         defaults = {name: getattr(field.default, name) for name in fields.kinds(chapter)}
         beside = {name: kind for name, kind in beside.items() if name not in defaults}
         title = chapter.__name__ if chapter.__name__.isupper() else chapter.__name__.lower()

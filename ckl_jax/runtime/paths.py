@@ -1,6 +1,7 @@
 """Paths of runs: pathlib's on this machine, etils.epath's in a bucket (gs://), with the same methods as far as used.
 
 What epath lacks in a bucket is here: ``resolve``, ``rglob`` and appending. Checkpoints go there through Orbax itself.
+Buckets need the extra ``tpu``. They were tested against an emulator of Google Cloud Storage, no real one was used.
 """
 
 from __future__ import annotations

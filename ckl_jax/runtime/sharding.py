@@ -1,5 +1,9 @@
 """The mesh ('run', 'data'): every device has its own runs, and its share of their rows (episodes, windows of text).
 
+Runs are spread over the devices that share them evenly. What is left shares each run's episodes, or a pre-training
+batch; ``--data-devices`` sets that number, and ``--shard-state`` splits parameters and optimizer state too. Without an
+accelerator every core that the process may use is a device. Tested on up to 8 simulated devices.
+
 Rollouts are computed device by device on their own rows and wait for nobody; everything else is one program over all
 rows that XLA partitions, so that means, minibatches and gradients are those of the whole batch.
 

@@ -2,6 +2,9 @@
 
 ``before_imports`` is called by the packages' ``__init__`` when Python starts one of their modules by ``python -m``, for
 JAX and matplotlib read their variables when they are imported; ``cli.run`` does the rest.
+
+Compiled programs are kept in ~/.cache/ckl_jax, or where ``JAX_COMPILATION_CACHE_DIR`` says, so that a second start is
+faster. Where JAX has no accelerator every core that the process may use is a device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What XLA does on CPU unless it is told otherwise: wrong fused reductions, and memory given back at every step.
 
-The commands do all of it. Whoever imports the library calls the first two, before JAX is imported, and may start Python
-with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 instead of the second:
+The commands avoid both. Whoever imports the library starts Python with GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for the
+second, and calls, before JAX is imported:
 
-    from ckl_jax import xla_cpu
+    from ckl_jax.runtime import xla_cpu
 
     xla_cpu.avoid_wrong_fusions()
     xla_cpu.keep_freed_memory()
@@ -29,7 +29,7 @@ FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 SAFE_FLAG = f"--{FUSIONS}=-reduce"
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _FEW_BYTES = 10_000_000
 
 
@@ -71,20 +71,17 @@ def _knows_the_flag(library: pathlib.Path) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory, and to have one arena for all threads where it has no huge pages; elsewhere it
-    does nothing.
+    """Tells glibc to keep freed memory where it takes it by huge pages; elsewhere nothing is done.
 
-    XLA allocates its temporary buffers anew at every call, from threads. A thread's own arena maps and unmaps what is
-    greater than 64 MB whatever else is set, and faulting in fresh pages took two fifths of a pre-training step. With
-    one arena memory that was needed once stays with the process, but threads wait for each other; huge pages need no
-    such sharing. Arenas of threads that allocated before the call stay in use.
+    XLA allocates its temporary buffers anew at every call, from threads, and faulting in fresh pages took two fifths of
+    a pre-training step. Without huge pages a thread's arena gives back what is greater than 64 MB whatever it is told;
+    one arena for all threads would keep it, but they wait for each other there: rounds took up to twice as long.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        if HUGE_PAGES not in os.environ.get(TUNABLES, ""):
-            libc.mallopt(_M_ARENA_MAX, 1)
+    if HUGE_PAGES in os.environ.get(TUNABLES, ""):
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(_M_MMAP_MAX, 0)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def start_with_huge_pages() -> None:

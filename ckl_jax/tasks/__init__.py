@@ -3,15 +3,8 @@
 Imports nothing but ``ckl_jax.errors``.
 """
 
-from ckl_jax.tasks.columns import (
-    ADDITION,
-    MULTIPLICATION,
-    SUBTRACTION,
-    TASKS,
-    ColumnTask,
-    TaskName,
-    task_named,
-)
+from ckl_jax.tasks.catalog import TASKS, TaskName, task_named
+from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION, ColumnTask
 from ckl_jax.tasks.problems import Problems, pack, reward
 from ckl_jax.tasks.task import EXTRA_LENGTH, MAX_DIGITS, RESULT_MARK, CriticalToken, Problem, Task, draw_number
 

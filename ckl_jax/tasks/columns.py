@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ckl_jax.errors import require
 from ckl_jax.tasks.task import RESULT_MARK, CriticalToken, Problem, Task, draw_number
 
-TaskName = Literal["addition", "subtraction", "multiplication"]
 HEADER = "\n<scratch>\n"
 
 
@@ -77,25 +76,22 @@ class ColumnTask(Task):
         value = self.column(x, y, carry)
         return value, value % 10, abs(value // 10)
 
-    def answer_text(self, a: int, b: int) -> str:
+    def answer_text(self, problem: Problem) -> str:
         """The right answer: a scratchpad line per digit of the longer operand, then the result's digits."""
-        self.problem(a, b)
-        lines, _ = self._scratchpad(a, b)
-        return HEADER + "".join(line + "\n" for line in lines) + RESULT_MARK + self.result_text(a, b) + "\n"
+        lines, _ = self._scratchpad(problem)
+        return HEADER + "".join(line + "\n" for line in lines) + RESULT_MARK + self.result_text(problem) + "\n"
 
-    def result_text(self, a: int, b: int) -> str:
+    def result_text(self, problem: Problem) -> str:
         """The result's digits separated by spaces."""
-        self.problem(a, b)
-        return " ".join(str(self.whole(a, b)))
+        return " ".join(str(self.whole(problem.a, problem.b)))
 
-    def operand_lists(self, a: int, b: int) -> list[tuple[str, str]]:
+    def operand_lists(self, problem: Problem) -> list[tuple[str, str]]:
         """The two bracketed digit lists that each scratchpad step starts with, the closing line left out."""
-        self.problem(a, b)
-        return self._scratchpad(a, b)[1]
+        return self._scratchpad(problem)[1]
 
-    def _scratchpad(self, a: int, b: int) -> tuple[list[str], list[tuple[str, str]]]:
+    def _scratchpad(self, problem: Problem) -> tuple[list[str], list[tuple[str, str]]]:
         """The scratchpad's lines, and each step's two operand lists as they are printed at the line's start."""
-        digits_a, digits_b = [int(c) for c in str(a)], [int(c) for c in str(b)]
+        digits_a, digits_b = ([int(digit) for digit in str(number)] for number in (problem.a, problem.b))
         total: list[int] = []
         carry, lines, lists, sign = 0, [], [], f" {self.operator} "
         while digits_a or (digits_b and not self.repeats_second):
@@ -111,18 +107,21 @@ class ColumnTask(Task):
         lines.append(f"[]{sign}{_bracket(digits_b)} , A={_bracket(total)} C={carry} , END")
         return lines, lists
 
-    def critical_tokens(self, a: int, b: int, max_pretrain_digits: int) -> list[CriticalToken]:
+    def critical_tokens(self, problem: Problem, max_pretrain_digits: int) -> list[CriticalToken]:
         """The critical tokens of the right answer for a model pre-trained on up to ``max_pretrain_digits`` digits.
 
         In steps 1, 2 and 3, for each operand longer than that by ``gap`` > 0: the last ``2 * gap`` characters before
         the closing bracket of the operand's list, ordered from the bracket backwards.
         """
-        found = super().critical_tokens(a, b, max_pretrain_digits)
-        lines, lists = self._scratchpad(a, b)
+        found = super().critical_tokens(problem, max_pretrain_digits)
+        lines, lists = self._scratchpad(problem)
+        operands = (problem.a, problem.b)
         line_start = len(HEADER)
         for step, (line, (list_a, list_b)) in enumerate(zip(lines[:3], lists[:3], strict=False), start=1):
             list_starts = (line_start, line_start + len(list_a) + len(f" {self.operator} "))
-            for operand, (value, text, start) in enumerate(zip((a, b), (list_a, list_b), list_starts, strict=True), 1):
+            for operand, (value, text, start) in enumerate(
+                zip(operands, (list_a, list_b), list_starts, strict=True), 1
+            ):
                 gap = len(str(value)) - max_pretrain_digits
                 for back in range(max(0, 2 * gap)):
                     position = len(text) - 2 - back
@@ -146,10 +145,3 @@ SUBTRACTION = ColumnTask(
 MULTIPLICATION = ColumnTask(
     "multiplication", "T", "+", lambda x, y, carry: x * y + carry, lambda a, b: a * b, repeats_second=True
 )
-TASKS: dict[str, Task] = {task.name: task for task in (ADDITION, SUBTRACTION, MULTIPLICATION)}
-
-
-def task_named(name: str, field: str = "task") -> Task:
-    """The task of that name. Raises ConfigError, which names ``field``, for another."""
-    require(name in tuple(TASKS), field, name, " | ".join(TASKS))
-    return TASKS[name]

@@ -62,17 +62,17 @@ def pack(task: Task, problems: Sequence[Problem], digits: int, max_pretrain_digi
     critical_Bx3x2xC = np.full((count, STEPS, 2, slots), -1, np.int32)
     lengths_B = np.zeros(count, np.int32)
     for row, problem in enumerate(problems):
-        prompt = alphabet.encode(task.prompt_text(problem.a, problem.b))
-        result = alphabet.encode(task.result_text(problem.a, problem.b) + "\n")
+        problem = task.problem(problem.a, problem.b)
+        prompt = alphabet.encode(task.prompt_text(problem))
+        result = alphabet.encode(task.result_text(problem) + "\n")
         lengths_B[row] = len(prompt)
         prompts_BxP[row, -len(prompt) :] = prompt
         results_BxR[row, : len(result)] = result
-        for step, pair in enumerate(task.operand_lists(problem.a, problem.b)[:STEPS]):
+        for step, pair in enumerate(task.operand_lists(problem)[:STEPS]):
             for operand, text in enumerate(pair):
                 lists_Bx3x2xJ[row, step, operand, : len(text)] = alphabet.encode(text)
-        for token in task.critical_tokens(problem.a, problem.b, max_pretrain_digits):
-            slot = 2 * (token.gap_index - 1) + token.name.endswith("digit")
-            critical_Bx3x2xC[row, token.step - 1, token.operand - 1, slot] = token.position_in_list
+        for token in task.critical_tokens(problem, max_pretrain_digits):
+            critical_Bx3x2xC[row, token.step - 1, token.operand - 1, token.slot] = token.position_in_list
     episodes_B = np.arange(count, dtype=np.int32)
     return Problems(prompts_BxP, lengths_B, results_BxR, lists_Bx3x2xJ, critical_Bx3x2xC, episodes_B, task)
 

@@ -20,7 +20,7 @@ MAX_DIGITS = 18
 
 @dataclass(frozen=True)
 class Problem:
-    """Two non-negative integers."""
+    """Two non-negative integers; whether a task has such a problem, its ``problem`` says."""
 
     a: int
     b: int
@@ -40,7 +40,7 @@ class CriticalToken:
       operand: 1 or 2.
       name: ``n+k_comma`` or ``n+k_digit``.
       gap_index: that k; the list's last element is the gap-th beyond the pre-training length.
-      index: position in ``answer_text(a, b)``.
+      index: position in the task's ``answer_text``.
       character: the right character at that position.
       position_in_list: position inside the bracketed list, the opening bracket being 0.
     """
@@ -53,6 +53,11 @@ class CriticalToken:
     character: str
     position_in_list: int
 
+    @property
+    def slot(self) -> int:
+        """Where arrays have it among the tokens of its step and operand, whatever the length of the list."""
+        return 2 * (self.gap_index - 1) + self.name.endswith("digit")
+
 
 @dataclass(frozen=True)
 class Task(abc.ABC):
@@ -60,6 +65,7 @@ class Task(abc.ABC):
 
     A subclass says what it draws, its texts, and the problem of the longest answer. A task that knows its critical
     tokens has ``operand_lists`` and ``critical_tokens`` too; the others have none, and nothing is reported of them.
+    Texts are of problems that ``problem`` or ``draw`` made.
 
     Attributes:
       name: word of config, and of a checkpoint's model.json.
@@ -88,43 +94,42 @@ class Task(abc.ABC):
         """A problem whose operands have those lengths, as far as the task allows; the digits are uniform."""
 
     @abc.abstractmethod
-    def answer_text(self, a: int, b: int) -> str:
+    def answer_text(self, problem: Problem) -> str:
         """The right answer, from its first newline to the one after the result."""
 
     @abc.abstractmethod
-    def result_text(self, a: int, b: int) -> str:
+    def result_text(self, problem: Problem) -> str:
         """The line that decides the reward, without its newline: at most ``2 * digits + 1`` characters."""
 
     @abc.abstractmethod
     def longest(self, digits: int) -> Problem:
         """A problem of operands of up to ``digits`` digits whose answer is as long as any."""
 
-    def prompt_text(self, a: int, b: int) -> str:
+    def prompt_text(self, problem: Problem) -> str:
         """What the policy is given; it ends right after the colon of ``Target:``."""
-        self.problem(a, b)
-        return f"Input:\n{a}{self.operator}{b}\nTarget:"
+        return f"Input:\n{problem.a}{self.operator}{problem.b}\nTarget:"
 
-    def operand_lists(self, a: int, b: int) -> list[tuple[str, str]]:
+    def operand_lists(self, problem: Problem) -> list[tuple[str, str]]:
         """The two bracketed lists that each scratchpad step starts with, where the task has such."""
-        self.problem(a, b)
         return []
 
-    def critical_tokens(self, a: int, b: int, max_pretrain_digits: int) -> list[CriticalToken]:
+    def critical_tokens(self, problem: Problem, max_pretrain_digits: int) -> list[CriticalToken]:
         """The known critical tokens of the right answer, for a model pre-trained on up to so many digits."""
-        self.problem(a, b)
         possible = is_integer(max_pretrain_digits) and max_pretrain_digits >= 1
         require(possible, "max_pretrain_digits", max_pretrain_digits, "1 or more")
         return []
 
     def max_prompt_length(self, digits: int) -> int:
         """Characters of the longest prompt with operands of up to ``digits`` digits."""
-        problem = self._longest(digits)
-        return len(self.prompt_text(problem.a, problem.b))
+        return len(self.prompt_text(self._longest(digits)))
 
     def max_answer_length(self, digits: int, extra: int = EXTRA_LENGTH) -> int:
         """The length limit of an episode: the longest right answer for ``digits`` digits plus ``extra`` characters."""
-        problem = self._longest(digits)
-        return len(self.answer_text(problem.a, problem.b)) + extra
+        return len(self.answer_text(self._longest(digits))) + extra
+
+    def longest_episode(self, digits: int, extra: int = EXTRA_LENGTH) -> int:
+        """Characters that a model's block must hold: the longest prompt and the length limit of its answer."""
+        return self.max_prompt_length(digits) + self.max_answer_length(digits, extra)
 
     def identical_problems(self, rng: np.random.Generator, count: int, digits: int) -> list[Problem]:
         """Evaluation problems whose operands both have ``digits`` digits (Table 4)."""

@@ -1,0 +1,93 @@
+"""Arms against a common control, paired by seed: the differences, their verdicts, and both in words and in a panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ckl_jax.analysis import plots
+from ckl_jax.analysis.statistics import Side, mean_interval, percent
+from ckl_jax.runs.records import critical_probability
+from ckl_jax.tasks.task import Task
+from experiments.common import arms as arms_lib
+from experiments.common.figure import Results, markdown
+
+COMMA = 0
+JUDGED: dict[Side, str] = {"above": "better", "below": "worse", "undecided": "undecided"}
+"""A pair's verdict from its difference."""
+SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
+
+
+def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], float]:
+    """Probability of the right character at a step's critical comma of the last operand that can have one (operand 2,
+    in multiplication 1), as a function of a round's record."""
+    return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
+
+
+def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
+    """``arms.summarize`` with the weight of the KL and the critical comma of every round, and the last KL and comma."""
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": critical_comma(run.task)}
+    results = arms_lib.summarize(run, arms, of_rounds)
+    for values in results["arms"].values():
+        commas = np.array(values["comma"], float)[:, -1]
+        values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
+        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
+    return results
+
+
+def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
+    """Differences of an arm and a control after the last round, paired by seed, with Student's 95% intervals.
+
+    Args:
+      results: as ``arms.summarize`` gives them.
+    """
+
+    def differences(curve: str) -> np.ndarray:
+        return arms_lib.after(results, arm, curve) - arms_lib.after(results, control, curve)
+
+    target = differences("learning_curve")
+    return {
+        "arm": arm,
+        "control": control,
+        "target": mean_interval(target),
+        "old": mean_interval(differences("old_curve")),
+        "differences": target.tolist(),
+        "verdict": JUDGED[mean_interval(target).side()],
+    }
+
+
+def beats_all(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Whether one arm is better than all its controls, with their names.
+
+    Returns:
+      "yes" if it is better than every one, "no" if it is worse than one, else "undecided"; then what of which.
+    """
+    of_verdict = {word: [found["control"] for found in pairs if found["verdict"] == word] for word in SAID}
+    word = "no" if of_verdict["worse"] else "undecided" if of_verdict["undecided"] else "yes"
+    return f"{word}: " + "; ".join(f"{SAID[key]} {', '.join(names)}" for key, names in of_verdict.items() if names)
+
+
+def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
+    """A line per pair, in percentage points, as Markdown."""
+    rows = []
+    for found in pairs:
+        target, old = (percent(found[name], "+") for name in ("target", "old"))
+        rows.append([f"{found['arm']} - {found['control']}", target, found["verdict"], old])
+    return markdown(["difference, paired", f"{digits} digits", "", "old lengths"], rows)
+
+
+def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:
+    """A row per array over seeds: their mean, and its 95% interval or, with few seeds, a point for each."""
+    for row, (of_seeds, color) in enumerate(zip(values, colors, strict=True)):
+        mean, low, high = mean_interval(of_seeds)
+        few = len(of_seeds) < plots.FEW_SEEDS
+        error = None if few else [[mean - low], [high - mean]]
+        axes.errorbar(mean, row, xerr=error, color=color, **plots.POINT)
+        if few:
+            axes.plot(of_seeds, np.full(len(of_seeds), row), ".", color=color, markersize=5)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")

@@ -1,0 +1,1 @@
+"""Figure 5: ``__main__`` samples and counts answers, ``shown`` chooses those that are shown and draws them."""
