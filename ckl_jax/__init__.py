@@ -39,18 +39,18 @@ say what lives there and what may be imported.
 - `ckl_jax.runs`: the directory of a run. `directory` has config, metrics, samples and checkpoints, `lock` keeps a
   second process out, `progress` shows how far it is, `records` reads them back, `logs` copies them to TensorBoard and
   Weights & Biases.
-- `ckl_jax.runtime`: the machine. `cli` parses and ends commands, `startup` settles streams, variables, cores and
-  compilation cache, `hosts` joins several processes, `sharding` is the mesh of devices, `preemption` holds SIGTERM
-  until the work is saved, `finite` refuses what is not finite, `paths` are local or of buckets, `strays` are files that
-  nothing reads, `xla_cpu` avoids wrong fused reductions.
+- `ckl_jax.runtime`: the machine. `cli` parses and ends commands, whose fields are its `options`, `startup` settles
+  streams, variables, cores and compilation cache, `hosts` joins several processes, `sharding` is the mesh of devices,
+  `preemption` holds SIGTERM until the work is saved, `finite` refuses what is not finite, `paths` are local or of
+  buckets, `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 
 Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
 products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value
-head), the settings (`config`, `presets`, and `resuming`: which of them may change when a run goes on), what is refused
-(`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, and `ckl_jax.check_xla`, which
-compares every program with XLA's default fusions and without).
+head), the settings (`config` and `presets`; `fields` says what they may hold, `resuming` which of them may change when
+a run goes on), what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`,
+and `ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from ckl_jax import pretrain
 from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.errors import require, require_number
+from ckl_jax.errors import require
+from ckl_jax.fields import AtLeast, require_fields
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.evaluation import test
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
@@ -219,11 +220,11 @@ class CheckXlaCommand:
 
     stages: tuple[Stage, ...] = get_args(Stage)
     """Programs to compare. The rounds are named by their algorithm, or by `transitions` and `vmapped` (two runs)."""
-    episodes: int = 128
+    episodes: Annotated[int, AtLeast(16)] = 128
     """Answers of a rollout, a test, or a round."""
 
     def __post_init__(self) -> None:
-        require_number(self, "episodes", 16)
+        require_fields(self)
         minibatch = finetune_preset("tiny", "ours").minibatch_episodes
         whole = self.episodes % minibatch == 0
         require(whole, "episodes", self.episodes, f"a multiple of the minibatches' {minibatch} episodes")

@@ -33,7 +33,9 @@ from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers
 from ckl_jax.checkpoint.store import load_model, save_model, write_json
 from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
 from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
-from ckl_jax.errors import ConfigError, extra, require, require_choice, require_types
+from ckl_jax.config import Activation
+from ckl_jax.errors import ConfigError, extra, require
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
 from ckl_jax.tasks.catalog import TaskName, task_named
@@ -61,20 +63,16 @@ class ConvertConfig:
     tokenizer: str | None = None
     """Where the vocabulary is, if not beside the weights: a directory or a name on the hub, of which vocab.json or
     tokenizer.json is read, or a JSON file of ids by token. (The authors take that of their `_3digits` for all.)"""
-    activation: Literal["gelu_tanh", "gelu_erf"] | None = None
+    activation: Activation | None = None
     """The GELU of a model whose files do not say it. nanoGPT's do not: `gelu_tanh` is its new_gelu until 14 June 2023
     and that of the paper's authors, `gelu_erf` its nn.GELU() since then."""
     task: TaskName | None = None
     """What the model was pre-trained on; default: what config.json says, else addition."""
-    digits: int | None = None
+    digits: PositiveInt | None = None
     """N, digits that the model was pre-trained on; default: what config.json says, or the name (`_7digits`)."""
 
     def __post_init__(self) -> None:
-        require_types(self)
-        require_choice(self, "to", ("ours", "transformers"))
-        require_choice(self, "vocabulary", ("whole", "ours"))
-        if self.activation is not None:
-            require_choice(self, "activation", ("gelu_tanh", "gelu_erf"))
+        require_fields(self)
         for name in ("out", "source", "tokenizer"):
             value = getattr(self, name)
             local = value is None or not in_bucket(resolved(value, name))

@@ -17,9 +17,10 @@ import numpy as np
 from ckl_jax import tasks
 from ckl_jax.analysis.statistics import bootstrap_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
-from ckl_jax.checks import MOST_SEED, require_temperature
+from ckl_jax.checks import MOST_SEED
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import is_integer, require, require_types
+from ckl_jax.errors import is_integer, require
+from ckl_jax.fields import NonNegativeInt, PositiveFloat, PositiveInt, require_fields
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling, require_possible
 from ckl_jax.runtime import cli, sharding
@@ -113,18 +114,15 @@ class EvaluateConfig:
 
     checkpoint: pathlib.Path = SHIPPED_TINY
     """Directory with params/ and model.json; default: the tiny checkpoint that ships with the package."""
-    problems: int = 1000
+    problems: PositiveInt = 1000
     """Problems per cell."""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """Sampling temperature; None: the likeliest character (greedy)."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
+    """Of the problems and of sampling."""
 
     def __post_init__(self) -> None:
-        require_types(self)
-        require(0 <= self.seed <= MOST_SEED, "seed", self.seed, f"at least 0, at most {MOST_SEED}")
-        require(self.problems >= 1, "problems", self.problems, "at least 1")
-        if self.temperature is not None:
-            require_temperature(self.temperature, note=", or None")
+        require_fields(self)
 
 
 def main(config: EvaluateConfig) -> None:

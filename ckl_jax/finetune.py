@@ -39,9 +39,10 @@ import tyro
 
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig
+from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.evaluation import test
-from ckl_jax.rl.program import Arms, Program, Run, draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.program import Arms, Program, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
 from ckl_jax.rl.updates import RunState, init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
@@ -223,16 +224,19 @@ def _round_records(runs: list[Run], done: int, metrics: dict[str, np.ndarray]) -
 
 @dataclass(frozen=True)
 class FinetuneCommand:
-    """RL fine-tuning of a checkpoint with the prioritized KL penalty (beta 0: the standard one)."""
+    """RL fine-tuning with the prioritized KL penalty (beta 0: the standard one)."""
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     checkpoint: pathlib.Path = SHIPPED_TINY
     """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
     out: pathlib.Path = pathlib.Path("runs/finetuned")
     """Directory of the run: new, empty, or of the same command interrupted."""
-    seeds: int = 1
+    seeds: Seeds = 1
     """Runs with seeds seed, seed + 1, ..."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:

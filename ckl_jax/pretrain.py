@@ -35,6 +35,7 @@ from ckl_jax.datasets.stream import (
     sample_stream,
 )
 from ckl_jax.evaluate import judge
+from ckl_jax.fields import require_fields
 from ckl_jax.losses import masked_mean
 from ckl_jax.model import GPT2, forward
 from ckl_jax.presets import pretrain_preset
@@ -227,6 +228,7 @@ class PretrainCommand:
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         if self.data_dir is not None:
             require_directory(self.data_dir, "data_dir", may_be_read_only=True)
 

@@ -13,8 +13,10 @@ from ckl_jax import evaluate, finetune, pretrain
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.fields import Chapter, bound, kinds
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
+from ckl_jax.runtime.options import is_unnamed
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
 FINETUNE = (finetune.main, finetune.FinetuneCommand, finetune.preset)
@@ -57,9 +59,6 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--optimiser muon", ["--optimiser", "--optimizer {adamw,muon}"]),
         (PRETRAIN, "--batch-size 0", ["batch_size: got 0", "at least 1"]),
         (PRETRAIN, "--batch-size many", ["--batch-size", "'many'"]),
-        (PRETRAIN, "--learning-rate 0", ["learning_rate: got 0.0", "above 0"]),
-        (PRETRAIN, "--learning-rate nan", ["learning_rate: got nan", "above 0"]),
-        (PRETRAIN, "--max-digits 18", ["max_digits: got 18", "at most 17"]),
         (PRETRAIN, "--num-documents 24", ["num_documents: got 24", "at least 25"]),
         (PRETRAIN, "--model.block-size 572", ["model.block_size: got 572", "at least 573"]),
         (PRETRAIN, "--model.width 97", ["width: got 97", "multiple of num_heads = 2"]),
@@ -71,19 +70,12 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--model.use-bias=", ["--model.use-bias: got ''", "--model.use-bias or --model.no-use-bias"]),
         (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
-        (FINETUNE, "--beta -1", ["beta: got -1.0", "at least 0"]),
-        (FINETUNE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
         (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 128"]),
         (FINETUNE, "--minibatch tokens", ["--minibatch", "'tokens'", "episodes", "transitions"]),
-        (FINETUNE, "--minibatch-transitions 0", ["minibatch_transitions: got 0", "at least 1"]),
         (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 14"]),
-        (FINETUNE, "--extra-digits 3", ["extra_digits: got 3", "at most 2"]),
-        (FINETUNE, "--gae-lambda 1.1", ["gae_lambda: got 1.1", "at most 1"]),
         (FINETUNE, "--diagnostic-episodes 129", ["diagnostic_episodes: got 129", "at most 128"]),
         (FINETUNE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
         (EVALUATE, "--problems 0", ["problems: got 0", "at least 1"]),
-        (EVALUATE, "--temperature 0", ["temperature: got 0.0", "above 0"]),
-        (EVALUATE, "--seed -1", ["seed: got -1", "at least 0"]),
         (EVALUATE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
         (EVALUATE, "nowhere", ["Unrecognized options", "nowhere"]),
     ],
@@ -133,29 +125,62 @@ def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, monkeyp
         assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
-def _options(config_type):
-    return {"--" + field.name.replace("_", "-") for field in dataclasses.fields(config_type)}
+def _options(config_type, prefix="--"):
+    """Every option of a command."""
+    for name, kind in kinds(config_type).items():
+        option = prefix if is_unnamed(kind) else prefix + name.replace("_", "-")
+        plain = getattr(kind, "__origin__", kind)
+        if dataclasses.is_dataclass(plain):
+            yield from _options(plain, option if is_unnamed(kind) else option + ".")
+        else:
+            yield option
 
 
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        (
-            PRETRAIN,
-            _options(PretrainConfig) - {"--model"}
-            | {option.replace("--", "--model.") for option in _options(ModelConfig)}
-            | {"--out", "--data-dir", "--log-to", "--quiet"},
-        ),
-        (FINETUNE, _options(FinetuneConfig) | {"--checkpoint", "--out", "--seeds", "--log-to", "--quiet"}),
-        (EVALUATE, _options(evaluate.EvaluateConfig)),
-    ],
-    ids=["pretrain", "finetune", "evaluate"],
-)
-def test_help_names_every_field(capsys, command, options):
+def _entries(capsys, monkeypatch, command, columns):
+    """For every option of a help: the title of its box, and its text in one line."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stop:
         cli.parse(*command[1:], ["--help"])
     assert stop.value.code == 0
-    assert options - set(capsys.readouterr().out.replace(",", " ").split()) == set()
+    found, title, option = {}, None, None
+    for line in capsys.readouterr().out.splitlines():
+        text = line.strip("│╭─╮╰╯- ")
+        if named := re.fullmatch(r"(?:(\w+) )?options", text):
+            title, option = named[1] or "", None
+        elif title is not None:
+            assert len(line) <= columns
+            if start := re.match(r"\W*(--[a-z][\w.-]*)(.*)", line.rstrip("│ ")):
+                option, text = start[1], start[2]
+            if option:
+                found[option] = (title, " ".join([*found.get(option, ("", ""))[1].split(), *text.split()]))
+    return found
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", [name for name in TYPES if name.startswith("ckl_jax.")])
+def test_help_says_of_every_option_what_it_is_and_its_default(capsys, monkeypatch, name, columns):
+    command = command_of(name)
+    entries = _entries(capsys, monkeypatch, command, columns)
+    assert entries.keys() == set(_options(command[1]))
+    for option, (_, text) in entries.items():
+        assert re.fullmatch(r"(, --\S+|{.*?}\S*|\[{.*\]|[A-Z]+) \S.* \(default: [^)]+\)", text), f"{option} {text}"
+
+
+@pytest.mark.parametrize(("command", "config_type"), [(PRETRAIN, PretrainConfig), (FINETUNE, FinetuneConfig)])
+def test_help_comes_in_chapters_and_shows_bounds(capsys, monkeypatch, command, config_type):
+    entries, config = _entries(capsys, monkeypatch, command, 80), command[2]().config
+    chapters = config_type.__bases__
+    assert all(issubclass(chapter, Chapter) for chapter in chapters)
+    own = [name for name in kinds(config_type) if not any(name in kinds(chapter) for chapter in chapters)]
+    assert own == ["model"] * (command is PRETRAIN)
+    for chapter in chapters:
+        for name, kind in kinds(chapter).items():
+            title, text = entries["--" + name.replace("_", "-")]
+            assert title.lower() == chapter.__name__.lower()
+            limits = "" if bound(kind) is None else f"; {bound(kind)}"
+            assert text.endswith(f"(default: {getattr(config, name)}{limits})")
+    titles = [*dict.fromkeys(title.lower() for title, _ in entries.values())]
+    assert titles == ["", *(chapter.__name__.lower() for chapter in reversed(chapters)), *own]
 
 
 def test_a_preset_gives_the_defaults_and_options_override_them():

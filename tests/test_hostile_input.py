@@ -12,10 +12,9 @@ from hostile import refusal
 from ckl_jax import evaluate, losses, rollout, tasks, token_weights
 from ckl_jax.analysis import critical, report, statistics
 from ckl_jax.analysis.critical import Measuring
-from ckl_jax.analysis.discovery import Rule
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model
-from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.config import ModelConfig
 from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset, pretrain_preset
@@ -172,18 +171,6 @@ GENERATION = [
     (lambda: critical.sample(MODEL, ONE, 1, Measuring(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
 ]
 SETTINGS = [
-    (lambda: Measuring(temperature="hot"), r"temperature: got 'hot', allowed is a number"),
-    (lambda: Measuring(seed=1.5), r"seed: got 1\.5, allowed is an integer"),
-    (lambda: Measuring(seed=2**31), r"seed: got 2147483648, allowed is at least 0, at most 2147483647"),
-    (lambda: Rule(candidates="6"), r"candidates: got '6', allowed is an integer"),
-    (lambda: Rule(completions=2.5), r"completions: got 2\.5, allowed is an integer"),
-    (lambda: Rule(least_drop=NAN), r"least_drop: got nan, allowed is above 0, up to 1"),
-    (lambda: PretrainConfig(batch_size=2.0), r"batch_size: got 2\.0, allowed is an integer"),
-    (lambda: PretrainConfig(shard_state=1), r"shard_state: got 1, allowed is True or False"),
-    (lambda: PretrainConfig(model={"width": 4}), r"model: got \{'width': 4\}, allowed is a ModelConfig"),
-    (lambda: PretrainConfig(data_devices="2"), r"data_devices: got '2', allowed is an integer, or None"),
-    (lambda: FinetuneConfig(episodes=True), r"episodes: got True, allowed is an integer"),
-    (lambda: FinetuneConfig(reward_wrong=NAN), r"reward_wrong: got nan, allowed is at least -1e\+06, at most 1e\+06"),
     (lambda: pretrain_preset(["tiny"]), r"scale: got \['tiny'\], allowed is tiny \| small \| gpt2"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {}}, 10**9), r"seeds: got 10{9}, .* at most 1000"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {"rounds": 1}}, 1), r"arms\.a: got \['rounds'\], .*"),

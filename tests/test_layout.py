@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "ckl_jax"
 ROOMS = (
-    *("errors", "runtime", "checks", "overflow", "resuming"),
+    *("errors", "fields", "runtime", "checks", "overflow", "resuming"),
     *("certainty", "token_weights", "advantages", "losses"),
     *("tasks", "config", "presets", "model", "rollout", "checkpoint", "datasets", "rl", "runs", "analysis"),
     *("evaluate", "pretrain", "finetune", "convert", "check_xla"),

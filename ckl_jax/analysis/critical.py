@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ import numpy as np
 from ckl_jax import rollout, tasks
 from ckl_jax.certainty import CertaintyKind, certainty, entropy_of
 from ckl_jax.checkpoint.store import Model
-from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import require, require_types
+from ckl_jax.errors import require
+from ckl_jax.fields import NonNegativeInt, PositiveFloat, require_fields
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -27,24 +27,19 @@ Place = tuple[int, int, int]
 class Measuring:
     """How answers are sampled, and how certainty is measured on them."""
 
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """Sampling temperature."""
     certainty: CertaintyKind = "negentropy"
-    certainty_temperature: float = 1.0
+    """J, the pre-trained model's certainty of its next token."""
+    certainty_temperature: PositiveFloat = 1.0
     """Temperature of the pre-trained model's distribution inside J."""
-    extra_length: int = tasks.EXTRA_LENGTH
+    extra_length: NonNegativeInt = tasks.EXTRA_LENGTH
     """Characters that an answer may be longer than the longest right one."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
+    """Of sampling, and of what is drawn."""
 
     def __post_init__(self) -> None:
-        require_types(self)
-        for name in ("extra_length", "seed"):
-            value = getattr(self, name)
-            require(0 <= value <= MOST_SEED, name, value, f"at least 0, at most {MOST_SEED}")
-        for name in ("temperature", "certainty_temperature"):
-            require_temperature(getattr(self, name), name)
-        kinds = get_args(CertaintyKind)
-        require(self.certainty in kinds, "certainty", self.certainty, " | ".join(kinds))
+        require_fields(self)
 
 
 class Generations(NamedTuple):

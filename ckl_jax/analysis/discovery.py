@@ -11,13 +11,13 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ckl_jax.analysis.critical import Generations, Place, certainty_gaps, places
 from ckl_jax.analysis.statistics import mean_interval, share_interval
-from ckl_jax.errors import require, require_types
+from ckl_jax.fields import AtLeast, NonNegativeInt, PositiveInt, PositiveShare, Share, require_fields
 from ckl_jax.tasks import alphabet
 
 WORDS = {0: "operand 1 list", 2: "operand 2 list", 4: "result list", 6: "carry in", 8: "sum", 10: "digit", 12: "carry"}
@@ -27,28 +27,23 @@ WORDS = {0: "operand 1 list", 2: "operand 2 list", 4: "result list", 6: "carry i
 class Rule:
     """Which characters are tried, and when their type is called critical."""
 
-    candidates: int = 6
+    candidates: PositiveInt = 6
     """Least certain characters tried in each answer, at most."""
-    least_gap: float = 0.01
+    least_gap: Share = 0.01
     """How much less certain than the answer's other characters a candidate must be."""
-    controls: int = 1
+    controls: NonNegativeInt = 1
     """Other characters tried in each answer, picked at random."""
-    first_completions: int = 4
+    first_completions: PositiveInt = 4
     """Times that an answer is completed from each of the two characters to see whether it is open, and for which."""
-    completions: int = 8
+    completions: PositiveInt = 8
     """Times that an open answer is completed from each of them after that, for the drop."""
-    least_drop: float = 0.2
+    least_drop: PositiveShare = 0.2
     """Mean drop in success that makes a type critical."""
-    least_answers: int = 5
+    least_answers: Annotated[int, AtLeast(2)] = 5
     """Drops that a type must have been measured on."""
 
     def __post_init__(self) -> None:
-        require_types(self)
-        at_least = {"candidates": 1, "controls": 0, "first_completions": 1, "completions": 1, "least_answers": 2}
-        for name, least in at_least.items():
-            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        require(0 <= self.least_gap < 1, "least_gap", self.least_gap, "from 0 to below 1")
-        require(0 < self.least_drop <= 1, "least_drop", self.least_drop, "above 0, up to 1")
+        require_fields(self)
 
 
 def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from ckl_jax import token_weights
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig, ModelConfig
 from ckl_jax.errors import is_integer, require
+from ckl_jax.fields import AtLeast
 from ckl_jax.runtime import sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -22,6 +23,7 @@ from ckl_jax.tasks.task import Task
 
 Arms = Mapping[str, Mapping[str, Any]]
 MOST_SEEDS = 1_000
+Seeds = Annotated[int, AtLeast(1, MOST_SEEDS)]
 
 
 class Program(NamedTuple):

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ckl_jax.errors import ConfigError, extra, require, require_types
+from ckl_jax.errors import ConfigError, extra, require
+from ckl_jax.fields import require_fields
 from ckl_jax.runtime.paths import in_bucket, replace
 
 LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -36,9 +37,8 @@ class LogOptions:
     """Only the last lines and errors are printed."""
 
     def __post_init__(self) -> None:
-        require_types(self)
+        require_fields(self)
         for name in self.log_to:
-            require(name in LIBRARIES, "log_to", name, " | ".join(LIBRARIES))
             extra(LIBRARIES[name], "log_to", "logs")
 
     def require_possible(self, out: pathlib.Path) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import io
 import os
-import pathlib
 import re
 import sys
 import typing
@@ -18,32 +17,7 @@ from typing import Any
 import tyro
 
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.runtime import finite, hosts, paths, preemption, startup, xla_cpu
-
-_PATHS = tyro.constructors.ConstructorRegistry()
-
-
-@_PATHS.primitive_rule
-def _path_or_bucket(
-    kind: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    if kind.type == tuple[pathlib.Path, ...]:
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[PATH [PATH ...]]",
-            instance_from_str=lambda words: tuple(map(paths.parse, words)),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda found: [str(path) for path in found],
-        )
-    if kind.type is not pathlib.Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: paths.parse(words[0]),
-        is_instance=lambda value: isinstance(value, pathlib.PurePath),
-        str_from_instance=lambda path: [str(path)],
-    )
+from ckl_jax.runtime import finite, hosts, options, preemption, startup, xla_cpu
 
 
 def parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequence[str]) -> Any:
@@ -65,14 +39,21 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
             finder.add_argument(f"--{name}", default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
-    return tyro.cli(config_type, default=default, args=_as_flags(arguments, _switches(config_type)), registry=_PATHS)
+    module = sys.modules["__main__"].__spec__
+    return tyro.cli(
+        config_type,
+        prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
+        default=default,
+        args=_as_flags(arguments, _switches(config_type)),
+        registry=options.RULES,
+    )
 
 
 def _switches(config_type: Any, prefix: str = "--") -> dict[str, bool]:
     """The options of bool fields, those of nested dataclasses too, and whether each may also be None."""
     found: dict[str, bool] = {}
     for name, kind in typing.get_type_hints(config_type, include_extras=True).items():
-        unnamed = any(getattr(marker, "name", None) == "" for marker in getattr(kind, "__metadata__", ()))
+        unnamed = options.is_unnamed(kind)
         kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
         option = prefix if unnamed else prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(kind):

@@ -1,0 +1,108 @@
+"""Pre-training, chapter by chapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from ckl_jax import tasks
+from ckl_jax.config.shape import ModelConfig
+from ckl_jax.errors import require
+from ckl_jax.fields import (
+    Above,
+    AtLeast,
+    Chapter,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    require_fields,
+)
+from ckl_jax.resuming import end, speed
+from ckl_jax.tasks.catalog import TaskName, task_named
+
+Scale = Literal["tiny", "small", "gpt2"]
+
+
+@dataclass(frozen=True)
+class Data(Chapter):
+    """What is learned, and from how much of it."""
+
+    scale: Scale = "tiny"
+    """Preset that the other fields start from."""
+    task: TaskName = "addition"
+    """What the scratchpads calculate."""
+    seed: NonNegativeInt = 0
+    """Of the first parameters, of the windows drawn and of dropout."""
+    max_digits: Annotated[int, AtLeast(1, tasks.MAX_DIGITS - 1)] = 7
+    """N: operand lengths are balanced over 1..N."""
+    num_documents: PositiveInt = 100_000
+    """Training problems in the dataset, at least max_digits^2 (the test split has a twentieth)."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream`: windows of block_size start anywhere in the concatenated documents and attention crosses documents
+    (Lee et al.). `documents`: windows of the longest document's length start with a document, at a random position of
+    the block, and attention stays inside documents: several times cheaper per learned character."""
+
+
+@dataclass(frozen=True)
+class Optimizer(Chapter):
+    """Steps and their size."""
+
+    batch_size: PositiveInt = 40
+    """Windows per step."""
+    num_steps: PositiveInt = end(20_000, unless="learning_rate")
+    """Steps, more than warmup_steps."""
+    warmup_steps: NonNegativeInt = 100
+    """First steps, in which the learning rate rises from 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the layers, AdamW for the rest (optax.contrib.muon)."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak of a linear warm-up and cosine decay to a tenth."""
+    adam_beta2: Annotated[float, Above(0, 0.9999)] = 0.99
+    """Decay of the mean of squared gradients."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Of matrices and embeddings; biases and norms have none."""
+    clip_norm: PositiveFloat = 1.0
+    """Global gradient norm is clipped to this."""
+
+
+@dataclass(frozen=True)
+class Testing(Chapter):
+    """Greedy evaluations on the way."""
+
+    checkpoint_every: PositiveInt = 1_000
+    """Steps between checkpoints, metric lines and greedy evaluations."""
+    eval_problems: PositiveInt = 100
+    """Problems per cell of the evaluations on the way."""
+    target_accuracy: PositiveShare | None = None
+    """End before `num_steps`, at the first checkpoint whose greedy accuracy on operands of up to `max_digits` digits is
+    this; the learning rate still decays as for `num_steps`."""
+
+
+@dataclass(frozen=True)
+class Speed(Chapter):
+    """They change the speed alone."""
+
+    data_devices: PositiveInt | None = speed(None)
+    """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
+    shard_state: bool = speed(False)
+    """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields of the last come first.
+    """Next-character pre-training on scratchpads of operands of 1 to `max_digits` digits (paper, section 3.2)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+        longer = f"above warmup_steps = {self.warmup_steps}, the rate decays after the warm-up"
+        require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
+        fewest = self.max_digits**2
+        require(self.num_documents >= fewest, "num_documents", self.num_documents, f"at least {fewest}")
+        tested = self.max_digits + 1
+        longest = task_named(self.task).longest_episode(tested)
+        fits = f"at least {longest}, the longest episode of the tests on max_digits + 1 = {tested}"
+        require(self.model.block_size >= longest, "model.block_size", self.model.block_size, fits)
