@@ -541,4 +541,4 @@ show(figure, "round")
 #   minutes on two cores with two seeds; `--seeds 10` decides.
 # - `python -m experiments.regularizers` asks whether it is the certainty that helps or only the weaker penalty.
 # - `python -m experiments.table1_certainty_gap` measures whether the critical tokens are critical.
-# - The README has the results of all of them.
+# - `experiments/README.md` has the results of all of them.

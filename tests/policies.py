@@ -17,9 +17,16 @@ def initializer(config):
     return jax.jit(GPT2(config).init)
 
 
+def untrained(config, seed=0, contrast=1):
+    """What pre-training starts from; with more ``contrast`` its logits, and so its certainty, vary more."""
+    params = initializer(config)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    params["params"]["wte"]["embedding"] *= contrast
+    return params
+
+
 def policy(config, seed=0, pad_logit=0.0):
     """A random policy that heeds its context. ``pad_logit`` is what padding's logit has above the others."""
-    params = initializer(config)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    params = untrained(config, seed)
     params = jax.tree.map(lambda x: 20 * x if x.ndim > 1 else x, params)["params"]
     wte = params["wte"]["embedding"].at[:, 0].set(0).at[alphabet.PAD_ID, 0].set(pad_logit)
     ln_f = {"scale": params["ln_f"]["scale"].at[0].set(0), "bias": params["ln_f"]["bias"].at[0].set(1)}
@@ -28,8 +35,7 @@ def policy(config, seed=0, pad_logit=0.0):
 
 def scripted_policy(text, first, config=SCRIPT_MODEL):
     """A policy whose character at position ``first + t`` of the document is ``text[t]``, whatever the context."""
-    params = initializer(config)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    params = jax.tree.map(jnp.zeros_like, params)["params"]
+    params = jax.tree.map(jnp.zeros_like, untrained(config))["params"]
     one_hot = jnp.eye(alphabet.VOCAB_SIZE)
     tokens = alphabet.encode(text)
     wpe = params["wpe"]["embedding"].at[first - 1 : first - 1 + len(text)].set(50 * one_hot[tokens])

@@ -20,7 +20,7 @@ from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run
 from ckl_jax.rollout.decoding import rollout
-from ckl_jax.rollout.trajectory import answer_mask, score
+from ckl_jax.rollout.trajectory import Sampling, answer_mask, score
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -34,7 +34,7 @@ def random_params(config, seed=0):
 
 
 def greedy(config, params, packed, max_length):
-    run = jax.jit(functools.partial(rollout, config, max_length=max_length, greedy=True))
+    run = jax.jit(functools.partial(rollout, config, sampling=Sampling(max_length, greedy=True)))
     return run(params, packed, jax.random.key(0))
 
 

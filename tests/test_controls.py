@@ -3,17 +3,15 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import made_runs
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax import finetune
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from experiments import controls
 from experiments.common import arms as arms_lib
@@ -33,9 +31,7 @@ def command(tmp_path, *extra: str) -> controls.ControlsCommand:
 @pytest.fixture(scope="module", params=["made", pytest.param("trained", marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("controls")
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 10
-    save_model(path / "model", Model(small_model, 1, params), {})
+    save_model(path / "model", Model(small_model, 1, untrained(small_model, contrast=10)), {})
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "made":
             patch.setattr(finetune, "finetune", made_runs.finetune)

@@ -3,15 +3,12 @@
 import json
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from policies import policy
+from policies import untrained
 
 from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TASKS
 from ckl_jax.tasks.columns import MULTIPLICATION
@@ -31,8 +28,7 @@ def command(tmp_path, *extra: str) -> figure4.Figure4Command:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("figure4")
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    save_model(path / "model", Model(small_model, 1, params), {})
+    save_model(path / "model", Model(small_model, 1, untrained(small_model)), {})
     figure4.main(command(path))
     return path
 
@@ -87,7 +83,7 @@ def test_a_second_call_with_another_seed_count_is_refused(finished):
 
 @pytest.fixture
 def multiplying(tmp_path, small_model):
-    save_model(tmp_path / "model", Model(small_model, 1, policy(small_model), MULTIPLICATION), {})
+    save_model(tmp_path / "model", Model(small_model, 1, untrained(small_model), MULTIPLICATION), {})
 
 
 def test_another_tasks_model_is_refused(tmp_path, multiplying):

@@ -1,17 +1,16 @@
 """Figure 5 on made answers, and end to end on a random model: page, pictures and data."""
 
+import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_answers import made, replaced
+from policies import untrained
 
 from ckl_jax import tasks
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
 from experiments.figure5_certainty_colors import __main__ as figure5
@@ -92,9 +91,9 @@ def test_the_verdict_follows_its_rule(interval, said):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("figure5")
+    config = dataclasses.replace(small_model, num_layers=1)
     for seed, base in ((0, 1), (1, 1), (2, 2)):
-        params = GPT2(small_model).init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
-        save_model(path / f"model_{seed}", Model(small_model, base, params), {})
+        save_model(path / f"model_{seed}", Model(config, base, untrained(config, seed)), {})
     return path
 
 

@@ -3,13 +3,12 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from experiments import minibatches
 
@@ -28,9 +27,7 @@ def command(place, *extra: str) -> minibatches.MinibatchesCommand:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small_model):
     place = tmp_path_factory.mktemp("minibatches")
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 10
-    save_model(place / "model", Model(small_model, 1, params), {})
+    save_model(place / "model", Model(small_model, 1, untrained(small_model, contrast=10)), {})
     minibatches.main(command(place))
     return place, json.loads((place / "out" / "results.json").read_text())
 

@@ -1,17 +1,16 @@
 """Table 1 on made answers whose numbers are known by hand, its verdicts, and the command end to end."""
 
+import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_answers import made, replaced
+from policies import untrained
 
 from ckl_jax import tasks
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
 from experiments.table1_certainty_gap import __main__ as table1
@@ -122,8 +121,8 @@ def command(path, *extra):
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("table1")
-    params = GPT2(small_model).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    save_model(path / "model", Model(small_model, 1, params), {})
+    config = dataclasses.replace(small_model, num_layers=1)
+    save_model(path / "model", Model(config, 1, untrained(config)), {})
     return path
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from experiments.common.figure import markdown
 
 AXES = {
     "runs": "runs in one program",
@@ -26,12 +28,6 @@ def _spread(values: Mapping[str, float], unit: str = "") -> str:
     return f"{median}{unit} [{low}, {high}]"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _millions(parameters: float) -> str:
     return f"{parameters / 1e6:.1f}M"
 
@@ -44,7 +40,7 @@ def _rollout(found: dict[str, Any]) -> str:
             faster = values["speedup"].get(name)
             episodes = _spread(values["episodes_per_second"][name])
             rows.append([what, name, episodes, _spread(rate), _spread(faster, "x") if faster else "1x"])
-    return _table(["rollout", "side", "episodes/s", "characters/s", "faster than transformers"], rows)
+    return markdown(["rollout", "side", "episodes/s", "characters/s", "faster than transformers"], rows)
 
 
 def _speculation(found: dict[str, Any]) -> str:
@@ -73,7 +69,7 @@ def _speculation(found: dict[str, Any]) -> str:
     differing = sum(values["differing"] for values in found.values())
     gaps = [values["widest_gap"] for values in found.values() if values["widest_gap"] is not None]
     tie = f", from where the two best perturbed logits are closer than {max(gaps):.1g}" if gaps else ""
-    return _table(header, rows) + f"\n\n{differing} of {episodes:,} episodes differ from step-by-step decoding{tie}."
+    return markdown(header, rows) + f"\n\n{differing} of {episodes:,} episodes differ from step-by-step decoding{tie}."
 
 
 def _round(found: dict[str, Any]) -> str:
@@ -94,7 +90,7 @@ def _round(found: dict[str, Any]) -> str:
         f"transition mode are timed in part and scaled up; theirs: {parts}.",
         f"With values in batches of {found['large_value_batch']} instead of {last['value_batch']}: {values} s.",
     ]
-    return _table(["a round", "seconds", "faster than the authors' procedure"], rows) + "\n\n" + " ".join(notes)
+    return markdown(["a round", "seconds", "faster than the authors' procedure"], rows) + "\n\n" + " ".join(notes)
 
 
 def _pretraining(found: dict[str, Any]) -> str:
@@ -104,7 +100,7 @@ def _pretraining(found: dict[str, Any]) -> str:
         + [_spread(values["speedup"]["ours"], "x")]
         for values in found.values()
     ]
-    return _table(["pre-training", "ours, characters/s", "PyTorch, characters/s", "faster"], rows)
+    return markdown(["pre-training", "ours, characters/s", "PyTorch, characters/s", "faster"], rows)
 
 
 def _scaling(found: dict[str, Any]) -> str:
@@ -113,7 +109,7 @@ def _scaling(found: dict[str, Any]) -> str:
         f"Episodes per round: {found['runs_episodes']} of each run, {found['digits_episodes']} for the target lengths, "
         f"{found['parameters_episodes']} for the model sizes (random weights, every episode as long as allowed)."
     )
-    return _table(["against", "value", "seconds per round"], rows) + f"\n\n{held}"
+    return markdown(["against", "value", "seconds per round"], rows) + f"\n\n{held}"
 
 
 def _compile(found: dict[str, Any]) -> str:
@@ -123,7 +119,7 @@ def _compile(found: dict[str, Any]) -> str:
         for cache, values in by_cache.items()
     ]
     columns = ["compilation, s", "process start to the first one's end, s", "the next one, s"]
-    return _table(["work", "compilation cache", *columns], rows)
+    return markdown(["work", "compilation cache", *columns], rows)
 
 
 def _memory(found: dict[str, Any]) -> str:
@@ -131,7 +127,7 @@ def _memory(found: dict[str, Any]) -> str:
         return "-" if value is None else f"{value / 1e6:,.0f}"
 
     rows = [[work, megabytes(v["peak_bytes"]), megabytes(v["device_peak_bytes"])] for work, v in found.items()]
-    return _table(["process", "peak memory, MB", "of the device's own, MB"], rows)
+    return markdown(["process", "peak memory, MB", "of the device's own, MB"], rows)
 
 
 def _limit(found: dict[str, Any]) -> str:
@@ -149,7 +145,7 @@ def _limit(found: dict[str, Any]) -> str:
     ]
     rates = found["rates"]
     return (
-        _table(["stage", "seconds", "GFLOP", "GB touched", "of the matmul rate", "of the copy rate"], rows)
+        markdown(["stage", "seconds", "GFLOP", "GB touched", "of the matmul rate", "of the copy rate"], rows)
         + f"\n\nMeasured: {rates['flops_per_second'] / 1e9:,.0f} GFLOP/s in float32 matrix products, "
         f"{rates['bytes_per_second'] / 1e9:,.3g} GB/s in copies. Bytes that the processor's caches hold "
         "cost less than a copy, so that share can pass 100%."
@@ -167,7 +163,9 @@ def _settings(found: dict[str, Any]) -> str:
         for work, by_variant in found.items()
         for name, values in by_variant.items()
     ]
-    return _table(["step or round", "settings", "seconds", "page faults of the process", "faster than with none"], rows)
+    return markdown(
+        ["step or round", "settings", "seconds", "page faults of the process", "faster than with none"], rows
+    )
 
 
 _SECTIONS = {
