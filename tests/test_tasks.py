@@ -49,7 +49,7 @@ def test_the_texts_are_those_written_by_hand():
     assert MULTIPLICATION.answer_text(MULTIPLICATION.problem(357, 8)) == MULTIPLIED
 
 
-@pytest.mark.parametrize("task", catalog.TASKS.values(), ids=catalog.TASKS)
+@pytest.mark.parametrize("task", [ADDITION, SUBTRACTION, MULTIPLICATION], ids=lambda task: task.name)
 def test_the_result_is_the_operations_and_the_scratchpads_list_has_its_digits(task):
     operation = {"addition": int.__add__, "subtraction": int.__sub__, "multiplication": int.__mul__}[task.name]
     for problem in task.short_problems(rng(), 300, 4):
@@ -107,7 +107,7 @@ def test_other_operands_are_refused(task, a, b, said):
 
 
 def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
-    assert [task_named(name) for name in catalog.TASKS] == [ADDITION, SUBTRACTION, MULTIPLICATION]
+    assert [task_named(name).name for name in catalog.TASKS] == list(catalog.TASKS)
     assert get_args(catalog.TaskName) == tuple(catalog.TASKS)
     with pytest.raises(
         ConfigError, match=r"^task: got 'division', allowed is addition \| subtraction \| multiplication$"
@@ -161,11 +161,12 @@ class Maximum(tasks.Task):
         return str(max(problem.a, problem.b))
 
     def longest(self, digits):
-        return tasks.Problem(10**digits - 1, 0)
+        return tasks.Problem(10**digits - 1, 10**digits - 1)
 
 
 def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_or_drafts():
     task = Maximum("maximum", ">")
+    assert problems.pack(task, task.varying_problems(rng(), 200, 4), 4, 2).prompts_BxP.shape[0] == 200
     packed = problems.pack(task, [task.problem(3, 7), task.problem(8, 1)], 1, 1)
     params = scripted_policy(task.answer_text(task.problem(3, 7)), len(task.prompt_text(task.problem(3, 7))))
     sampling = Sampling(task.max_answer_length(1, 2), temperature=0.01)
@@ -174,3 +175,16 @@ def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_
     assert not problems.critical_indices(generated.trajectory.answers_BxT, packed)[1].any()
     with pytest.raises(ConfigError, match=r"^drafter: got None, allowed is one: maximum has no drafts of its own"):
         generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling, how="speculative")
+
+
+class ShortPrompts(Maximum):
+    """Says that its longest prompt is shorter than it is."""
+
+    def longest(self, digits):
+        return tasks.Problem(10**digits - 1, 0)
+
+
+def test_a_task_that_is_wrong_about_its_longest_prompt_is_told_so():
+    said = r"^task: got 'short with a prompt of 28 characters', allowed is one whose longest\(\) has the longest prompt"
+    with pytest.raises(ConfigError, match=said):
+        problems.pack(ShortPrompts("short", ">"), [tasks.Problem(123456, 654321)], 6, 5)

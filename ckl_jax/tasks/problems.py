@@ -65,6 +65,8 @@ def pack(task: Task, problems: Sequence[Problem], digits: int, max_pretrain_digi
         problem = task.problem(problem.a, problem.b)
         prompt = alphabet.encode(task.prompt_text(problem))
         result = alphabet.encode(task.result_text(problem) + "\n")
+        _require_room(task, "prompt", prompt, prompts_BxP.shape[1])
+        _require_room(task, "result", result, results_BxR.shape[1])
         lengths_B[row] = len(prompt)
         prompts_BxP[row, -len(prompt) :] = prompt
         results_BxR[row, : len(result)] = result
@@ -75,6 +77,11 @@ def pack(task: Task, problems: Sequence[Problem], digits: int, max_pretrain_digi
             critical_Bx3x2xC[row, token.step - 1, token.operand - 1, token.slot] = token.position_in_list
     episodes_B = np.arange(count, dtype=np.int32)
     return Problems(prompts_BxP, lengths_B, results_BxR, lists_Bx3x2xJ, critical_Bx3x2xC, episodes_B, task)
+
+
+def _require_room(task: Task, what: str, tokens: np.ndarray, room: int) -> None:
+    allowed = f"one whose longest() has the longest prompt, and results of at most 2 * digits + 1 (here: {room})"
+    require(len(tokens) <= room, "task", f"{task.name} with a {what} of {len(tokens)} characters", allowed)
 
 
 def rows(problems: Problems, start: int, count: int) -> Problems:

@@ -63,7 +63,7 @@ class CriticalToken:
 class Task(abc.ABC):
     """The interface of a task; hashable, for it is a static part of compiled programs.
 
-    A subclass says what it draws, its texts, and the problem of the longest answer. A task that knows its critical
+    A subclass says what it draws, its texts, and the problem of the longest texts. A task that knows its critical
     tokens has ``operand_lists`` and ``critical_tokens`` too; the others have none, and nothing is reported of them.
     Texts are of problems that ``problem`` or ``draw`` made.
 
@@ -103,7 +103,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def longest(self, digits: int) -> Problem:
-        """A problem of operands of up to ``digits`` digits whose answer is as long as any."""
+        """A problem of operands of up to ``digits`` digits whose prompt and answer are as long as any."""
 
     def prompt_text(self, problem: Problem) -> str:
         """What the policy is given; it ends right after the colon of ``Target:``."""
