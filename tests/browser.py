@@ -81,6 +81,6 @@ class Browser:
 
     def close(self):
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(300)
         os.close(self._commands)
         os.close(self._answers)

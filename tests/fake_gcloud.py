@@ -38,6 +38,17 @@ def homes(state):
     return [CLOUD / str(state["life"]) / str(worker) for worker in range(PLAN.get("workers", 1))]
 
 
+def wait_for_commands(state):
+    """Until all that was started on the workers has noted its arguments, which on a loaded machine takes a while."""
+    started = len(list((CLOUD / str(state["life"])).glob("*/ckl_runs/*/attempt")))
+    jobs, end = CLOUD / "jobs.jsonl", time.monotonic() + 60
+    while time.monotonic() < end:
+        lines = jobs.read_text().splitlines() if jobs.exists() else []
+        if sum(json.loads(line)["life"] == str(state["life"]) for line in lines) >= started:
+            break
+        time.sleep(0.01)
+
+
 def kill_processes(state):
     for group in (CLOUD / str(state["life"])).glob("*/ckl_runs/*/group"):
         with contextlib.suppress(ProcessLookupError):
@@ -92,6 +103,7 @@ def reach(state):
     life = PLAN["lives"][max(state["life"], 0)]
     state["ssh"] = state.get("ssh", 0) + 1
     if state["ssh"] == life.get("preempted_at"):
+        wait_for_commands(state)
         state["preempted"] = True
         kill_processes(state)
     if state.get("preempted") and "machine" in life:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from policies import untrained
 
 from ckl_jax import losses
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.model import GPT2
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.collect import assessed
 from ckl_jax.rl.objective import loss_gradient, term_names
@@ -38,6 +38,7 @@ CONFIG = FinetuneConfig(
     entropy_quantile=0.3,
     kl_cov_share=0.3,
     normalize_advantages=False,
+    rollout="plain",
 )
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
 PAIRS = {"group_size": 2}
@@ -66,10 +67,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def model(small_model):
-    config = dataclasses.replace(small_model, num_layers=1)
-    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 10
-    return Model(config, 1, params)
+    return Model(small_model, 1, untrained(small_model, contrast=10))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from policies import untrained
 
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import Windows
-from ckl_jax.model import GPT2, forward, values
+from ckl_jax.model import forward, values
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import next_token_loss
 from ckl_jax.rl.collect import collect
@@ -27,9 +28,9 @@ from ckl_jax.tasks.columns import ADDITION
 from experiments.benchmark import authors_round, pytorch
 
 
-def random_params(config, seed=0):
+def large_params(config, seed=0):
     """Ten times the initialization, so that every part of the model moves the logits."""
-    params = jax.jit(GPT2(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+    params = untrained(config, seed)
     return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x + 0.1, params)
 
 
@@ -39,9 +40,9 @@ def greedy(config, params, packed, max_length):
 
 
 @pytest.mark.parametrize(("use_bias", "activation"), [(True, "gelu_erf"), (False, "gelu_tanh")])
-def test_both_torch_models_give_our_logits(small_model, use_bias, activation):
-    config = dataclasses.replace(small_model, use_bias=use_bias, activation=activation)
-    params = random_params(config)
+def test_both_torch_models_give_our_logits(two_layers, use_bias, activation):
+    config = dataclasses.replace(two_layers, use_bias=use_bias, activation=activation)
+    params = large_params(config)
     tokens = np.array(jax.random.randint(jax.random.key(7), (2, 17), 0, config.vocab_size))
     expected = jax.jit(forward, static_argnums=0)(config, params, tokens)
     with torch.no_grad():
@@ -65,24 +66,24 @@ def test_greedy_answers_of_transformers_on_the_shipped_model_equal_ours():
     assert (np.asarray(ours.mask_BxT).sum(axis=1) < limit).any()
 
 
-def test_transformers_samples_until_the_limit_or_the_end_of_the_episode(small_model):
+def test_transformers_samples_until_the_limit_or_the_end_of_the_episode(two_layers):
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 3, 1), 1, 1)
-    answers = pytorch.generate(pytorch.to_transformers(small_model, random_params(small_model)), packed, 12, 1.0, 3)
+    answers = pytorch.generate(pytorch.to_transformers(two_layers, large_params(two_layers)), packed, 12, 1.0, 3)
     assert answers.shape == (3, 12)
     after = ~np.asarray(answer_mask(jnp.asarray(answers)))
     assert (answers[after] == alphabet.PAD_ID).all()
 
 
-def test_the_pretraining_step_has_our_loss_and_learns(small_model):
-    config = dataclasses.replace(pretrain_preset("tiny"), max_digits=1, optimizer="adamw", model=small_model)
-    params = random_params(small_model)
-    text = np.array(jax.random.randint(jax.random.key(7), (2, 21), 1, small_model.vocab_size))
+def test_the_pretraining_step_has_our_loss_and_learns(two_layers):
+    config = dataclasses.replace(pretrain_preset("tiny"), max_digits=1, optimizer="adamw", model=two_layers)
+    params = large_params(two_layers)
+    text = np.array(jax.random.randint(jax.random.key(7), (2, 21), 1, two_layers.vocab_size))
     inputs, targets = text[:, :-1], text[:, 1:]
     zeros = np.zeros_like(inputs)
     positions = np.broadcast_to(np.arange(20)[None], inputs.shape)
     windows = Windows(*map(jnp.asarray, (inputs, targets, positions, zeros, zeros == 0)))
     expected = next_token_loss(config, params, windows, jax.random.key(0))
-    model = pytorch.GPT.from_params(small_model, params)
+    model = pytorch.GPT.from_params(two_layers, params)
     optimizer = pytorch.make_adamw(config, model)
     losses = [pytorch.pretrain_step(model, optimizer, (inputs, targets)) for _ in range(5)]
     assert losses[0] == pytest.approx(float(expected), abs=1e-4)
@@ -90,13 +91,13 @@ def test_the_pretraining_step_has_our_loss_and_learns(small_model):
 
 
 @pytest.fixture(scope="module")
-def round_of(small_model):
+def round_of(two_layers):
     """A collect of a policy that differs from its reference, and the authors' networks with the same parameters."""
     config = FinetuneConfig(
         episodes=4, minibatch_episodes=2, diagnostic_episodes=2, extra_length=5, kl="k2", beta=3.0, temperature=1.5
     )
-    reference = random_params(small_model)
-    program = make_program(config, Model(small_model, 1, reference))
+    reference = large_params(two_layers)
+    program = make_program(config, Model(two_layers, 1, reference))
     hyper = jax.tree.map(lambda x: x[0], make_runs(config, {"run": {}}, 1)[1])
     policy = jax.tree.map(lambda x: 1.1 * x, reference)
     params = init_run(program, policy, hyper).params
@@ -145,11 +146,11 @@ def test_state_values_equal_ours(round_of):
     np.testing.assert_allclose(found, np.asarray(values(params["value"], hidden))[mask], atol=1e-4)
 
 
-def test_the_rollout_without_a_cache_gives_our_greedy_characters(small_model):
-    params = random_params(small_model)
+def test_the_rollout_without_a_cache_gives_our_greedy_characters(two_layers):
+    params = large_params(two_layers)
     packed = problems_lib.pack(ADDITION, ADDITION.short_problems(np.random.default_rng(0), 2, 3), 3, 1)
-    ours = greedy(small_model, params, packed, 24)
-    model = pytorch.GPT.from_params(small_model, params)
+    ours = greedy(two_layers, params, packed, 24)
+    model = pytorch.GPT.from_params(two_layers, params)
     prefixes = [
         torch.tensor(prompt[-length:].astype(np.int64))
         for prompt, length in zip(packed.prompts_BxP, packed.prompt_lengths_B, strict=True)

@@ -49,7 +49,11 @@ def bucket(environment):
 def start(job, out, environment):
     words = [sys.executable, "-m", *job.words.split(), "--out", str(out)]
     settings = os.environ | environment | {"PYTHONPATH": str(kill_trials.ROOT), "JAX_PLATFORMS": "cpu"}
-    settings |= {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(job.place / "compiled")}
+    settings |= {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(job.place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     log = (job.place / "log").open("w")
     return subprocess.Popen(words, cwd=job.place, env=settings, stdout=log, stderr=log)
 
@@ -67,7 +71,7 @@ def test_fine_tuning_in_a_bucket_that_is_killed_goes_on_and_ends_as_on_disk(buck
     process = start(job, remote, environment)
     metrics = remote / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("success") >= 6):
-        time.sleep(0.2)
+        time.sleep(0.05)
     assert process.poll() is None, (job.place / "log").read_text()
     process.kill()
     process.wait()

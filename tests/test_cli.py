@@ -4,17 +4,15 @@ import dataclasses
 import re
 import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
 from hostile import TYPES, command_of
+from policies import untrained
 
 from ckl_jax import evaluate, finetune, pretrain
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.fields import Chapter, bound, kinds
-from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.options import is_unnamed
 
@@ -32,7 +30,7 @@ def in_an_empty_directory(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
     config = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
-    params = GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = untrained(config)
     save_model(tmp_path / "model", Model(config, 1, params), {})
     return tmp_path / "model"
 

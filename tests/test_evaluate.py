@@ -1,18 +1,15 @@
 """Accuracy: the bootstrap's intervals, and answers that depend neither on the batch nor on the call."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax import evaluate
 from ckl_jax.analysis.statistics import bootstrap_interval
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
-from ckl_jax.model import GPT2
 from ckl_jax.runtime.sharding import make_mesh
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -52,12 +49,11 @@ def fingerprints(small_model, monkeypatch):
 
     monkeypatch.setattr(problems_lib, "reward", weighted_sum)
     evaluate._rewards.clear_cache()
-    config = dataclasses.replace(small_model, num_layers=1)
-    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = untrained(small_model)
     problems = ADDITION.varying_problems(np.random.default_rng(0), 8, 1)
 
     def judged(**options):
-        return judge(Model(config, 1, params), problems, 1, extra_length=0, **options)
+        return judge(Model(small_model, 1, params), problems, 1, extra_length=0, **options)
 
     yield judged
     evaluate._rewards.clear_cache()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from policies import untrained
 
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import losses
@@ -24,7 +25,7 @@ from ckl_jax.checkpoint.store import Model, StateCheckpoints, load_model, save_m
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.model import GPT2, values
+from ckl_jax.model import values
 from ckl_jax.rl.collect import collect, kl_weights
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
@@ -50,17 +51,16 @@ CONFIG = FinetuneConfig(
     beta=1.0,
     normalize_advantages=False,
     runs_at_once=2,
+    rollout="plain",
+    data_devices=1,
 )
 
 
 @pytest.fixture(scope="module")
 def model(small_model, tmp_path_factory):
     """Its embedding is scaled up, else every distribution is nearly uniform and J nearly 0."""
-    config = dataclasses.replace(small_model, num_layers=1)
-    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 10
     path = tmp_path_factory.mktemp("model")
-    save_model(path, Model(config, 1, params), {})
+    save_model(path, Model(small_model, 1, untrained(small_model, contrast=10)), {})
     return load_model(path)
 
 
@@ -510,7 +510,7 @@ def _assert_same_run(path, other, runs):
 
 
 # Another value for every field that changes the speed alone; those of the second kind make the same program here.
-OTHER_SPEED = {"runs_at_once": 1, "rollout": "plain", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
+OTHER_SPEED = {"runs_at_once": 1, "rollout": "speculative", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
 SAME_PROGRAM = {"transition_batch": 3}
 
 
@@ -545,7 +545,7 @@ def _numbers(records):
 
 
 def test_a_finished_run_that_is_given_more_rounds_ends_with_the_bits_of_one_that_had_them(tmp_path, model, monkeypatch):
-    small = {"episodes": 4, "rollout": "plain", "final_problems": 6, "data_devices": 1, "diagnostic_episodes": 1}
+    small = {"episodes": 4, "final_problems": 6, "diagnostic_episodes": 1}
     long = dataclasses.replace(CONFIG, learning_rate_decay=False, **small)
     short = dataclasses.replace(long, rounds=2)
     run = functools.partial(_run, model=model, arms={"run": {}}, seeds=1)

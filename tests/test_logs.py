@@ -1,7 +1,6 @@
 """Logs: copies in TensorBoard and Weights & Biases hold metrics.jsonl, samples are what was sampled, quiet is quiet."""
 
 import contextlib
-import dataclasses
 import html
 import io
 import json
@@ -44,15 +43,15 @@ CONFIG = FinetuneConfig(
     old_problems=2,
     seed=3,
     rollout="plain",
+    data_devices=1,
 )
 
 
 @pytest.fixture(scope="module")
 def make(small_model, tmp_path_factory):
     """Runs the command in a directory and gives what it prints; Weights & Biases stays offline."""
-    model = dataclasses.replace(small_model, num_layers=1)
     checkpoint = tmp_path_factory.mktemp("model")
-    save_model(checkpoint, Model(model, 1, policy(model)), {})
+    save_model(checkpoint, Model(small_model, 1, policy(small_model)), {})
 
     def run(out, **logs):
         command = finetune.FinetuneCommand(CONFIG, checkpoint, out, 2, LogOptions(**logs))

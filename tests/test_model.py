@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax import presets
 from ckl_jax.model import GPT2, ValueHead, forward, init_cache, values
@@ -16,7 +17,7 @@ from ckl_jax.model import GPT2, ValueHead, forward, init_cache, values
 @functools.cache
 def init(config):
     """Parameters ten times larger than the initialization, so that every part of the model moves the logits."""
-    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = untrained(config)
     key = jax.random.key(1)
     return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x + 0.1 * jax.random.normal(key, x.shape), params)
 
@@ -38,16 +39,16 @@ def left_padded(paddings, length):
     return jnp.maximum(columns, 0), (columns >= 0).astype(jnp.int32)
 
 
-def test_cached_decoding_gives_the_uncached_logits_under_left_paddings(small_model):
-    params, tokens = init(small_model), random_tokens(small_model, 3, 12)
+def test_cached_decoding_gives_the_uncached_logits_under_left_paddings(two_layers):
+    params, tokens = init(two_layers), random_tokens(two_layers, 3, 12)
     inputs = (tokens, *left_padded([0, 3, 6], 12))
-    expected = logits_of(small_model, params, *inputs)
+    expected = logits_of(two_layers, params, *inputs)
 
     @jax.jit
     def extend(cache, *window):
-        return forward(small_model, params, *window, cache)
+        return forward(two_layers, params, *window, cache)
 
-    output = extend(init_cache(small_model, 3, 15), *(x[:, :7] for x in inputs))
+    output = extend(init_cache(two_layers, 3, 15), *(x[:, :7] for x in inputs))
     found = [output.logits_BxTxV]
     for t in range(7, 12):
         output = extend(output.cache, *(x[:, t : t + 1] for x in inputs))
@@ -56,26 +57,26 @@ def test_cached_decoding_gives_the_uncached_logits_under_left_paddings(small_mod
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=2e-5)
 
 
-def test_cached_decoding_counts_positions_from_the_cache_by_default(small_model):
-    params, tokens = init(small_model), random_tokens(small_model, 2, 9)
+def test_cached_decoding_counts_positions_from_the_cache_by_default(two_layers):
+    params, tokens = init(two_layers), random_tokens(two_layers, 2, 9)
 
     @jax.jit
     def in_two_parts(tokens):
-        first = forward(small_model, params, tokens[:, :5], cache=init_cache(small_model, 2, 9))
-        return forward(small_model, params, tokens[:, 5:], cache=first.cache).logits_BxTxV
+        first = forward(two_layers, params, tokens[:, :5], cache=init_cache(two_layers, 2, 9))
+        return forward(two_layers, params, tokens[:, 5:], cache=first.cache).logits_BxTxV
 
-    np.testing.assert_allclose(in_two_parts(tokens), logits_of(small_model, params, tokens)[:, 5:], atol=2e-5)
+    np.testing.assert_allclose(in_two_parts(tokens), logits_of(two_layers, params, tokens)[:, 5:], atol=2e-5)
 
 
-def test_left_padding_leaves_the_logits_of_the_text_alone(small_model):
-    params, text = init(small_model), random_tokens(small_model, 2, 9)
+def test_left_padding_leaves_the_logits_of_the_text_alone(two_layers):
+    params, text = init(two_layers), random_tokens(two_layers, 2, 9)
     padded = jnp.pad(text, ((0, 0), (5, 0)))
-    found = logits_of(small_model, params, padded, *left_padded([5, 5], 14))[:, 5:]
-    np.testing.assert_allclose(found, logits_of(small_model, params, text), atol=2e-5)
+    found = logits_of(two_layers, params, padded, *left_padded([5, 5], 14))[:, 5:]
+    np.testing.assert_allclose(found, logits_of(two_layers, params, text), atol=2e-5)
 
 
-def test_logits_depend_on_every_position_up_to_theirs_and_on_none_after(small_model):
-    config = dataclasses.replace(small_model, attention_chunk=4)
+def test_logits_depend_on_every_position_up_to_theirs_and_on_none_after(two_layers):
+    config = dataclasses.replace(two_layers, attention_chunk=4)
     params, tokens = init(config)["params"], random_tokens(config, 1, 9)
     weights = jax.random.normal(jax.random.key(3), (config.vocab_size,))
 
@@ -90,23 +91,23 @@ def test_logits_depend_on_every_position_up_to_theirs_and_on_none_after(small_mo
         assert (moved[t, t + 1 :] == 0).all()
 
 
-def test_segments_isolate_documents(small_model):
-    params, tokens = init(small_model), random_tokens(small_model, 2, 5)
+def test_segments_isolate_documents(two_layers):
+    params, tokens = init(two_layers), random_tokens(two_layers, 2, 5)
     positions, segments = jnp.arange(5)[None] + jnp.array([[0], [20]]), jnp.repeat(jnp.array([0, 1]), 5)[None]
     row = (tokens.reshape(1, 10), positions.reshape(1, 10))
-    together = logits_of(small_model, params, *row, segments)[0]
-    apart = logits_of(small_model, params, tokens, positions).reshape(10, -1)
+    together = logits_of(two_layers, params, *row, segments)[0]
+    apart = logits_of(two_layers, params, tokens, positions).reshape(10, -1)
     np.testing.assert_allclose(together, apart, atol=2e-5)
-    crossing = logits_of(small_model, params, *row, jnp.zeros_like(segments))[0]
+    crossing = logits_of(two_layers, params, *row, jnp.zeros_like(segments))[0]
     assert np.abs(crossing - together)[5:].max() > 1e-2
 
 
-def test_attention_in_chunks_equals_one_chunk_in_logits_and_gradients(small_model):
-    params, tokens = init(small_model), random_tokens(small_model, 2, 13)
+def test_attention_in_chunks_equals_one_chunk_in_logits_and_gradients(two_layers):
+    params, tokens = init(two_layers), random_tokens(two_layers, 2, 13)
     segments = (jnp.arange(13)[None] >= jnp.array([[6], [0]])).astype(jnp.int32)
 
     def loss(params, chunk):
-        config = dataclasses.replace(small_model, attention_chunk=chunk)
+        config = dataclasses.replace(two_layers, attention_chunk=chunk)
         logits = forward(config, params, tokens, None, segments).logits_BxTxV
         return jnp.square(logits).mean(), logits
 
@@ -116,11 +117,11 @@ def test_attention_in_chunks_equals_one_chunk_in_logits_and_gradients(small_mode
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_every_matrix_product_has_the_configured_precision(small_model, cached):
-    tokens, cache = jnp.zeros((1, 5), jnp.int32), init_cache(small_model, 1, 8) if cached else None
-    jaxpr = str(jax.make_jaxpr(lambda p: forward(small_model, p, tokens, cache=cache)[:2])(init(small_model)))
+def test_every_matrix_product_has_the_configured_precision(two_layers, cached):
+    tokens, cache = jnp.zeros((1, 5), jnp.int32), init_cache(two_layers, 1, 8) if cached else None
+    jaxpr = str(jax.make_jaxpr(lambda p: forward(two_layers, p, tokens, cache=cache)[:2])(init(two_layers)))
     products = jaxpr.count("dot_general[")
-    assert products == 6 * small_model.num_layers + 1
+    assert products == 6 * two_layers.num_layers + 1
     assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
 
 
@@ -131,22 +132,22 @@ def test_the_gpt2_preset_has_85_million_parameters_and_no_bias():
     assert not any(path.endswith("bias") for path in parameter_paths(shapes))
 
 
-def test_biases_are_there_exactly_when_asked_for(small_model):
+def test_biases_are_there_exactly_when_asked_for(two_layers):
     def paths(config):
         return set(parameter_paths(jax.eval_shape(GPT2(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))))
 
     names = ("ln_1", "c_attn", "c_proj", "ln_2", "c_fc", "mlp_c_proj")
     layers = [f"h_{i}/{name}" for i in range(2) for name in names]
     biases = {f"params/{layer}/bias" for layer in [*layers, "ln_f"]}
-    without = paths(dataclasses.replace(small_model, use_bias=False))
+    without = paths(dataclasses.replace(two_layers, use_bias=False))
     assert not without & biases
-    assert paths(small_model) == without | biases
+    assert paths(two_layers) == without | biases
 
 
-def test_logits_equal_those_of_transformers(small_model):
+def test_logits_equal_those_of_transformers(two_layers):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = dataclasses.replace(small_model, attention_chunk=5)
+    config = dataclasses.replace(two_layers, attention_chunk=5)
     params, tokens = init(config), np.array(random_tokens(config, 2, 17))
     reference = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -174,20 +175,20 @@ def test_logits_equal_those_of_transformers(small_model):
     np.testing.assert_allclose(logits_of(config, params, tokens), expected, atol=1e-4)
 
 
-def test_bfloat16_activations_give_float32_logits_near_the_float32_ones(small_model):
-    config = dataclasses.replace(small_model, dtype="bfloat16")
+def test_bfloat16_activations_give_float32_logits_near_the_float32_ones(two_layers):
+    config = dataclasses.replace(two_layers, dtype="bfloat16")
     params, tokens = init(config), random_tokens(config, 2, 9)
     output = jax.jit(forward, static_argnums=0)(config, params, tokens, cache=init_cache(config, 2, 9))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
     assert output.logits_BxTxV.dtype == output.hidden_BxTxD.dtype == jnp.float32
     assert all(x.dtype == jnp.bfloat16 for x in output.cache.keys_BxHxSxK + output.cache.values_BxHxSxK)
-    expected = logits_of(small_model, params, tokens)
+    expected = logits_of(two_layers, params, tokens)
     np.testing.assert_allclose(output.logits_BxTxV, expected, atol=0.1 * float(expected.std()))
     assert np.abs(output.logits_BxTxV - expected).max() > 1e-4
 
 
-def test_dropout_acts_only_when_not_deterministic(small_model):
-    plain_model = dataclasses.replace(small_model, num_layers=1)
+def test_dropout_acts_only_when_not_deterministic(two_layers):
+    plain_model = dataclasses.replace(two_layers, num_layers=1)
     config = dataclasses.replace(plain_model, dropout=0.5)
     params, tokens = init(config), random_tokens(config, 2, 9)
 
@@ -218,8 +219,8 @@ def test_the_value_head_gives_one_float32_value_per_position():
 
 
 @pytest.mark.parametrize("num_outputs", [1, 5, 9])
-def test_the_last_outputs_are_those_of_the_whole_pass_cached_or_not(small_model, num_outputs):
-    config = dataclasses.replace(small_model, attention_chunk=4)
+def test_the_last_outputs_are_those_of_the_whole_pass_cached_or_not(two_layers, num_outputs):
+    config = dataclasses.replace(two_layers, attention_chunk=4)
     params, tokens = init(config), random_tokens(config, 2, 9)
     inputs = (tokens, *left_padded([0, 3], 9))
     expected = logits_of(config, params, *inputs)[:, 9 - num_outputs :]

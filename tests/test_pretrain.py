@@ -35,7 +35,7 @@ def config(small_model):
         learning_rate=1e-2,
         checkpoint_every=8,
         eval_problems=2,
-        model=dataclasses.replace(small_model, num_layers=1, block_size=280),
+        model=dataclasses.replace(small_model, block_size=280),
     )
 
 

@@ -146,7 +146,7 @@ def test_a_browser_fits_it_to_400_and_1600_pixels_and_shows_a_characters_numbers
         [browser, *options, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     (body,) = Page(found.stdout).all("body")

@@ -17,6 +17,7 @@ from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
 from experiments.reproduce.__main__ import ReproduceCommand
 
+UNTIL = 300.0  # Seconds after which a stage that should be at some point counts as stuck.
 SCRIPT = pathlib.Path(__file__).parents[1] / "tpu_scripts" / "run_gpu.sh"
 PYTHON = (
     f"#!{sys.executable} -IS"
@@ -27,7 +28,7 @@ if os.environ.get("SLOW") == "saves":
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 codes = os.environ["CODES"].split()
-time.sleep(30 if os.environ.get("SLOW") else 0)
+time.sleep(600 if os.environ.get("SLOW") else 0)
 sys.exit(int(codes[min(len(open(os.environ["CALLS"]).readlines()), len(codes)) - 1]))
 """
 )
@@ -41,7 +42,7 @@ def call(tmp_path):
 
     def run(*words, codes="0", **more):
         environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "CODES": codes} | more
-        done = subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=UNTIL)
         return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
     return run
@@ -92,7 +93,7 @@ def save(*_):
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 pathlib.Path({str(tmp_path / "began")!r}).touch()
-time.sleep(30)
+time.sleep(600)
 """
     (tmp_path / "python").write_text(waiting)
     outlive = "trap : HUP INT QUIT TERM"
@@ -105,14 +106,14 @@ time.sleep(30)
             signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
         ],
     )
-    end = time.monotonic() + 15
+    end = time.monotonic() + UNTIL
     while not (tmp_path / "began").exists():
         assert time.monotonic() < end
         time.sleep(0.02)
     for _ in range(3):
         os.killpg(process.pid, number)
         time.sleep(0.05)
-    process.wait(15)
+    process.wait(UNTIL)
     while not code.exists() or not code.read_text():
         assert time.monotonic() < end
         time.sleep(0.02)

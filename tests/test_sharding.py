@@ -5,15 +5,14 @@ import functools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.model import GPT2
 from ckl_jax.pretrain import init_state, train_step
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
@@ -40,8 +39,7 @@ CONFIG = FinetuneConfig(
 
 @pytest.fixture(scope="module")
 def model(small_model):
-    config = dataclasses.replace(small_model, num_layers=1)
-    return Model(config, 1, jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    return Model(small_model, 1, untrained(small_model))
 
 
 def trained(model, shape, **overrides):
@@ -88,28 +86,35 @@ def test_any_mesh_gives_the_numbers_of_one_device(model, on_one_device, shape, o
         assert leaf.addressable_shards[0].data.size * split == leaf.size
 
 
-@pytest.mark.parametrize(("devices", "shard_state"), [(2, False), (4, True), (8, False)])
-def test_pretraining_on_several_devices_is_that_on_one(small_model, devices, shard_state):
+@pytest.fixture(scope="module")
+def pretrained(small_model):
+    """The state, and parameters and metrics, after three steps on so many devices."""
     config = PretrainConfig(
         max_digits=1,
         num_documents=10,
         batch_size=8,
         packing="documents",
         model=dataclasses.replace(small_model, dropout=0.1),
-        shard_state=shard_state,
     )
     stream = text_stream(1, 50)
-    create = functools.partial(init_state, config)
 
-    def train(num_devices):
-        mesh = make_mesh(1, config.batch_size, data_devices=num_devices)
+    @functools.cache
+    def train(devices, shard_state):
+        of_state = dataclasses.replace(config, shard_state=shard_state)
+        create = functools.partial(init_state, of_state)
+        mesh = make_mesh(1, config.batch_size, data_devices=devices)
         state = jax.jit(create, out_shardings=state_shardings(mesh, jax.eval_shape(create), shard_state))()
         with jax.set_mesh(mesh):
             for _ in range(3):
-                state, metrics = train_step(config, state, stream)
+                state, metrics = train_step(of_state, state, stream)
         return state, jax.tree.map(np.asarray, (state.params, metrics))
 
-    (_, expected), (state, found) = train(1), train(devices)
+    return train
+
+
+@pytest.mark.parametrize(("devices", "shard_state"), [(2, False), (4, True), (8, False)])
+def test_pretraining_on_several_devices_is_that_on_one(pretrained, devices, shard_state):
+    (_, expected), (state, found) = pretrained(1, False), pretrained(devices, shard_state)
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=3e-5)
     embedding = state.params["params"]["wpe"]["embedding"]
     assert len(embedding.sharding.device_set) == devices

@@ -1,19 +1,17 @@
 """A thousand rounds in one process: memory stays flat, nothing is traced again, and two checkpoints are kept."""
 
-import dataclasses
 import json
 import pathlib
 import resource
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.finetune import finetune
-from ckl_jax.model import GPT2
 from ckl_jax.runs.directory import RunDirectory
 
 CONFIG = FinetuneConfig(
@@ -41,8 +39,7 @@ def _resident_megabytes():
 
 @pytest.mark.slow
 def test_a_thousand_rounds_take_no_more_memory_than_two_hundred_and_compile_once(small_model, tmp_path):
-    model_config = dataclasses.replace(small_model, num_layers=1)
-    params = jax.jit(GPT2(model_config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = untrained(small_model)
     directory = RunDirectory(tmp_path, {})
     resident, traces, kept, traced = {}, {}, {}, []
 
@@ -57,7 +54,7 @@ def test_a_thousand_rounds_take_no_more_memory_than_two_hundred_and_compile_once
             kept[done] = {path.name for path in directory.checkpoints.directory.iterdir()}
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    finetune(CONFIG, Model(model_config, 1, params), directory, {"run": {}}, 1, look)
+    finetune(CONFIG, Model(small_model, 1, params), directory, {"run": {}}, 1, look)
     jax.monitoring.unregister_event_duration_listener(count)
     assert max(resident[done] for done in resident if done > 200) - resident[200] < MEGABYTES_MORE, resident
     assert traces[20] > 0

@@ -75,10 +75,15 @@ def spiteful(lists_Bx2xJ, answers_BxT, known_B, window):
 
 
 POLICIES = {
-    "untrained": policy(MODEL, pad_logit=-2.0),
-    "never ends": policy(MODEL, seed=1, pad_logit=-50.0),
-    "ends at once": policy(MODEL, seed=2, pad_logit=500.0),
+    "untrained": {"pad_logit": -2.0},
+    "never ends": {"seed": 1, "pad_logit": -50.0},
+    "ends at once": {"seed": 2, "pad_logit": 500.0},
 }
+
+
+@functools.cache
+def made(name):
+    return policy(MODEL, **POLICIES[name])
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -93,14 +98,14 @@ POLICIES = {
     ids=["default", "one slot", "one character", "drafts of nonsense"],
 )
 def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, options):
-    expected = plain(MODEL, POLICIES[name], pack(), KEY)
-    verified = speculative(MODEL, POLICIES[name], pack(), KEY, **options)
-    assert_same_characters(MODEL, POLICIES[name], pack(), KEY, expected, verified)
+    expected = plain(MODEL, made(name), pack(), KEY)
+    verified = speculative(MODEL, made(name), pack(), KEY, **options)
+    assert_same_characters(MODEL, made(name), pack(), KEY, expected, verified)
 
 
 @pytest.mark.parametrize(("temperature", "greedy"), [(0.3, False), (1.7, False), (1.0, True)])
 def test_temperatures_and_greedy_draw_the_same_characters(temperature, greedy):
-    params = POLICIES["untrained"]
+    params = made("untrained")
     expected = plain(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy)
     verified = speculative(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy, slots=3)
     assert_same_characters(MODEL, params, pack(), KEY, expected, verified, temperature, greedy)
@@ -131,7 +136,7 @@ def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_
 
 
 def test_scores_are_given_only_when_asked_for():
-    verified = speculative(MODEL, POLICIES["ends at once"], pack(), KEY)
+    verified = speculative(MODEL, made("ends at once"), pack(), KEY)
     assert verified.logits_BxTxV is None
     assert verified.hidden_BxTxD is None
 
@@ -167,7 +172,7 @@ def generated(params, how, with_scores=True):
 
 
 def test_auto_gives_up_on_a_policy_that_follows_no_draft_and_loses_nothing():
-    params = POLICIES["never ends"]
+    params = made("never ends")
     expected, verified, chosen = (generated(params, how) for how in ("plain", "speculative", "auto"))
     assert verified.passes > 300
     assert chosen.passes == 0
@@ -188,7 +193,7 @@ def test_auto_is_speculative_for_a_policy_that_follows_the_drafts(shipped):
 
 def test_giving_up_is_told():
     options = {"least_accepted": 8.0, "slots": 4}
-    hopeless = speculative(MODEL, POLICIES["never ends"], pack(PAIRS * 3), KEY, **options)
+    hopeless = speculative(MODEL, made("never ends"), pack(PAIRS * 3), KEY, **options)
     assert not hopeless.complete
     assert hopeless.passes == TRIAL_PASSES
 
@@ -199,7 +204,7 @@ def test_an_unknown_way_is_refused():
 
 
 def test_vmapped_runs_equal_solo_runs_though_they_end_at_different_times():
-    params = [POLICIES["ends at once"], POLICIES["never ends"]]
+    params = [made("ends at once"), made("never ends")]
     keys = jax.random.split(KEY, 2)
 
     def one(params, key):
@@ -229,7 +234,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_touched(sampling, optio
 
 @pytest.mark.parametrize("options", [{"slots": 2, "window": 5}, {"drafter": spiteful, "slots": 3, "window": 40}])
 def test_given_starts_go_on_as_step_by_step(options):
-    params = POLICIES["untrained"]
+    params = made("untrained")
     expected = plain(MODEL, params, pack(), KEY)
     lengths = np.array(expected.mask_BxT.sum(axis=1))
     starts = np.arange(len(PAIRS)) * lengths // (len(PAIRS) - 1)  # From nothing to the whole answer.

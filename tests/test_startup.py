@@ -29,7 +29,7 @@ def ended(words, variables=(), by=(), **options):
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | dict(variables)
     environment = {name: value for name, value in environment.items() if value is not None}
-    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120} | options
+    options = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 600} | options
     return subprocess.run([*by, sys.executable, *words], env=environment, **options)
 
 
@@ -296,7 +296,7 @@ def test_closed_streams_end_nothing(tmp_path, closed):
     for words, code in ((HELP, 0), (("-m", "ckl_jax.evaluate", "--checkpoint", "nowhere"), 2)):
         line = f'"$@" {closed}'
         shell = ["bash", "-c", line, "bash", sys.executable, *words]
-        done = subprocess.run(shell, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(shell, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stdout + done.stderr
         assert done.stdout.startswith("usage") == (code == 0 and ">&-" not in closed.replace("2>&-", ""))

@@ -18,11 +18,11 @@ from ckl_jax.runtime import cli
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "tpu_scripts").glob("*.sh"))
 UNTIL = 300.0  # Seconds after which a script that should be at some point counts as stuck.
-FOREVER = 3600  # Seconds; what takes so long is killed by ``cloud``.
+FOREVER = 600  # Seconds; what takes so long is killed by ``cloud``.
 TOLD = "told"  # The command goes on till `tell`.
 
 # The venv's python of a worker: notes its arguments and ends as the plan says, by how often the life and worker ran it:
-# with an exit code, after so many seconds, or when a file of that name is in CLOUD.
+# with an exit code, after so many seconds, or when a file of that name is in CLOUD (and after ten minutes without).
 PYTHON = (
     f"#!{sys.executable} -IS"
     + """
@@ -36,13 +36,11 @@ with jobs.open("a") as file:
     file.write(json.dumps(job) + "\\n")
 started = sum(job["worker"] == worker for job in before)
 ends = json.loads((cloud / "plan.json").read_text()).get("ends", {}).get(worker, [[0, 0]])
-seconds, code = ends[min(started, len(ends) - 1)]
+seconds, code = ends[min(max(started, int(life)), len(ends) - 1)]
 print("output of worker", worker, flush=True)
-if isinstance(seconds, str):
-    while not (cloud / seconds).exists():
-        time.sleep(0.01)
-else:
-    time.sleep(seconds)
+end = time.monotonic() + (600 if isinstance(seconds, str) else seconds)
+while time.monotonic() < end and not (isinstance(seconds, str) and (cloud / seconds).exists()):
+    time.sleep(0.01)
 sys.exit(code)
 """
 )

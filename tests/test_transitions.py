@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from policies import untrained
 
+from ckl_jax import finetune as finetune_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.model import GPT2
 from ckl_jax.rl import minibatches as transitions
 from ckl_jax.rl.collect import Episodes
 from ckl_jax.rl.objective import loss_terms
@@ -24,6 +25,7 @@ from ckl_jax.rl.program import Hyper, draw_problems, make_program
 from ckl_jax.rl.updates import init_run, train_rounds, update
 from ckl_jax.rollout.trajectory import Trajectory
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime.sharding import make_mesh
 
 CONFIG = FinetuneConfig(
     minibatch="transitions",
@@ -43,6 +45,8 @@ CONFIG = FinetuneConfig(
     kl_coefficient=2.0,
     beta=1.0,
     normalize_advantages=False,
+    rollout="plain",
+    data_devices=1,
 )
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
 ANSWER_LENGTHS = (5, 12, 1, 9)
@@ -52,10 +56,7 @@ COUNT = sum(ANSWER_LENGTHS)
 
 @pytest.fixture(scope="module")
 def model(small_model):
-    config = dataclasses.replace(small_model, num_layers=1)
-    params = jax.jit(GPT2(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    params["params"]["wte"]["embedding"] *= 10
-    return Model(config, 1, params)
+    return Model(small_model, 1, untrained(small_model, contrast=10))
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +342,9 @@ def test_an_interrupted_fine_tuning_with_transitions_ends_with_the_same_bits(fin
         chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
 
 
-def test_runs_side_by_side_are_the_runs_one_at_a_time(finetuned, model, tmp_path):
+def test_runs_side_by_side_are_the_runs_one_at_a_time(finetuned, model, tmp_path, monkeypatch):
     path, runs = finetuned
+    monkeypatch.setattr(finetune_lib, "make_mesh", lambda config, num_runs: make_mesh(1, 1))  # Each has its own else.
     _finetune(dataclasses.replace(CONFIG, runs_at_once=2), model, tmp_path)
     for found, expected in zip(_rounds(tmp_path)[:2], _rounds(path)[:2], strict=True):
         assert found.pop("arm") == expected.pop("arm")

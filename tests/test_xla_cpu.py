@@ -14,6 +14,11 @@ PAGE = 4096
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _compiles_anew(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -54,7 +59,7 @@ def test_an_xla_that_does_not_know_the_flag_is_not_given_it(monkeypatch, tmp_pat
 
 def _printed(code, **variables):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", xla_cpu.TUNABLES: "", **variables}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -105,7 +110,7 @@ def test_a_command_starts_once_more_with_huge_pages_and_the_same_arguments(tmp_p
     process = subprocess.Popen(
         [sys.executable, "-m", "probe.show", "a b", "", "--x=$HOME"], env=environment, stdout=subprocess.PIPE, text=True
     )
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     expected = f"{own}:{xla_cpu.HUGE_PAGES}".lstrip(":") if xla_cpu._has_huge_pages() and "huge" not in own else own
     assert printed.split(" ", 2) == [str(process.pid), expected, "['a b', '', '--x=$HOME']\n"]
     assert process.returncode == 7

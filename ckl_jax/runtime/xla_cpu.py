@@ -42,8 +42,13 @@ def avoid_wrong_fusions() -> None:
     know the flag, which would end the process.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if FUSIONS not in flags and all(map(_knows_the_flag, _xla_libraries())):
+    if FUSIONS not in flags and is_known(FUSIONS):
         os.environ["XLA_FLAGS"] = f"{flags} {SAFE_FLAG}".strip()
+
+
+def is_known(flag: str) -> bool:
+    """Whether every XLA that is installed knows a flag; one that does not ends the process where it is set."""
+    return all(_knows(library, flag) for library in _xla_libraries())
 
 
 def flags_without_fusions() -> str:
@@ -65,9 +70,9 @@ def _xla_libraries() -> Iterator[pathlib.Path]:
                     yield path
 
 
-def _knows_the_flag(library: pathlib.Path) -> bool:
+def _knows(library: pathlib.Path, flag: str) -> bool:
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"XLA_FLAGS") < 0 or content.find(FUSIONS.encode()) >= 0
+        return content.find(b"XLA_FLAGS") < 0 or content.find(flag.encode()) >= 0
 
 
 def keep_freed_memory() -> None:
