@@ -70,9 +70,9 @@ def assert_same_numbers(found, expected):
 @pytest.mark.parametrize(
     ("shape", "overrides"),
     [
-        ((4, 2), {}),
+        pytest.param((4, 2), {}, marks=pytest.mark.slow),
         ((1, 4), {}),
-        ((2, 2), {"minibatch": "transitions", "runs_at_once": 2}),
+        pytest.param((2, 2), {"minibatch": "transitions", "runs_at_once": 2}, marks=pytest.mark.slow),
         ((2, 4), {"rollout": "speculative", "shard_state": True}),
     ],
 )
@@ -153,6 +153,7 @@ def test_an_uneven_share_is_refused_with_the_even_ones(devices):
         make_mesh(1, 16, data_devices=devices)
 
 
+@pytest.mark.slow
 def test_a_run_on_four_devices_resumes_on_them_and_ends_the_same(model, tmp_path, monkeypatch):
     def run(path, rounds=2):
         config = dataclasses.replace(CONFIG, rounds=rounds)

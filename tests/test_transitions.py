@@ -327,6 +327,7 @@ def test_a_fine_tuning_with_transitions_logs_its_updates_and_moves_the_policy(fi
         assert optax.tree.norm(jax.tree.map(jnp.subtract, policy, model.params)) > 1e-2
 
 
+@pytest.mark.slow
 def test_an_interrupted_fine_tuning_with_transitions_ends_with_the_same_bits(finetuned, model, tmp_path):
     path, runs = finetuned
 
@@ -342,6 +343,7 @@ def test_an_interrupted_fine_tuning_with_transitions_ends_with_the_same_bits(fin
         chex.assert_trees_all_equal(load_model(tmp_path / run.name).params, load_model(path / run.name).params)
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_one_at_a_time(finetuned, model, tmp_path, monkeypatch):
     path, runs = finetuned
     monkeypatch.setattr(finetune_lib, "make_mesh", lambda config, num_runs: make_mesh(1, 1))  # Each has its own else.
