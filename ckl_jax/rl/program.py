@@ -1,7 +1,5 @@
 """What is to be computed: the static part of a program, its runs (arms x seeds), their mesh and their problems."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

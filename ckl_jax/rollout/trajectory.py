@@ -4,8 +4,6 @@ The noise of a sampled character is a function of (key, episode, position in the
 algorithm, batching and device layout draws the same characters.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
