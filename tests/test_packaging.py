@@ -26,8 +26,8 @@ FINETUNE = """ckl_jax.finetune --extra-length 0 --episodes 2 --minibatch-episode
 
 
 def test_the_readmes_extras_are_pyprojects():
-    (paragraph,) = re.findall(r"^An extra is installed .*?\n\n", README, re.DOTALL | re.MULTILINE)
-    described = re.findall(r"`([a-z]+)`", paragraph)
+    (paragraph,) = re.findall(r"^`pip install .* installs an extra: .*?\n\n", README, re.DOTALL | re.MULTILINE)
+    described = re.findall(r"`([a-z]+)` \(", paragraph)
     assert sorted(described) == sorted(EXTRAS)
     assert {"gpu", "tpu", "bench", "test", "convert", "logs"} <= EXTRAS
 

@@ -256,9 +256,9 @@ def test_the_pretrained_policy_goes_on_from_a_changed_character_as_step_by_step(
     for row, problem in enumerate(drawn):
         text = ADDITION.answer_text(problem)[: 10 * row]
         given[row, : len(text)] = alphabet.encode(text[:-1] + "]" if text else "")
-    sampling = {"max_length": length, "given_BxT": given}
-    expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, **sampling))()
-    how = functools.partial(generate, shipped.config, shipped.params, problems, KEY, **sampling)
+    sampling = Sampling(length, given_BxT=given)
+    expected = jax.jit(functools.partial(rollout, shipped.config, shipped.params, problems, KEY, sampling))()
+    how = functools.partial(generate, shipped.config, shipped.params, problems, KEY, sampling)
     verified = jax.jit(functools.partial(how, how="speculative", with_scores=True))()
     assert_same_characters(shipped.config, shipped.params, problems, KEY, expected, verified)
     np.testing.assert_array_equal(np.where(given >= 0, verified.trajectory.answers_BxT[:, :80], -1), given)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ckl_jax.analysis.critical import Generations, Place, certainty_gaps, places
 from ckl_jax.analysis.statistics import mean_interval, share_interval
+from ckl_jax.errors import require
 from ckl_jax.fields import AtLeast, NonNegativeInt, PositiveInt, PositiveShare, Share, require_fields
 from ckl_jax.tasks import alphabet
 
@@ -44,6 +45,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         require_fields(self)
+        require(self.least_gap < 1, "least_gap", self.least_gap, "below 1")
 
 
 def choose(answers: Generations, rule: Rule, seed: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.rollout import drafts
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.speculative import speculative_rollout
-from ckl_jax.rollout.trajectory import gumbel_noise, score
+from ckl_jax.rollout.trajectory import Sampling, gumbel_noise, score
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.problems import Problems
@@ -55,11 +55,8 @@ def _measure(plan: Plan, model: Model, digits: int, temperature: float, episodes
     rng = np.random.default_rng([digits, episodes])
     drawn = ADDITION.varying_problems(rng, episodes, digits)
     problems = jax.tree.map(jnp.asarray, problems_lib.pack(ADDITION, drawn, digits, model.max_pretrain_digits))
-    sampling: dict[str, Any] = {
-        "max_length": ADDITION.max_answer_length(digits, tiny_config(plan).extra_length),
-        "temperature": temperature,
-        "with_scores": True,
-    }
+    sampling = Sampling(ADDITION.max_answer_length(digits, tiny_config(plan).extra_length), temperature)
+    scored: dict[str, Any] = {"sampling": sampling, "with_scores": True}
     key = jax.random.key(0)
     ways: dict[str, dict[str, Any]] = {
         "plain": {"how": "plain", "batch": PLAIN_BATCH},
@@ -67,12 +64,12 @@ def _measure(plan: Plan, model: Model, digits: int, temperature: float, episodes
         "auto": {"how": "auto"},
     }
     calls = {
-        name: functools.partial(jax.jit(functools.partial(generate, model.config, **way, **sampling)), model.params)
+        name: functools.partial(jax.jit(functools.partial(generate, model.config, **way, **scored)), model.params)
         for name, way in ways.items()
     }
     seconds = alternate({name: timed(call, problems, key) for name, call in calls.items()}, plan.repeats)
     plain, verified = calls["plain"](problems, key), calls["speculative"](problems, key)
-    once = jax.jit(functools.partial(speculative_rollout, model.config, drafter=first_draft, **sampling))
+    once = jax.jit(functools.partial(speculative_rollout, model.config, drafter=first_draft, **scored))
     characters = int(verified.trajectory.mask_BxT.sum())
     prompts = int(problems.prompt_lengths_B.sum())
     without = once(model.params, problems, key)
