@@ -57,6 +57,7 @@ from ckl_jax.analysis.statistics import percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.evaluate import judge
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from experiments.common.figure import Results, markdown, publish
 
@@ -81,7 +82,7 @@ class DiscoveryCommand:
     """Digits of the longer operand; default: one more than the model was pre-trained on."""
     out: pathlib.Path = pathlib.Path("runs/discovery")
     """Directory of results.json, discovery.png and discovery.svg; an earlier call's are replaced."""
-    answers: int = 70
+    answers: PositiveInt = 70
     """Answers sampled and looked at."""
     rule: Annotated[Rule, tyro.conf.arg(name="")] = field(default_factory=Rule)
     sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
@@ -89,7 +90,7 @@ class DiscoveryCommand:
     """Tables and figure again from results.json."""
 
     def __post_init__(self) -> None:
-        require(self.answers >= 1, "answers", self.answers, "at least 1")
+        require_fields(self)
         digits, most = self.digits, tasks.MAX_DIGITS
         require(digits is None or 1 <= digits <= most, "digits", digits, f"1..{most}, or None")
 

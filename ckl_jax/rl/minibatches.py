@@ -1,7 +1,7 @@
-"""Single transitions shuffled over a round's episodes: the minibatches of the authors' code (paper, section 5).
+"""What an update averages over: whole episodes, or single transitions shuffled over a round's episodes.
 
-A transition is an episode whose prompt is everything before one character and whose answer is that character. So it has
-the type of episodes, and their loss is its loss.
+Transitions are the minibatches of the authors' code (paper, section 5). One is an episode whose prompt is everything
+before one character and whose answer is that character. So it has the type of episodes, and their loss is its loss.
 """
 
 from __future__ import annotations

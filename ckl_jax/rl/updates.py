@@ -124,7 +124,7 @@ def train_rounds(
     """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
 
     Args:
-      mesh: from ``finetune.make_mesh``.
+      mesh: from ``program.make_mesh``.
       states, hypers: with a leading axis of runs R.
       problems: with leading axes [R, rounds].
 

@@ -31,6 +31,7 @@ from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
 from ckl_jax.errors import require
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from experiments.common.claims import HOLDS, LIES_ABOVE, Claim, as_json
@@ -50,17 +51,16 @@ class Figure5Command:
     """Policy after RL from that model, a directory of the same kind; default: only the pre-trained model is shown."""
     out: pathlib.Path = pathlib.Path("runs/figure5")
     """Directory that the page, the pictures and results.json are written to, over older ones."""
-    generations: int = 100
+    generations: PositiveInt = 100
     """Answers sampled per policy."""
-    examples: int = 2
+    examples: PositiveInt = 2
     """Right and wrong answers shown per policy, at most; the picture has one of each."""
     sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Page, pictures and table again from results.json, without the models."""
 
     def __post_init__(self) -> None:
-        for name in ("generations", "examples"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_fields(self)
         require_directory(self.out, "out")
 
 

@@ -43,6 +43,7 @@ from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Measuring
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
 from ckl_jax.errors import require
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from experiments.common.claims import as_json
@@ -62,18 +63,17 @@ class Table1Command:
     """Pre-trained models, a row each: directories with params/ and model.json; default: the tiny one that ships."""
     out: pathlib.Path = pathlib.Path("runs/table1")
     """Directory that results.json is written to, over an older one."""
-    generations: int = 50
+    generations: PositiveInt = 50
     """Answers per model that Delta J is averaged over."""
-    criterion_generations: int = 1000
+    criterion_generations: PositiveInt = 1000
     """Answers per model that criterion 1 is counted on; the first of them are those of Delta J."""
     sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Tables and verdicts again from results.json, without the models."""
 
     def __post_init__(self) -> None:
+        require_fields(self)
         require(len(self.checkpoints) > 0, "checkpoints", self.checkpoints, "1 or more directories")
-        for name in ("generations", "criterion_generations"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require_directory(self.out, "out")
 
 
