@@ -48,18 +48,26 @@ from ckl_jax.tasks.catalog import TaskName, task_named
 
 
 class PretrainState(NamedTuple):
-    """Everything that a run needs to go on: the step, the parameters and the optimizer's state."""
+    """Everything that a run needs to go on: the step, the parameters, the optimizer's state, and the average.
+
+    ``average`` is the exponential moving average of the parameters, or None where none is kept.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    average: Any = None
+
+    @property
+    def tested(self) -> Any:
+        """The parameters that are tested and saved."""
+        return self.params if self.average is None else self.average
 
 
 def make_optimizer(config: PretrainConfig) -> optax.GradientTransformation:
-    """AdamW or Muon under a linear warm-up and a cosine decay to a tenth, after clipping the global norm."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.num_steps, 0.1 * config.learning_rate
-    )
+    """AdamW or Muon under a linear warm-up and a cosine decay, after clipping the global norm."""
+    peak, final = config.learning_rate, config.final_learning_rate * config.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, config.num_steps, final)
     decays = functools.partial(jax.tree.map, lambda p: p.ndim >= 2)
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, b2=config.adam_beta2, weight_decay=config.weight_decay, mask=decays)
@@ -92,7 +100,16 @@ def init_params(config: PretrainConfig) -> Any:
 def init_state(config: PretrainConfig) -> PretrainState:
     """The state before the first step; call it under jit."""
     params = init_params(config)
-    return PretrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
+    average = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return PretrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params), average)
+
+
+def _averaged(config: PretrainConfig, state: PretrainState, params: Any) -> Any:
+    """The moving average with the parameters of one more step; it forgets the first ones early."""
+    if state.average is None:
+        return None
+    decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
+    return optax.incremental_update(params, state.average, 1 - decay)
 
 
 def next_token_loss(config: PretrainConfig, params: Any, windows: Windows, dropout_key: jax.Array) -> jax.Array:
@@ -127,13 +144,16 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
     if config.packing == "stream":
         windows = sample_stream(stream, sample_key, config.batch_size, window)
     else:
-        windows = sample_documents(stream, sample_key, config.batch_size, window, config.model.block_size)
+        windows = sample_documents(
+            stream, sample_key, config.batch_size, window, config.model.block_size, config.start_share
+        )
     windows = sharding.share_rows(windows)
     loss, grads = jax.value_and_grad(functools.partial(next_token_loss, config), argnums=0)(
         state.params, windows, dropout_key
     )
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    state = PretrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params = optax.apply_updates(state.params, updates)
+    state = PretrainState(state.step + 1, params, opt_state, _averaged(config, state, params))
     if config.shard_state:
         state = sharding.split_state(state)
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
@@ -191,7 +211,7 @@ def pretrain(
             continue
         logged, history = done, []
         record: dict[str, Any] = {"step": done, **{name: float(np.mean(x)) for name, x in values.items()}}
-        model = Model(config.model, config.max_digits, state.params, task)
+        model = Model(config.model, config.max_digits, state.tested, task)
         for digits in (config.max_digits, config.max_digits + 1):
             rng = np.random.default_rng([config.seed, digits])
             problems = task.varying_problems(rng, config.eval_problems, digits)
@@ -206,7 +226,7 @@ def pretrain(
         progress(Status(line, done, config.num_steps, shown, left))
     if stopping:
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
-    model = Model(config.model, config.max_digits, state.params, task)
+    model = Model(config.model, config.max_digits, state.tested, task)
     save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
     return model
 

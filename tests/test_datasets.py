@@ -99,6 +99,14 @@ def test_document_windows_lie_anywhere_in_the_block_and_never_beyond(stream):
     assert positions.max() == BLOCK - 1
 
 
+def test_the_asked_share_of_document_windows_is_at_position_0(stream):
+    firsts = sample_documents(stream, jax.random.key(0), 4000, WINDOW, BLOCK, 0.25).positions_BxT[:, 0]
+    others = BLOCK - WINDOW + 1
+    counts = np.bincount(firsts, minlength=others) / 4000
+    np.testing.assert_allclose(counts[0], 0.25 + 0.75 / others, atol=0.02)
+    np.testing.assert_allclose(counts[1:], 0.75 / others, atol=0.02)
+
+
 def test_stream_windows_start_anywhere_and_attend_across_documents(stream):
     windows = jax.tree.map(np.asarray, sample_stream(stream, jax.random.key(0), BATCH, WINDOW))
     whole = alphabet.decode(stream.tokens_N)

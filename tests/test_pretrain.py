@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ckl_jax import pretrain as pretrain_lib
@@ -16,8 +17,9 @@ from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.errors import ConfigError
-from ckl_jax.pretrain import init_params, init_state, next_token_loss, pretrain, train_step
+from ckl_jax.pretrain import init_params, init_state, make_mesh, make_optimizer, next_token_loss, pretrain, train_step
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import sharding
 from ckl_jax.runtime.finite import NotFiniteError
 from ckl_jax.runtime.preemption import PreemptedError
 from ckl_jax.tasks.columns import SUBTRACTION
@@ -33,6 +35,8 @@ def config(small_model):
         num_steps=24,
         warmup_steps=4,
         learning_rate=1e-2,
+        ema_decay=0.6,
+        start_share=0.25,
         checkpoint_every=8,
         eval_problems=2,
         model=dataclasses.replace(small_model, block_size=280),
@@ -70,7 +74,7 @@ def test_a_run_logs_each_checkpoint_and_its_loss_falls(uninterrupted):
 
 @pytest.mark.parametrize(
     ("change", "dropout"),
-    [({"packing": "stream", "batch_size": 2}, 0.0), ({"optimizer": "muon"}, 0.2)],
+    [({"packing": "stream", "start_share": 0.0, "batch_size": 2}, 0.0), ({"optimizer": "muon"}, 0.2)],
     ids=["stream", "muon and dropout"],
 )
 def test_the_loss_falls_with_the_other_packing_and_optimizer_and_with_dropout(config, data_dir, change, dropout):
@@ -85,6 +89,40 @@ def test_the_loss_falls_with_the_other_packing_and_optimizer_and_with_dropout(co
     assert state.step == 24
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] < 0.85 * np.log(41)
+
+
+def test_the_moving_average_is_what_is_saved_and_a_plain_loop_finds_it(config, data_dir, uninterrupted):
+    mesh = make_mesh(config)
+    everywhere = sharding.everywhere(mesh)
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    stream = sharding.put(stream, everywhere)
+    state = jax.jit(functools.partial(init_state, config), out_shardings=everywhere)()
+    expected = jax.device_get(state.params)
+    for step in range(config.num_steps):
+        with jax.set_mesh(mesh):
+            state, _ = train_step(config, state, stream)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, jax.device_get(state.params))
+    chex.assert_trees_all_close(state.average, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_equal(uninterrupted[1].params, state.average)
+    assert optax.tree.norm(optax.tree.sub(state.average, state.params)) > 1e-3
+
+
+def test_without_a_decay_the_last_parameters_are_tested(config):
+    state = jax.eval_shape(functools.partial(init_state, dataclasses.replace(config, ema_decay=0.0)))
+    assert state.average is None
+    assert state.tested is state.params
+
+
+def test_the_learning_rate_ends_at_its_share_of_the_peak(config):
+    config = dataclasses.replace(config, final_learning_rate=0.0, ema_decay=0.0, weight_decay=0.0)
+    optimizer, params = make_optimizer(config), {"w": jnp.ones((2, 2))}
+    state, sizes = optimizer.init(params), []
+    for _ in range(config.num_steps + 1):
+        updates, state = optimizer.update({"w": jnp.full((2, 2), 0.1)}, state, params)
+        sizes.append(float(jnp.abs(updates["w"]).max()))
+    assert np.argmax(sizes) == config.warmup_steps
+    np.testing.assert_allclose([sizes[config.warmup_steps], sizes[-1]], [config.learning_rate, 0.0], atol=1e-6)
 
 
 def test_dropout_is_a_function_of_its_key(config, data_dir):

@@ -17,6 +17,7 @@ from ckl_jax.fields import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
+    Share,
     require_fields,
 )
 from ckl_jax.resuming import end, speed
@@ -43,6 +44,9 @@ class Data(Chapter):
     """`stream`: windows of block_size start anywhere in the concatenated documents and attention crosses documents
     (Lee et al.). `documents`: windows of the longest document's length start with a document, at a random position of
     the block, and attention stays inside documents: several times cheaper per learned character."""
+    start_share: Share = 0.0
+    """Share of the windows of `documents` that are at position 0, where every answer is asked for. At random positions
+    alone the first ones are the least trained of all."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,17 @@ class Optimizer(Chapter):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon for the matrices of the layers, AdamW for the rest (optax.contrib.muon)."""
     learning_rate: PositiveFloat = 1e-3
-    """Peak of a linear warm-up and cosine decay to a tenth."""
+    """Peak, after a linear warm-up and before a cosine decay."""
+    final_learning_rate: Share = 0.1
+    """At the last step, as a share of the peak."""
     adam_beta2: Annotated[float, Above(0, 0.9999)] = 0.99
     """Decay of the mean of squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
     """Of matrices and embeddings; biases and norms have none."""
     clip_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
+    ema_decay: Annotated[float, AtLeast(0, 0.99999)] = 0.0
+    """Decay of the exponential moving average of the parameters that is tested and saved; 0: the last parameters."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields
         require_fields(self)
         longer = f"above warmup_steps = {self.warmup_steps}, the rate decays after the warm-up"
         require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
+        starts = "0 with packing = stream, whose windows are all at position 0"
+        require(self.packing == "documents" or self.start_share == 0, "start_share", self.start_share, starts)
         fewest = self.max_digits**2
         require(self.num_documents >= fewest, "num_documents", self.num_documents, f"at least {fewest}")
         tested = self.max_digits + 1

@@ -93,10 +93,15 @@ def sample_stream(stream: TokenStream, key: jax.Array, batch: int, window: int) 
     return Windows(text_BxT[:, :-1], text_BxT[:, 1:], positions_BxT, zeros_BxT, zeros_BxT == 0)
 
 
-def sample_documents(stream: TokenStream, key: jax.Array, batch: int, window: int, block: int) -> Windows:
+def sample_documents(
+    stream: TokenStream, key: jax.Array, batch: int, window: int, block: int, start_share: float = 0.0
+) -> Windows:
     """Windows [batch, window] that start with a document, each at a random position of the block.
 
     Every document is a segment of its own, and the first character of the next document is not predicted.
+
+    Args:
+      start_share: how likely a window is at position 0 instead.
     """
     _check_length(stream, window)
     document_key, position_key = jax.random.split(key)
@@ -106,6 +111,8 @@ def sample_documents(stream: TokenStream, key: jax.Array, batch: int, window: in
     text_BxT = jnp.asarray(stream.tokens_N)[index_BxT].astype(jnp.int32)
     segments_BxT = jnp.searchsorted(jnp.asarray(stream.starts_E), index_BxT, side="right").astype(jnp.int32)
     offsets_B = jax.random.randint(position_key, (batch,), 0, block - window + 1)
+    at_start_B = jax.random.bernoulli(jax.random.fold_in(position_key, 0), start_share, (batch,))
+    offsets_B = jnp.where(at_start_B, 0, offsets_B)
     positions_BxT = offsets_B[:, None] + jnp.arange(window)[None]
     mask_BxT = segments_BxT[:, 1:] == segments_BxT[:, :-1]
     return Windows(text_BxT[:, :-1], text_BxT[:, 1:], positions_BxT, segments_BxT[:, :-1], mask_BxT)
