@@ -14,6 +14,7 @@ from flax import linen as nn
 from ckl_jax.config import ModelConfig
 
 LAYER_NORM_EPSILON = 1e-5
+EMBEDDING_STDDEV = 0.02
 MASKED = -1e30
 
 
@@ -179,7 +180,7 @@ class GPT2(nn.Module):
             segments_BxT = jnp.zeros(tokens_BxT.shape, jnp.int32)
 
         def embed(rows, name):
-            init = nn.initializers.normal(0.02)
+            init = nn.initializers.normal(EMBEDDING_STDDEV)
             return nn.Embed(rows, config.width, dtype=config.dtype, embedding_init=init, name=name)
 
         wte = embed(config.vocab_size, "wte")

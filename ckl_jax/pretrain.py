@@ -37,7 +37,7 @@ from ckl_jax.datasets.stream import (
 from ckl_jax.evaluate import judge
 from ckl_jax.fields import require_fields
 from ckl_jax.losses import masked_mean
-from ckl_jax.model import GPT2, forward
+from ckl_jax.model import EMBEDDING_STDDEV, GPT2, forward
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
@@ -93,8 +93,22 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def init_params(config: PretrainConfig) -> Any:
-    """Random parameters from the config's seed."""
-    return GPT2(config.model).init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))
+    """Random parameters from the config's seed; the positions' embeddings as ``position_init`` says."""
+    params = GPT2(config.model).init(jax.random.key(config.seed), jnp.zeros((1, 2), jnp.int32))
+    if config.position_init == "normal":
+        return params
+    rows = sinusoids(config.model.block_size, config.model.width)
+    return {"params": {**params["params"], "wpe": {"embedding": EMBEDDING_STDDEV * rows}}}
+
+
+def sinusoids(positions: int, width: int) -> jax.Array:
+    """Sines and cosines of wavelengths from 2 pi to 20,000 pi, of mean square 1 (Vaswani et al. 2017, section 3.5).
+
+    Returns: float32 [positions, width], the sines first.
+    """
+    frequencies = 10_000.0 ** (-jnp.arange(0, width, 2) / width)
+    angles = jnp.outer(jnp.arange(positions), frequencies)
+    return 2**0.5 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)[:, :width]
 
 
 def init_state(config: PretrainConfig) -> PretrainState:

@@ -17,7 +17,16 @@ from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.errors import ConfigError
-from ckl_jax.pretrain import init_params, init_state, make_mesh, make_optimizer, next_token_loss, pretrain, train_step
+from ckl_jax.pretrain import (
+    init_params,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    next_token_loss,
+    pretrain,
+    sinusoids,
+    train_step,
+)
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.finite import NotFiniteError
@@ -123,6 +132,28 @@ def test_the_learning_rate_ends_at_its_share_of_the_peak(config):
         sizes.append(float(jnp.abs(updates["w"]).max()))
     assert np.argmax(sizes) == config.warmup_steps
     np.testing.assert_allclose([sizes[config.warmup_steps], sizes[-1]], [config.learning_rate, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_sinusoids_say_how_far_two_positions_are_apart(width):
+    rows = np.asarray(sinusoids(50, width), np.float64)
+    assert rows.shape == (50, width)
+    np.testing.assert_allclose(rows[3, 0], 2**0.5 * np.sin(3), rtol=1e-6)
+    np.testing.assert_allclose(rows[3, -(-width // 2)], 2**0.5 * np.cos(3), rtol=1e-6)
+    if width % 2 == 0:
+        products = rows @ rows.T
+        for apart in range(5):
+            np.testing.assert_allclose(np.diagonal(products, apart), products[0, apart], rtol=1e-4)
+        np.testing.assert_allclose(np.mean(rows**2, axis=1), 1, rtol=1e-5)
+
+
+def test_only_the_positions_start_as_sinusoids(config):
+    found = init_params(dataclasses.replace(config, position_init="sinusoidal"))["params"]
+    expected = init_params(config)["params"]
+    positions = found.pop("wpe")["embedding"]
+    assert positions.shape == expected.pop("wpe")["embedding"].shape
+    np.testing.assert_allclose(np.std(positions), 0.02, rtol=0.2)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_dropout_is_a_function_of_its_key(config, data_dir):

@@ -71,6 +71,9 @@ class Optimizer(Chapter):
     """Of matrices and embeddings; biases and norms have none."""
     clip_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
+    position_init: Literal["normal", "sinusoidal"] = "normal"
+    """First embeddings of the positions: random as in GPT-2, or sines and cosines (Vaswani et al.) of the same size,
+    which say from the start how far two characters are apart; both are learned from there."""
     ema_decay: Annotated[float, AtLeast(0, 0.99999)] = 0.0
     """Decay of the exponential moving average of the parameters that is tested and saved; 0: the last parameters."""
 
