@@ -11,14 +11,9 @@ When we ran it, no program of the tiny scale differed beyond rounding.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,7 +23,7 @@ import jaxlib
 import numpy as np
 
 from ckl_jax import pretrain
-from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.errors import require
@@ -40,6 +35,7 @@ from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.rollout import generation
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, sharding, xla_cpu
+from ckl_jax.runtime.processes import Process, on_all
 from ckl_jax.tasks import alphabet
 
 Stage = Literal[
@@ -93,18 +89,29 @@ def is_right(pattern: int) -> bool:
     return bool(np.allclose(got, expected, rtol=1e-3))
 
 
-def values_of(stage: str, episodes: int) -> dict[str, np.ndarray]:
+def shortened(model: Model) -> Model:
+    """Its first layer, and N = 1: programs of the same widths that are compiled and run sooner."""
+    kept = {name: leaf for name, leaf in model.params["params"].items() if name == "h_0" or not name.startswith("h_")}
+    return model._replace(
+        config=dataclasses.replace(model.config, num_layers=1), params={"params": kept}, max_pretrain_digits=1
+    )
+
+
+def values_of(stage: str, episodes: int, quick: bool) -> dict[str, np.ndarray]:
     """What a program gives here: metrics of updates, or characters and their log-probabilities.
 
     Args:
       episodes: of a round, a rollout or a test; a round of transitions has fewer.
+      quick: with the ``shortened`` model.
     """
-    if stage == "pretraining":
-        return pretraining()
     model = load_model(SHIPPED_TINY)
+    if quick:
+        model = shortened(model)
+    if stage == "pretraining":
+        return pretraining(model)
     config = dataclasses.replace(finetune_preset("tiny", "ours"), episodes=episodes, final_problems=episodes)
     if stage in ROUNDS:
-        return round_of(dataclasses.replace(config, **ROUNDS[stage]))
+        return round_of(dataclasses.replace(config, **ROUNDS[stage]), model)
     program = make_program(config, model)
     if stage == "test":
         return test(program, jax.tree.map(lambda x: x[None], model.params), episodes).accuracy
@@ -121,11 +128,11 @@ def values_of(stage: str, episodes: int) -> dict[str, np.ndarray]:
     return {"answers": trajectory.answers_BxT, "log_probs": trajectory.log_probs_BxT, "reward": trajectory.reward_B}
 
 
-def pretraining(steps: int = 3) -> dict[str, np.ndarray]:
+def pretraining(model: Model, steps: int = 3) -> dict[str, np.ndarray]:
     """The metrics of every step, on 500 documents."""
-    config, rng = pretrain_preset("tiny"), np.random.default_rng(0)
-    task = load_model(SHIPPED_TINY).task
-    drawn = task.varying_problems(rng, 500, config.max_digits)
+    digits, task, rng = model.max_pretrain_digits, model.task, np.random.default_rng(0)
+    config = dataclasses.replace(pretrain_preset("tiny"), max_digits=digits, model=model.config)
+    drawn = task.varying_problems(rng, 500, digits)
     documents = [alphabet.encode(task.prompt_text(p) + task.answer_text(p)) for p in drawn]
     starts = np.cumsum([0, *map(len, documents[:-1])])
     stream = jax.tree.map(jnp.asarray, TokenStream(np.concatenate(documents), starts.astype(np.int32)))
@@ -138,11 +145,11 @@ def pretraining(steps: int = 3) -> dict[str, np.ndarray]:
     return {name: np.array([step[name] for step in found]) for name in found[0]}
 
 
-def round_of(config: FinetuneConfig) -> dict[str, np.ndarray]:
+def round_of(config: FinetuneConfig, model: Model) -> dict[str, np.ndarray]:
     """The metrics of a round of a policy near the reference, whose KL has a gradient; nearly without steps, for Adam
     makes whole steps of gradients that are rounding alone."""
     config = dataclasses.replace(config, learning_rate=1e-8, value_learning_rate=1e-8)
-    model, rng = load_model(SHIPPED_TINY), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     policy = jax.tree.map(lambda x: (x * rng.normal(1, 0.02, x.shape)).astype(np.float32), model.params)
     program = make_program(config, model)
     runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
@@ -169,51 +176,6 @@ def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[floa
     return max(found)
 
 
-class _Process:
-    """A process on CPU with given flags of XLA; another one takes its place if it dies."""
-
-    def __init__(self, flag: str):
-        flags = f"{xla_cpu.flags_without_fusions()} {flag}".strip()  # XLA takes a space alone for the name of a file.
-        self._variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        self._pool: ProcessPoolExecutor | None = None
-
-    def start(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Calls the function there; what is returned waits for its result, which is None where the process died."""
-        with _environment(self._variables):
-            self._pool = self._pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            future = self._pool.submit(function, *arguments)
-
-        def result() -> Any:
-            try:
-                return future.result()
-            except BrokenProcessPool:
-                self.close()
-                return None
-
-        return result
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
-
-
-def _on_both(processes: list[_Process], function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    started = [process.start(function, *arguments) for process in processes]
-    return [result() for result in started]
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 @dataclass(frozen=True)
 class CheckXlaCommand:
     """Checks that XLA's fusions on CPU change nothing in the programs of this package."""
@@ -222,6 +184,8 @@ class CheckXlaCommand:
     """Programs to compare. The rounds are named by their algorithm, or by `transitions` and `vmapped` (two runs)."""
     episodes: Annotated[int, AtLeast(16)] = 128
     """Answers of a rollout, a test, or a round."""
+    quick: bool = False
+    """The same widths, but a model of one layer and short texts."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -231,17 +195,17 @@ class CheckXlaCommand:
 
 
 def main(command: CheckXlaCommand) -> None:
-    processes = [_Process(flag) for flag in ("", xla_cpu.SAFE_FLAG)]
+    processes = [Process(flag) for flag in ("", xla_cpu.SAFE_FLAG)]
     print(f"jaxlib {jaxlib.__version__}: XLA's default on CPU | with {xla_cpu.SAFE_FLAG}")
     failed = False
     for index, pattern in enumerate(PATTERNS):
-        verdicts = _on_both(processes, is_right, index)
+        verdicts = on_all(processes, is_right, index)
         words = [{None: "CRASHES", False: "WRONG", True: "right"}[verdict] for verdict in verdicts]
         failed |= verdicts[1] is not True
         print(f"{pattern.__name__:12s} {words[0]} | {words[1]}", flush=True)
     print("greatest difference of the two, relative to the greatest value of its kind")
     for stage in command.stages:
-        values = _on_both(processes, values_of, stage, command.episodes)
+        values = on_all(processes, values_of, stage, command.episodes, command.quick)
         gap, where = (np.inf, "a process died") if None in values else difference(*values)
         failed |= gap > TOLERANCE
         print(f"{stage:12s} {gap:.1e} ({where}){'' if gap <= TOLERANCE else ': DIFFERS'}", flush=True)
