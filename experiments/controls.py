@@ -70,6 +70,7 @@ class ControlsCommand(arms_lib.ArmsCommand):
     """Smaller coefficients of the standard KL, as shares of `kl_coefficient`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         config = self.config
         require(config.beta > 0, "beta", config.beta, "above 0")
         require(config.kl_coefficient > 0, "kl_coefficient", config.kl_coefficient, "above 0, the arm no_kl has 0")

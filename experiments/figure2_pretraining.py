@@ -43,6 +43,7 @@ from ckl_jax.analysis.statistics import Interval, bootstrap_interval, percent, s
 from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.errors import require
 from ckl_jax.evaluate import DRAWS, judge_cell
+from ckl_jax.fields import NonNegativeInt, PositiveInt, require_fields
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
 from experiments.common.claims import LIES_ABOVE, OVERLAP
@@ -77,19 +78,17 @@ class Figure2Command:
     models: Annotated[Models, tyro.conf.arg(name="")] = field(default_factory=Models)
     out: pathlib.Path = pathlib.Path("runs/figure2")
     """Directory of the results: new, empty, or of the same command interrupted."""
-    problems: int = 1000
+    problems: PositiveInt = 1000
     """Problems per cell."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the problems."""
-    extra_length: int = tasks.EXTRA_LENGTH
+    extra_length: NonNegativeInt = tasks.EXTRA_LENGTH
     """Characters that an answer may be longer than the longest right one."""
     plot_only: bool = False
     """Table and figure again from results.json."""
 
     def __post_init__(self) -> None:
-        require(self.problems >= 1, "problems", self.problems, "at least 1")
-        for name in ("seed", "extra_length"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require_fields(self)
         beyond = max(self.models.digits) + max(BEYOND)
         require(beyond <= tasks.MAX_DIGITS, "digits", self.models.digits, f"up to {tasks.MAX_DIGITS - max(BEYOND)}")
 

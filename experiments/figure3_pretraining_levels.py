@@ -41,8 +41,9 @@ from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_
 from ckl_jax.checkpoint.store import Model, fingerprint
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import make_program, make_runs
+from ckl_jax.rl.program import Seeds, make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runtime import cli
@@ -74,12 +75,13 @@ class Figure3Command:
     """Target lengths beyond N, a panel each."""
     out: pathlib.Path = pathlib.Path("runs/figure3")
     """Directory of the results and of a run per N and target: new, empty, or of the same command interrupted."""
-    seeds: int = 2
+    seeds: Seeds = 2
     """Seeds per N and target."""
     plot_only: bool = False
     """Table and figure again from results.json."""
 
     def __post_init__(self) -> None:
+        require_fields(self)
         possible = self.extra_digits in ((1,), (2,), (1, 2))
         require(possible, "extra_digits", self.extra_digits, "1, 2, or 1 2")
         scale = self.models.scale

@@ -40,6 +40,7 @@ class Figure4Command(arms_lib.ArmsCommand):
     """Directory of the run: new, empty, or of the same command interrupted."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
 
 
@@ -101,7 +102,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
-    top.set_title(f"{run.task.name}, N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
+    top.set_title(f"{run.task.name}, from N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])

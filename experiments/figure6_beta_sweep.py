@@ -62,6 +62,7 @@ class Figure6Command(arms_lib.ArmsCommand):
     """Exponents of the certainty J, one arm each; the standard arm has 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fine = all(math.isfinite(beta) and beta > 0 for beta in self.betas)
         distinct = len({arm_name(beta) for beta in self.betas}) == len(self.betas) > 0
         require(fine and distinct, "betas", self.betas, "1 or more numbers above 0 that differ in 6 digits")
@@ -155,7 +156,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
         top.plot(before, 100 * mean, color=colors[arm], label=arm.replace("_", " "), **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
-    top.set_title(f"N = {digits - 1} to {digits} digits, mean over {len(results['seeds'])} seeds")
+    top.set_title(f"from N = {digits - 1} to {digits} digits, mean over {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]

@@ -68,6 +68,7 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
     """Learning rates of the runs on single transitions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("episode_rates", 2), ("transition_rates", 1)):
             rates = getattr(self, name)
             fits = len({f"{rate:g}" for rate in rates if 0 < rate < float("inf")}) == len(rates) >= least

@@ -37,7 +37,7 @@ from tunix.rl.rollout import base_rollout
 
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import write_json
-from ckl_jax.errors import require
+from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
 from ckl_jax.losses import kl_estimate, prioritized_kl
 from ckl_jax.runs.records import machine
 from ckl_jax.runtime import cli
@@ -133,24 +133,21 @@ class TunixCommand:
 
     out: pathlib.Path = pathlib.Path("runs/tunix")
     """Directory of results.json, over an older one."""
-    exponent: float = 5.0
+    exponent: PositiveFloat = 5.0
     """Of the certainty in the prioritized arm."""
-    coefficient: float = 0.5
+    coefficient: PositiveFloat = 0.5
     """Of the KL in both arms."""
-    steps: int = 40
+    steps: PositiveInt = 40
     """Updates of each run."""
-    prompts: int = 8
+    prompts: PositiveInt = 8
     """Additions per step; each is answered 4 times."""
-    learning_rate: float = 3e-4
+    learning_rate: PositiveFloat = 3e-4
     """Of Adam."""
-    seeds: int = 2
+    seeds: PositiveInt = 2
     """Runs of each arm."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "seeds"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("exponent", "coefficient", "learning_rate"):
-            require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "above 0")
+        require_fields(self)
         require_directory(self.out, "out")
 
 

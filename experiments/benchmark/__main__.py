@@ -37,6 +37,7 @@ import matplotlib
 from ckl_jax.analysis import plots
 from ckl_jax.checkpoint.store import load_model, write_json
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli, startup
 from ckl_jax.runtime.paths import replace, require_directory
 from experiments.benchmark import cpu_settings, ours, report, speculation
@@ -54,7 +55,7 @@ class BenchmarkCommand:
     """Directory of the results: new, empty, or of an earlier call with the same repeats, whose sections are kept."""
     sections: str = ",".join(SECTIONS)
     """Sections to measure, separated by commas."""
-    repeats: int | None = None
+    repeats: PositiveInt | None = None
     """Pairs of measurements after the warm-up; default 3."""
     policies: tuple[pathlib.Path, ...] = ()
     """Fine-tuned checkpoints, which the section ``speculation`` measures too."""
@@ -62,10 +63,10 @@ class BenchmarkCommand:
     """Seconds per section, on a model of width 16."""
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for name in self.names:
             require(name in SECTIONS, "sections", name, ", ".join(SECTIONS))
         require_directory(self.out, "out")
-        require(self.repeats is None or self.repeats >= 1, "repeats", self.repeats, "at least 1")
 
     @property
     def names(self) -> list[str]:

@@ -17,9 +17,10 @@ from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, shipped
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.fields import require_fields
 from ckl_jax.finetune import describe
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import MOST_SEEDS, Arms
+from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.tasks.catalog import TaskName
@@ -41,12 +42,15 @@ class ArmsCommand:
     package."""
     out: pathlib.Path = pathlib.Path("runs/arms")
     """Directory of the run: new, empty, or of the same command interrupted."""
-    seeds: int = 2
+    seeds: Seeds = 2
     """Seeds per arm."""
     plot_only: bool = False
     """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
     other options say; the checkpoint must be the run's."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @classmethod
     def preset(cls, scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Self:

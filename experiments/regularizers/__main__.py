@@ -49,9 +49,10 @@ from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
+from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.finetune import describe
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import Hyper, make_program, make_runs
+from ckl_jax.rl.program import Hyper, Seeds, make_program, make_runs
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import earlier_results
@@ -78,13 +79,13 @@ class RegularizersCommand:
     """Which to screen; the first six, standard to no_kl, must be among them."""
     grid: tuple[float, ...] = (0.2, 1.0, 5.0)
     """Shares of every method's strength."""
-    screen_seeds: int = 2
+    screen_seeds: Seeds = 2
     """Seeds of every method and share in the screen."""
-    screen_rounds: int = 7
+    screen_rounds: PositiveInt = 7
     """Rounds of the screen."""
     leaders: int = 3
     """How many of the other methods are confirmed."""
-    seeds: int = 10
+    seeds: Seeds = 10
     """Seeds of every method in the confirmation."""
     earlier: pathlib.Path | None = None
     """Directory of a finished call that differs in methods and leaders alone: what its results.json has is not trained
@@ -96,14 +97,13 @@ class RegularizersCommand:
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
+        require_fields(self)
         unknown = sorted(set(self.methods) - set(BY_NAME))
         require(not unknown, "methods", unknown, " | ".join(BY_NAME))
         fixed = set(ALWAYS) <= set(self.methods) and len(set(self.methods)) == len(self.methods)
         require(fixed, "methods", self.methods, f"different ones, {', '.join(ALWAYS)} among them")
         shares = len({f"{share:g}" for share in self.grid if 0 < share < float("inf")}) == len(self.grid) > 0
         require(shares, "grid", self.grid, "1 or more different numbers above 0")
-        require(self.screen_rounds >= 1, "screen_rounds", self.screen_rounds, "at least 1")
-        require(self.screen_seeds >= 1, "screen_seeds", self.screen_seeds, "at least 1")
         others = len(self.methods) - len(ALWAYS)
         require(
             0 <= self.leaders <= others, "leaders", self.leaders, f"0 to {others}, the methods beside the first six"

@@ -32,6 +32,8 @@ from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import SHIPPED_TINY, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.fields import require_fields
+from ckl_jax.rl.program import Seeds
 from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory
@@ -53,7 +55,7 @@ class ReproduceCommand:
     """Directory of everything: new, or of an earlier call."""
     items: tuple[str, ...] = ()
     """Which items to run; default: all."""
-    seeds: int = 2
+    seeds: Seeds = 2
     """Seeds of every arm of the figures that fine-tune."""
     options: tuple[str, ...] = ()
     """More options of single items: --options "figure4: --rounds 4 --episodes 16" "figure6: --betas 10 500"."""
@@ -61,10 +63,10 @@ class ReproduceCommand:
     """Write the page from what is on disk and run nothing."""
 
     def __post_init__(self) -> None:
+        require_fields(self)
         for option, given in (("items", self.items), ("options", tuple(self.more))):
             unknown = sorted(set(given) - {item.name for item in ITEMS})
             require(not unknown, option, unknown, " | ".join(item.name for item in ITEMS))
-        require(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         require_directory(self.out, "out")
         made = f"a directory that python -m ckl_jax.pretrain --scale {self.scale} wrote"
         require(self.scale == "tiny" or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
