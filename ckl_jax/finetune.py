@@ -41,12 +41,12 @@ from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_mode
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.evaluation import test
-from ckl_jax.rl.program import Arms, Program, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import RunState, init_run, train_rounds
+from ckl_jax.rl.program import Arms, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logbook import Logbook
 from ckl_jax.runs.logs import LogOptions
-from ckl_jax.runs.progress import Status, display
+from ckl_jax.runs.progress import display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import AnyPath
 
@@ -110,7 +110,7 @@ def finetune(
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     restored = directory.checkpoints.restore_latest(abstract)
     done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
-    logbook = _Logbook(program, runs, directory, progress, done)
+    logbook = Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(
         done if restored else -1,
         recorded=done if restored else None,
@@ -134,7 +134,7 @@ def finetune(
         names = [run.name for run in runs]
         finite.require_metrics("round", done, names, metrics)
         finite.require_state("round", done + config.test_every, names, states, by_run=True)
-        directory.log(_round_records(runs, done, metrics))
+        logbook.write_rounds(done, metrics)
         done += config.test_every
         target = logbook.test(done, states)
         directory.checkpoints.save(done, states)
@@ -149,77 +149,6 @@ def finetune(
 
 def _stack(items: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
-
-
-@dataclass
-class _Logbook:
-    """Tests of all runs, their records, and what is told of them."""
-
-    program: Program
-    runs: list[Run]
-    directory: RunDirectory
-    progress: Callable[[str], None]
-    first: int
-    """Rounds that were done before this process."""
-    start: float = field(default_factory=time.monotonic)
-
-    def problems_at(self, step: int) -> int:
-        config = self.program.config
-        return config.final_problems if step in (0, config.rounds) else config.test_problems
-
-    def test(self, step: int, states: RunState) -> np.ndarray:
-        """Accuracy of every run on the target length: float [R]. Before the first round all have the same policy."""
-        count, runs = self.problems_at(step), self.runs
-        policies = states.params["policy"]
-        if step == 0:
-            policies = jax.tree.map(lambda x: x[:1], policies)
-        tested = test(self.program, policies, count)
-        per_run = {name: np.broadcast_to(value, len(runs)) for name, value in tested.accuracy.items()}
-        self.directory.log_samples(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed} | sample
-                for index, run in enumerate(runs)
-                if run.seed == self.program.config.seed
-                for sample in tested.samples(index if step else 0)
-            ]
-        )
-        self.directory.log(
-            [
-                {"step": step, "arm": run.arm, "seed": run.seed, "test_problems": count}
-                | {f"test_{name}": float(value[index]) for name, value in per_run.items()}
-                for index, run in enumerate(runs)
-            ]
-        )
-        return per_run["target"]
-
-    def tell_start(self, target_R: np.ndarray) -> None:
-        accuracy, elapsed = f"{100 * target_R.mean():.1f}%", time.monotonic() - self.start
-        line = f"before: {accuracy} on {self.program.digits} digits ({elapsed:.0f} s)"
-        self.progress(Status(line, 0, self.program.config.rounds, accuracy, None))
-
-    def tell(self, done: int, target_R: np.ndarray, kl_R: np.ndarray) -> None:
-        rounds, elapsed = self.program.config.rounds, time.monotonic() - self.start
-        left = elapsed / (done - self.first) * (rounds - done)
-        accuracy, kl = _by_arm(self.runs, target_R), _by_arm(self.runs, kl_R)
-        shown = ", ".join(f"{arm} {100 * value:.1f}%" for arm, value in accuracy.items())
-        line = f"round {done}/{rounds}: {shown} on {self.program.digits} digits ({elapsed:.0f} s, {left:.0f} s left)"
-        values = ", ".join(f"{arm} {100 * accuracy[arm]:.1f}% KL {kl[arm]:.3g}" for arm in accuracy)
-        self.progress(Status(line, done, rounds, values, left))
-
-
-def _by_arm(runs: list[Run], values_R: np.ndarray) -> dict[str, float]:
-    arms = dict.fromkeys(run.arm for run in runs)
-    return {arm: float(np.mean(values_R[[run.arm == arm for run in runs]])) for arm in arms}
-
-
-def _round_records(runs: list[Run], done: int, metrics: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    rounds = next(iter(metrics.values())).shape[1]
-    return [
-        {"step": done + r + 1, "arm": run.arm, "seed": run.seed}
-        | {name: values[index, r].tolist() for name, values in metrics.items()}
-        for r in range(rounds)
-        for index, run in enumerate(runs)
-    ]
 
 
 @dataclass(frozen=True)
@@ -247,7 +176,7 @@ def main(command: FinetuneCommand) -> None:
     model, arms = load_model(command.checkpoint), {"run": dict[str, Any]()}
     described = {"command": "finetune", **describe(command, model)}
     directory = run(command.out, described, command.config, model, arms, command.seeds, command.logs)
-    runs, _ = make_runs(command.config, arms, command.seeds)
+    runs = [Run("run", command.config.seed + index) for index in range(command.seeds)]
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 

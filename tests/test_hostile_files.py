@@ -15,6 +15,7 @@ from hostile import command_of, saved_model, snapshot
 from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.analysis import plots
+from ckl_jax.runs import logbook
 from ckl_jax.runtime import cli, preemption
 from experiments.common import figure
 
@@ -70,7 +71,7 @@ def finetuned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved_model(tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_lib, "test", lambda *_: Answered())
+        patch.setattr(logbook, "test", lambda *_: Answered())
         done = iter([({"success": np.zeros((1, 1)), "kl": np.zeros((1, 1))},)])
         patch.setattr(finetune_lib, "train_rounds", lambda program, mesh, ref, states, *_: (states, *next(done)))
         patch.setattr(preemption, "requested", lambda *_: not done.__length_hint__())
