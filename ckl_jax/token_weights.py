@@ -8,7 +8,7 @@ gradient, and 0 where the mask is False, whatever stands there (NaN and infinity
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -101,21 +101,31 @@ def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: floa
     return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, weak), 0.0).astype(jnp.float32)
 
 
-def weigh(
-    index: jax.Array | int,
-    certainty_BxT: jax.Array,
-    entropy_BxT: jax.Array,
-    beta: float | jax.Array,
-    mask_BxT: jax.Array,
-    key: jax.Array,
-    share: float,
-    weak: float,
-) -> jax.Array:
+class Tokens(NamedTuple):
+    """What the weights depend on: J and H of the frozen reference, and True on generated tokens."""
+
+    certainty_BxT: jax.Array
+    entropy_BxT: jax.Array
+    mask_BxT: jax.Array
+
+
+class Settings(NamedTuple):
+    """How they do; every word of ``KLWeights`` reads what its function has for arguments."""
+
+    beta: float | jax.Array
+    share: float
+    weak: float
+    key: jax.Array
+
+
+def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Array:
     """The weights that a word of ``KLWeights`` names.
 
     Args:
       index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it.
     """
+    certainty_BxT, entropy_BxT, mask_BxT = tokens
+    beta, share, weak, key = settings
     of_word = {
         "prioritized": lambda: prioritized(certainty_BxT, beta, mask_BxT),
         "uniform": lambda: uniform(mask_BxT),

@@ -129,7 +129,11 @@ TERMS = [
     (lambda: token_weights.archer(zeros(2, 2), mask(2, 2), 0.5, 2.0), r"weak: got 2\.0, allowed is 0 to 1"),
     (lambda: token_weights.index_of(["x"]), r"kl_weights: got \['x'\], .*"),
     (
-        lambda: token_weights.weigh(9, zeros(2, 2), zeros(2, 2), 1.0, mask(2, 2), None, 0.5, 0.5),
+        lambda: token_weights.weigh(
+            9,
+            token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2)),
+            token_weights.Settings(1.0, 0.5, 0.5, None),
+        ),
         r"index: got 9, .*0\.\.6",
     ),
     (lambda: critical.certainty_gaps(zeros(2, 3), mask(2, 4)), rf"mask: got \(2, 4\), {SHAPE} the certainty, \(2, 3\)"),

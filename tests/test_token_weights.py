@@ -17,7 +17,7 @@ from absl.testing import parameterized
 from ckl_jax import token_weights
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.token_weights import KLWeights
+from ckl_jax.token_weights import KLWeights, Settings, Tokens
 
 WORDS = get_args(KLWeights)
 INF, NAN = float("inf"), float("nan")
@@ -38,8 +38,8 @@ BY_HAND = {
 
 
 def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, key=KEY, share=2 / 3, weak=0.25):
-    arguments = (jnp.asarray(certainty), jnp.asarray(entropy), beta, jnp.asarray(mask), key, share, weak)
-    return token_weights.weigh(token_weights.index_of(word), *arguments)
+    tokens = Tokens(jnp.asarray(certainty), jnp.asarray(entropy), jnp.asarray(mask))
+    return token_weights.weigh(token_weights.index_of(word), tokens, Settings(beta, share, weak, key))
 
 
 def test_the_words_are_the_configs_and_each_has_its_function():
@@ -60,8 +60,9 @@ class HandComputedWeightsTest(chex.TestCase):
 
 def test_runs_of_one_program_differ_in_the_word():
     indices = jnp.arange(len(WORDS))
-    arguments = (jnp.asarray(CERTAINTY), jnp.asarray(ENTROPY), 2.0, jnp.asarray(MASK), KEY, 2 / 3, 0.25)
-    together = jax.jit(jax.vmap(lambda index: token_weights.weigh(index, *arguments)))(indices)
+    tokens = Tokens(jnp.asarray(CERTAINTY), jnp.asarray(ENTROPY), jnp.asarray(MASK))
+    settings = Settings(2.0, 2 / 3, 0.25, KEY)
+    together = jax.jit(jax.vmap(lambda index: token_weights.weigh(index, tokens, settings)))(indices)
     for index, word in enumerate(WORDS):
         np.testing.assert_allclose(together[index], weigh(word), atol=1e-7, err_msg=word)
 

@@ -130,8 +130,9 @@ def kl_weights(
 ) -> jax.Array:
     """The weight of every token's KL over a whole round: float32 [B, T]. ``hyper`` says which, and beta."""
     entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
-    share, weak = config.kl_quantile, config.kl_weak
-    return token_weights.weigh(hyper.kl_weights, certainty_BxT, entropy_BxT, hyper.beta, mask_BxT, key, share, weak)
+    tokens = token_weights.Tokens(certainty_BxT, entropy_BxT, mask_BxT)
+    settings = token_weights.Settings(hyper.beta, config.kl_quantile, config.kl_weak, key)
+    return token_weights.weigh(hyper.kl_weights, tokens, settings)
 
 
 def _final_rewards(config: FinetuneConfig, trajectory: Trajectory) -> jax.Array:
