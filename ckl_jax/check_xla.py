@@ -23,7 +23,8 @@ import jaxlib
 import numpy as np
 
 from ckl_jax import pretrain
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.errors import require

@@ -16,7 +16,8 @@ import numpy as np
 
 from ckl_jax import tasks
 from ckl_jax.analysis.statistics import bootstrap_interval
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.checks import MOST_SEED
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require

@@ -37,7 +37,8 @@ import jax
 import numpy as np
 import tyro
 
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, save_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset

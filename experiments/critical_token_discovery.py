@@ -54,7 +54,8 @@ from ckl_jax.analysis import critical, discovery, plots
 from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.analysis.statistics import percent, share_interval
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.evaluate import judge
 from ckl_jax.fields import PositiveInt, require_fields

@@ -37,7 +37,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ckl_jax import finetune
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import mean_interval, percent
-from ckl_jax.checkpoint.store import Model, Params, load_model, shipped
+from ckl_jax.checkpoint.shipped import shipped
+from ckl_jax.checkpoint.store import Model, Params, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.finetune import describe

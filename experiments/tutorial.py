@@ -43,7 +43,8 @@ from ckl_jax import losses, token_weights
 from ckl_jax.analysis import critical, plots, report
 from ckl_jax.analysis.statistics import share_interval
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import load_model
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import gradient_norms

@@ -10,7 +10,8 @@ import pytest
 import torch
 from policies import untrained
 
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import Windows
 from ckl_jax.model import forward, values

@@ -12,7 +12,8 @@ import fsspec.config
 import kill_trials
 import pytest
 
-from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import paths
 

@@ -15,6 +15,7 @@ import pytest
 from hostile import no_file_above
 from policies import untrained
 
+from ckl_jax.checkpoint.shipped import PRETRAINED, names, shipped
 from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, load_model, save_model
 from ckl_jax.errors import ConfigError
 
@@ -114,6 +115,22 @@ def test_a_description_that_is_no_model_is_refused(saved, change):
     description["model"].update(change)
     (saved / "model.json").write_text(json.dumps(description))
     _refused(saved)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_model_that_ships_is_read_by_its_name(name):
+    assert fingerprint(load_model(name).params) == fingerprint(load_model(PRETRAINED / name).params)
+
+
+def test_a_directory_of_the_same_name_comes_first(model, tmp_path, monkeypatch):
+    save_model(tmp_path / "tiny", model, {})
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(load_model("tiny").params) == fingerprint(model.params)
+
+
+def test_a_task_whose_model_does_not_ship_is_told_what_does_and_how_to_make_one():
+    with pytest.raises(ConfigError, match=r"tiny_maximum', allowed is .*ckl_jax\.pretrain .*tiny \| tiny_mult"):
+        load_model(shipped("maximum"))
 
 
 def test_a_missing_directory_is_refused(tmp_path):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from policies import untrained
 
-from ckl_jax.checkpoint.store import Model, load_model, save_model, shipped
+from ckl_jax.checkpoint.shipped import shipped
+from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TASKS

@@ -5,7 +5,8 @@ import dataclasses
 import made_runs
 import pytest
 
-from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import pretrain_preset

@@ -9,7 +9,8 @@ import pytest
 from policies import SCRIPT_MODEL, policy, scripted_policy
 
 from ckl_jax import tasks
-from ckl_jax.checkpoint.store import SHIPPED_TINY, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rollout.decoding import rollout

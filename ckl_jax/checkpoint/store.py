@@ -17,21 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint import reading, shipped
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.runtime.strays import is_unread
-from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 
 Params = Any
 HISTORY_NAME = "history.json"
-PRETRAINED = pathlib.Path(__file__).parents[1] / "pretrained"
-SHIPPED_TINY = PRETRAINED / "tiny"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -143,11 +140,6 @@ class Model(NamedTuple):
     task: Task = ADDITION
 
 
-def shipped(task: str = "addition") -> pathlib.Path:
-    """The tiny pre-trained model of a task that ships with the package. Raises ConfigError for an unknown task."""
-    return SHIPPED_TINY if task_named(task) is ADDITION else PRETRAINED / f"tiny_{task}"
-
-
 def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> None:
     """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
@@ -182,12 +174,12 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
 
 
 def load_model(directory: AnyPath) -> Model:
-    """Reads what ``save_model`` wrote.
+    """Reads what ``save_model`` wrote, or a model that ships, by its name.
 
     Raises:
       ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
     """
-    directory = resolved(directory, "checkpoint")
+    directory = resolved(shipped.located(directory), "checkpoint")
     path = directory / "params"
     config, max_pretrain_digits, task = hosts.together(lambda: _read_description(directory))
     with reading.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
@@ -222,7 +214,9 @@ def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
     path, params = directory / "model.json", directory / "params"
     reading.require_ours(directory)
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
-    require(complete, "checkpoint", str(directory), "a directory with params/, params.sha256.json and model.json")
+    made = "a directory with params/, params.sha256.json and model.json, as python -m ckl_jax.pretrain writes it"
+    made += f", or the name of a model that ships: {' | '.join(shipped.names())}"
+    require(complete, "checkpoint", str(directory), made)
     config, max_pretrain_digits, task = reading.model_description(path)
     _verify(params)
     reading.require_filled(params, config)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax import tasks
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.model import GPT2

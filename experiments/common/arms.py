@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from ckl_jax import finetune
 from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model, shipped
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields

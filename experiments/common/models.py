@@ -17,7 +17,8 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from ckl_jax.checkpoint.store import Model, load_model, shipped
+from ckl_jax.checkpoint.shipped import shipped
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import PretrainConfig, Scale
 from ckl_jax.errors import require
 from ckl_jax.presets import pretrain_preset

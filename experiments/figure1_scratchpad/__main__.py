@@ -26,7 +26,8 @@ import numpy as np
 
 from ckl_jax import tasks
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model
 from ckl_jax.checks import MOST_SEED, require_temperature
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require

@@ -29,7 +29,8 @@ import tyro
 from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
-from ckl_jax.checkpoint.store import SHIPPED_TINY, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli

@@ -46,7 +46,8 @@ import tyro
 
 from ckl_jax import finetune
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.store import SHIPPED_TINY, write_json
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY, located
+from ckl_jax.checkpoint.store import write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -105,7 +106,7 @@ def _checkpoints(command: ReproduceCommand) -> list[str]:
 
 
 def _model(command: ReproduceCommand) -> pathlib.Path:
-    return command.checkpoint or SHIPPED_TINY
+    return pathlib.Path(located(command.checkpoint or SHIPPED_TINY))
 
 
 def _described(command: ReproduceCommand) -> tuple[int, Task]:

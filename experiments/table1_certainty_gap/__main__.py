@@ -41,7 +41,8 @@ import tyro
 
 from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Measuring
-from ckl_jax.checkpoint.store import SHIPPED_TINY, Model, fingerprint, load_model
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import Model, fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
