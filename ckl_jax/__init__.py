@@ -33,16 +33,18 @@ say what lives there and what may be imported.
 - `ckl_jax.rl`: a round. `program` has what is static and which runs (arms x seeds) there are, `collect` does rollout,
   reward, reference pass and advantages, `objective` is the loss of a recipe and its gradient, `minibatches` deals whole
   episodes or single transitions, `updates` does Adam's steps, rounds and runs, `evaluation` the tests on the way.
-- `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `reading` reads files that
-  somebody else may have made, `gpt2`, `gpt2_config`, `tensors`, `tensor_names` and `token_files` those of transformers
-  and nanoGPT: directories, settings, weights and vocabularies.
+- `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `shipped` knows the
+  models of the package by name, `reading` reads files that somebody else may have made, `gpt2`, `gpt2_config`,
+  `tensors`, `tensor_names` and `token_files` those of transformers and nanoGPT: directories, settings, weights and
+  vocabularies.
 - `ckl_jax.runs`: the directory of a run. `directory` has config, metrics, samples and checkpoints, `lock` keeps a
-  second process out, `progress` shows how far it is, `records` reads them back, `logs` copies them to TensorBoard and
-  Weights & Biases.
+  second process out, `logbook` writes down what a fine-tuning does, `progress` shows how far it is, `records` reads
+  back, `logs` copies to TensorBoard and Weights & Biases.
 - `ckl_jax.runtime`: the machine. `cli` parses and ends commands, whose fields are its `options`, `startup` settles
-  streams, variables, cores and compilation cache, `hosts` joins several processes, `sharding` is the mesh of devices,
-  `preemption` holds SIGTERM until the work is saved, `finite` refuses what is not finite, `paths` are local or of
-  buckets, `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
+  streams, variables, cores and compilation cache, `processes` starts others here, each with its flags of XLA, `hosts`
+  joins those of several machines, `sharding` is the mesh of devices, `preemption` holds SIGTERM until work is saved,
+  `finite` refuses what is not finite, `paths` are local or of buckets, `strays` are files that nothing reads, `xla_cpu`
+  avoids wrong fused reductions.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 

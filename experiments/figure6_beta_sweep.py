@@ -28,7 +28,6 @@ at the tiny scale, beside other jobs.
 
 from __future__ import annotations
 
-import math
 import pathlib
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +40,7 @@ from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
+from ckl_jax.fields import PositiveFloat
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
@@ -58,14 +58,13 @@ class Figure6Command(arms_lib.ArmsCommand):
 
     out: pathlib.Path = pathlib.Path("runs/figure6")
     """Directory of the run: new, empty, or of the same command interrupted."""
-    betas: tuple[float, ...] = (10.0, 150.0, 500.0, 1000.0, 10000.0)
+    betas: tuple[PositiveFloat, ...] = (10.0, 150.0, 500.0, 1000.0, 10000.0)
     """Exponents of the certainty J, one arm each; the standard arm has 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fine = all(math.isfinite(beta) and beta > 0 for beta in self.betas)
         distinct = len({arm_name(beta) for beta in self.betas}) == len(self.betas) > 0
-        require(fine and distinct, "betas", self.betas, "1 or more numbers above 0 that differ in 6 digits")
+        require(distinct, "betas", self.betas, "1 or more numbers that differ in 6 digits")
         default = FinetuneConfig.beta
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
 

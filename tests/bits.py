@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ckl_jax import check_xla, evaluate
+from ckl_jax.checkpoint import load_model
 from ckl_jax.token_weights import KLWeights
 
 EPISODES, PROBLEMS, STEPS = 16, 20, 20
@@ -31,13 +32,14 @@ def show(name: str, values: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    show("pretraining", check_xla.pretraining(STEPS))
+    model = load_model("tiny")
+    show("pretraining", check_xla.pretraining(model, STEPS))
     for stage in check_xla.CheckXlaCommand().stages:
         if stage != "pretraining":
-            show(stage, check_xla.values_of(stage, EPISODES))
+            show(stage, check_xla.values_of(stage, EPISODES, quick=False))
     config = dataclasses.replace(check_xla.finetune_preset("tiny", "ours"), episodes=EPISODES, diagnostic_episodes=2)
     for kl_weights in OTHER_KL_WEIGHTS:
-        show(kl_weights, check_xla.round_of(dataclasses.replace(config, kl_weights=kl_weights)))
+        show(kl_weights, check_xla.round_of(dataclasses.replace(config, kl_weights=kl_weights), model))
     evaluate.main(evaluate.EvaluateConfig(problems=PROBLEMS))
 
 

@@ -15,7 +15,7 @@ import pytest
 from hostile import no_file_above
 from policies import untrained
 
-from ckl_jax.checkpoint.shipped import PRETRAINED, names, shipped
+from ckl_jax.checkpoint.shipped import PRETRAINED, names
 from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, load_model, save_model
 from ckl_jax.errors import ConfigError
 
@@ -128,9 +128,9 @@ def test_a_directory_of_the_same_name_comes_first(model, tmp_path, monkeypatch):
     assert fingerprint(load_model("tiny").params) == fingerprint(model.params)
 
 
-def test_a_task_whose_model_does_not_ship_is_told_what_does_and_how_to_make_one():
-    with pytest.raises(ConfigError, match=r"tiny_maximum', allowed is .*ckl_jax\.pretrain .*tiny \| tiny_mult"):
-        load_model(shipped("maximum"))
+def test_a_missing_model_is_told_which_ship_and_how_to_make_one():
+    with pytest.raises(ConfigError, match=r"/tiny_maximum', allowed is .*ckl_jax\.pretrain .*tiny \| tiny_mult"):
+        load_model(PRETRAINED / "tiny_maximum")
 
 
 def test_a_missing_directory_is_refused(tmp_path):

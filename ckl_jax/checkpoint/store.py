@@ -181,7 +181,7 @@ def load_model(directory: AnyPath) -> Model:
     """
     directory = resolved(shipped.located(directory), "checkpoint")
     path = directory / "params"
-    config, max_pretrain_digits, task = hosts.together(lambda: _read_description(directory))
+    config, max_pretrain_digits, task = hosts.together(lambda: read_description(directory))
     with reading.damaged(path, "checkpoint"), ocp.StandardCheckpointer() as checkpointer:
         stored = _shapes(_metadata(checkpointer, path))
         few = config.num_layers <= len(stored)
@@ -210,7 +210,9 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
+def read_description(directory: AnyPath) -> tuple[ModelConfig, int, Task]:
+    """The shape of a model, its N and its task, without JAX. Raises ConfigError as ``load_model`` does of its files."""
+    directory = resolved(shipped.located(directory), "checkpoint")
     path, params = directory / "model.json", directory / "params"
     reading.require_ours(directory)
     complete = all(file.exists() for file in (path, _manifest_path(params), params))

@@ -30,7 +30,7 @@ import numpy as np
 
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, located
-from ckl_jax.checkpoint.store import write_json
+from ckl_jax.checkpoint.store import read_description, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -228,11 +228,7 @@ def main(command: ReproduceCommand) -> None:
     if command.report_only:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
     else:
-        model = _model(command)
-        reading.require_ours(model)
-        complete = (model / "model.json").exists()
-        require(complete, "checkpoint", str(model), "a directory with params/, params.sha256.json and model.json")
-        reading.model_description(model / "model.json")
+        read_description(_model(command))
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)
