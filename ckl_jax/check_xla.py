@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from ckl_jax import pretrain
+from ckl_jax import next_character
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
@@ -137,11 +137,11 @@ def pretraining(model: Model, steps: int = 3) -> dict[str, np.ndarray]:
     documents = [alphabet.encode(task.prompt_text(p) + task.answer_text(p)) for p in drawn]
     starts = np.cumsum([0, *map(len, documents[:-1])])
     stream = jax.tree.map(jnp.asarray, TokenStream(np.concatenate(documents), starts.astype(np.int32)))
-    state = jax.jit(lambda: pretrain.init_state(config))()
+    state = jax.jit(lambda: next_character.init_state(config))()
     found = []
-    with jax.set_mesh(pretrain.make_mesh(config)):
+    with jax.set_mesh(next_character.make_mesh(config)):
         for _ in range(steps):
-            state, metrics = pretrain.train_step(config, state, stream)
+            state, metrics = next_character.train_step(config, state, stream)
             found.append(jax.device_get(metrics))
     return {name: np.array([step[name] for step in found]) for name in found[0]}
 

@@ -17,7 +17,7 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2, forward
-from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.next_character import init_state, train_step
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling

@@ -17,16 +17,16 @@ from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.errors import ConfigError
-from ckl_jax.pretrain import (
+from ckl_jax.next_character import (
     init_params,
     init_state,
     make_mesh,
     make_optimizer,
     next_token_loss,
-    pretrain,
     sinusoids,
     train_step,
 )
+from ckl_jax.pretrain import pretrain
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.finite import NotFiniteError

@@ -13,7 +13,7 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.next_character import init_state, train_step
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory

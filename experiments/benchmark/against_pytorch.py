@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import pretrain
+from ckl_jax import next_character
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.rl.collect import Episodes, collect
 from ckl_jax.rl.program import make_mesh
@@ -190,9 +190,9 @@ def _transition_mode(plan: Plan, first: Round, episodes: Episodes) -> Callable[[
 def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict[str, Any]:
     config = pretrain_config(plan, scale, batch)
     stream = text_stream(config.max_digits)
-    mesh = pretrain.make_mesh(config)
+    mesh = next_character.make_mesh(config)
     tokens_N, on_device = np.asarray(stream.tokens_N), jax.device_put(stream, everywhere(mesh))
-    state = jax.jit(functools.partial(pretrain.init_state, config), out_shardings=everywhere(mesh))()
+    state = jax.jit(functools.partial(next_character.init_state, config), out_shardings=everywhere(mesh))()
     parameters = num_parameters(state.params)
     model = pytorch.GPT.from_params(config.model, state.params)
     optimizer = pytorch.make_adamw(config, model)
@@ -201,7 +201,7 @@ def _compare_pretraining(plan: Plan, scale: str, batch: int, steps: int) -> dict
     def ours() -> None:
         nonlocal state
         for _ in range(steps):
-            state, metrics = pretrain.train_step(config, state, on_device)
+            state, metrics = next_character.train_step(config, state, on_device)
         jax.block_until_ready(metrics)
 
     def theirs() -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ckl_jax import pretrain
+from ckl_jax import next_character
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.rl.program import draw_problems, make_mesh, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
@@ -49,11 +49,11 @@ VARIANTS = {
 def _pretraining(plan: Plan, seconds: list[float]) -> None:
     config = pretrain_config(plan, "tiny", 1) if plan.quick else pretrain_preset("tiny")
     stream = jax.tree.map(jnp.asarray, text_stream(config.max_digits))
-    with jax.set_mesh(pretrain.make_mesh(config)):
-        state = jax.jit(functools.partial(pretrain.init_state, config))()
+    with jax.set_mesh(next_character.make_mesh(config)):
+        state = jax.jit(functools.partial(next_character.init_state, config))()
         for _ in range(plan.settings_steps + 3):
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(pretrain.train_step(config, state, stream))
+            state, _ = jax.block_until_ready(next_character.train_step(config, state, stream))
             seconds.append(time.perf_counter() - start)
     del seconds[:3]  # Of compilation, and of memory that is asked for the first time.
 

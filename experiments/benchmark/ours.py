@@ -20,7 +20,7 @@ import numpy as np
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import forward, init_cache
-from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.next_character import init_state, train_step
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.pretrain import init_state, train_step
+from ckl_jax.next_character import init_state, train_step
 from ckl_jax.rl.updates import train_round
 from ckl_jax.runtime import cli
 from experiments.benchmark.timing import seconds_of
