@@ -1,8 +1,10 @@
 """Intervals: the side that they are on, and how they are shown."""
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from ckl_jax.analysis.statistics import Interval, percent
+from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 
 NAN = float("nan")
 
@@ -36,3 +38,16 @@ def test_an_interval_is_shown_as_far_as_there_are_numbers():
     assert interval.text(".3g") == "0.528 [0.428, 0.627]"
     assert percent((0.5, NAN, NAN)) == "50.0"
     assert percent((NAN, 0.0, 1.0)) == "none"
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 1), (1, 1), (0, 7), (3, 7), (7, 7), (997, 1000), (1, 10**6)])
+def test_the_interval_of_a_share_is_wilsons(successes, count):
+    expected = stats.binomtest(successes, count).proportion_ci(method="wilson")
+    np.testing.assert_allclose(share_interval(successes, count), (successes / count, *expected), atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_the_interval_of_a_mean_is_students(count):
+    values = np.random.default_rng(count).normal(size=count)
+    expected = stats.t.interval(0.9, count - 1, values.mean(), stats.sem(values))
+    np.testing.assert_allclose(mean_interval(values, 0.9)[1:], expected, rtol=1e-12)

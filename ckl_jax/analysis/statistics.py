@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special  # scipy.stats takes most of a second to import.
 
 from ckl_jax.errors import is_integer, require
 
@@ -48,7 +48,7 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, float("nan"), float("nan"))
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, 0.5 + confidence / 2) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -87,5 +87,7 @@ def share_interval(successes: int, count: int) -> Interval:
     require(0 <= successes <= count, "successes", successes, f"0..{count}")
     if count == 0:
         return Interval(float("nan"), 0.0, 1.0)
-    interval = stats.binomtest(int(successes), int(count)).proportion_ci(method="wilson")
-    return Interval(successes / count, float(interval.low), float(interval.high))
+    share, z2 = successes / count, float(special.ndtri(0.975)) ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = (z2 * (share * (1 - share) / count + z2 / (4 * count**2))) ** 0.5 / (1 + z2 / count)
+    return Interval(share, centre - half if successes > 0 else 0.0, centre + half if successes < count else 1.0)
