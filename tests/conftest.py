@@ -39,7 +39,7 @@ MAPPINGS = 5_000  # Of memory; Linux allows a process 65,530, and those of its p
 @pytest.fixture(scope="session")
 def small_model() -> ModelConfig:
     """A layer of width 16 with a block that holds problems of up to 3 digits, and attention in several chunks."""
-    return ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400, attention_chunk=64)
+    return ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400, attention_chunk=160)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ OF_ARRAYS = {"deleted", "other JSON b'[]'"}  # Their manifest catches all that c
 NOT_READ = {"seconds.jsonl", ".lock"}
 
 
-@pytest.mark.parametrize("kind", ["finetuned", "pretrained"])
+@pytest.mark.parametrize("kind", [pytest.param("finetuned", marks=pytest.mark.slow), "pretrained"])
 def test_a_run_with_a_damaged_file_is_refused_in_one_line_or_goes_on_and_nothing_is_lost(
     kind, request, tmp_path, monkeypatch, capsys
 ):

@@ -32,6 +32,7 @@ def finished(tmp_path_factory, small_model):
     return place, json.loads((place / "out" / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_both_kinds_are_trained_with_their_rates_on_the_same_problems(finished):
     place, results = finished
     assert list(results["arms"]) == ["episodes_0.003", "episodes_0.3", "transitions_0.01"]
@@ -48,6 +49,7 @@ def test_both_kinds_are_trained_with_their_rates_on_the_same_problems(finished):
         assert success["episodes", seed] == success["transitions", seed]
 
 
+@pytest.mark.slow
 def test_the_displacement_is_that_of_the_saved_policies(finished):
     place, results = finished
     start = load_model(place / "model").params
@@ -99,6 +101,7 @@ def test_what_lies_outside_of_the_episodes_curve_is_not_compared():
     assert (pair["seeds_compared"], pair["difference"], pair["verdict"]) == (1, None, "none")
 
 
+@pytest.mark.slow
 def test_the_figure_and_table_are_made_again_without_training(finished, capsys):
     place, results = finished
     (place / "out" / "minibatches.png").unlink()

@@ -117,7 +117,7 @@ def shipped():
     return load_model(SHIPPED_TINY)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 1.5])
 def test_the_pretrained_policy_draws_the_same_characters_on_lengths_it_does_and_does_not_know(shipped, temperature):
     rng = np.random.default_rng(5)
     drawn = ADDITION.rl_problems(rng, 24, 6, 5) + ADDITION.short_problems(rng, 8, 5)
