@@ -14,7 +14,7 @@ PAPER = {
     5: ((-0.21, 0.18), (0.0002, 0.0001)),
     7: ((-0.13, 0.04), (0.0004, 0.0001)),
 }
-ALMOST_SURELY = 0.95
+ALMOST_SURELY = math.nextafter(0.95, 0)  # "95% or more": a side has no equal.
 SIZES: dict[Side, str] = {
     "above": "not as in the paper",
     "below": "not as in the paper",
