@@ -93,7 +93,7 @@ def test_low_precision_logits_give_what_the_same_numbers_give_in_float32(loss, b
     value, gradient = JITTED[loss](*rounded, *batch[2:])
     assert value.dtype == jnp.float32
     expected = JITTED[loss](*(x.astype(jnp.float32) for x in rounded), *batch[2:])[0]
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-12)
     assert gradient.dtype == kind
     assert np.isfinite(np.asarray(gradient, np.float32)).all()
 

@@ -498,6 +498,18 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
     assert cloud.calls() == ["create", "scp", "delete"]
 
 
+def test_a_job_that_ends_while_its_status_is_looked_up_is_not_gone(tmp_path):
+    run = tmp_path / "ckl_runs" / "run-1"
+    run.mkdir(parents=True)
+    (run / "running").touch()
+    (tmp_path / "flock").write_text(f'#!/bin/sh\necho 9 >exit_code\nexec {shutil.which("flock")} "$@"\n')
+    (tmp_path / "flock").chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", ROOT / "tpu_scripts" / "remote.sh", "status", "run-1"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "ckl-status exit 9\n"
+
+
 def test_supervise_does_not_repeat_bad_arguments(cloud):
     cloud.plan(ends={"0": [[0, 2]]})
     assert cloud.run("supervise.sh", "a.module", "--beta", "x").returncode == 2

@@ -61,10 +61,10 @@ job() {
 }
 
 status() {
-  if [[ -e exit_code ]]; then
-    echo "ckl-status exit $(<exit_code)"
-  elif is_running .; then
+  if is_running .; then # Looked at first: a job writes its exit code before it lets the lock go.
     echo "ckl-status running"
+  elif [[ -e exit_code ]]; then
+    echo "ckl-status exit $(<exit_code)"
   else
     echo "ckl-status gone"
   fi
