@@ -17,7 +17,7 @@ from experiments import figure4_prioritized_kl as figure4
 
 OPTIONS = (
     "--rounds 4 --test-every 2 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
-    "--final-problems 8 --extra-length 5 --seeds 2"
+    "--final-problems 8 --extra-length 5 --rollout plain --seeds 2"
 )
 
 

@@ -104,7 +104,9 @@ def test_untrained_policies_draw_the_same_characters_as_step_by_step(name, optio
     assert_same_characters(MODEL, made(name), pack(), KEY, expected, verified)
 
 
-@pytest.mark.parametrize(("temperature", "greedy"), [(0.3, False), (1.7, False), (1.0, True)])
+@pytest.mark.parametrize(
+    ("temperature", "greedy"), [(0.3, False), pytest.param(1.7, False, marks=pytest.mark.slow), (1.0, True)]
+)
 def test_temperatures_and_greedy_draw_the_same_characters(temperature, greedy):
     params = made("untrained")
     expected = plain(MODEL, params, pack(), KEY, temperature=temperature, greedy=greedy)
