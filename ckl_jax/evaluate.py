@@ -1,10 +1,12 @@
 """Accuracy per operand length with bootstrap intervals (paper, Fig. 2, Tables 4 and 5).
 
 python -m ckl_jax.evaluate --checkpoint runs/tiny
+python -m ckl_jax.evaluate --checkpoint runs/tiny --offsets 0 60 180      # is it as good everywhere in its block?
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -109,6 +111,19 @@ def judge_cell(
     return judge(model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length)
 
 
+def moved(model: Model, offset: int) -> Model:
+    """The model with its block's first ``offset`` positions left out, so that problems start at the next one.
+
+    Raises:
+      ConfigError: no position is left.
+    """
+    require(is_integer(offset) and 0 <= offset < model.config.block_size, "offsets", offset, "a position of the block")
+    tables = model.params["params"]
+    positions = {"embedding": tables["wpe"]["embedding"][offset:]}
+    config = dataclasses.replace(model.config, block_size=model.config.block_size - offset)
+    return model._replace(config=config, params={"params": {**tables, "wpe": positions}})
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Accuracy of a checkpoint on N to N+3 digits, identical and varying operand lengths."""
@@ -121,30 +136,36 @@ class EvaluateConfig:
     """Sampling temperature; None: the likeliest character (greedy)."""
     seed: NonNegativeInt = 0
     """Of the problems and of sampling."""
+    offsets: tuple[NonNegativeInt, ...] = (0,)
+    """Positions of the block at which problems start, as in RL at 0; several: the mean over them of each problem."""
 
     def __post_init__(self) -> None:
         require_fields(self)
+        require(len(self.offsets) > 0, "offsets", self.offsets, "1 or more positions")
 
 
 def main(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
-    base = model.max_pretrain_digits
+    base, block_size = model.max_pretrain_digits, model.config.block_size
+    models = [moved(model, offset) for offset in config.offsets]
     print(
         f"{model.task.name}, N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval"
     )
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in range(base, base + 4):
-        length = model.task.longest_episode(digits)
-        if length > model.config.block_size:
-            print(f"{digits:>8}  not possible: up to {length} characters, block_size = {model.config.block_size}")
+        length = model.task.longest_episode(digits) + max(config.offsets)
+        if length > block_size:
+            print(f"{digits:>8}  not possible: up to {length} positions, block_size = {block_size}")
             continue
         cells = []
         for operands in DRAWS:
-            solved = judge_cell(
-                model, operands, digits, config.problems, temperature=config.temperature, seed=config.seed
-            )
-            low, high = bootstrap_interval(solved)
-            cells.append(f"{100 * solved.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+            solved = [
+                judge_cell(each, operands, digits, config.problems, temperature=config.temperature, seed=config.seed)
+                for each in models
+            ]
+            share = np.mean(solved, axis=0)
+            low, high = bootstrap_interval(share)
+            cells.append(f"{100 * share.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         print(f"{digits:>8} {cells[0]:>24} {cells[1]:>24}", flush=True)
 
 

@@ -7,9 +7,10 @@ from policies import untrained
 
 from ckl_jax import evaluate
 from ckl_jax.analysis.statistics import bootstrap_interval
-from ckl_jax.checkpoint.store import Model
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.evaluate import judge
+from ckl_jax.evaluate import EvaluateConfig, judge, moved
+from ckl_jax.model import forward
 from ckl_jax.runtime.sharding import make_mesh
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
@@ -76,3 +77,26 @@ def test_answers_do_not_depend_on_the_number_of_devices(fingerprints, monkeypatc
     shared = fingerprints(temperature=1.0)
     monkeypatch.setattr(evaluate.sharding, "make_mesh", lambda *arguments: make_mesh(1, 1))
     np.testing.assert_array_equal(shared, fingerprints(temperature=1.0))
+
+
+def test_a_moved_model_reads_as_the_whole_one_further_on_in_its_block(small_model):
+    model = Model(small_model, 1, untrained(small_model))
+    tokens_BxT = jnp.arange(10).reshape(1, 10)
+    positions_BxT = jnp.arange(10).reshape(1, 10)
+    there = moved(model, 7)
+    found = forward(there.config, there.params, tokens_BxT, positions_BxT).logits_BxTxV
+    expected = forward(model.config, model.params, tokens_BxT, positions_BxT + 7).logits_BxTxV
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert there.config.block_size == small_model.block_size - 7
+    with pytest.raises(ConfigError, match=r"^offsets: got 400, allowed is a position of the block$"):
+        moved(model, 400)
+
+
+def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
+    by_block = {400: [1.0, 1.0, 0.0, 0.0], 380: [1.0, 0.0, 0.0, 0.0]}
+    monkeypatch.setattr(evaluate, "judge", lambda model, *_, **__: np.array(by_block[model.config.block_size]))
+    evaluate.main(EvaluateConfig(tmp_path, problems=4, offsets=(0, 20)))
+    first, *others = capsys.readouterr().out.splitlines()[2:]
+    assert first.split()[:2] == ["1", "37.5"]
+    assert others[-1].split("not possible: ")[1].endswith("positions, block_size = 400")
