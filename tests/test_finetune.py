@@ -56,6 +56,23 @@ CONFIG = FinetuneConfig(
 )
 
 
+PINNED = {
+    "certainty_mean": 0.202827,
+    "certainty_min": 0.0816401,
+    "entropy": 2.96036,
+    "grad_norm": 9.57185,
+    "grad_norm/entropy": 0.000457583,
+    "grad_norm/policy": 1.02251,
+    "grad_norm/value": 1.31235,
+    "kl_weight": 0.202827,
+    "length": 37.25,
+    "loss/entropy": -0.00149179,
+    "loss/kl": 0.00384183,
+    "loss/policy": 2.78118,
+    "loss/value": 2.05672,
+}
+
+
 @pytest.fixture(scope="module")
 def model(small_model, tmp_path_factory):
     """Its embedding is scaled up, else every distribution is nearly uniform and J nearly 0."""
@@ -158,6 +175,14 @@ def test_a_round_reports_all_that_explains_whether_a_run_learns(several):
         assert value.shape[:2] == (4, 2), name
         assert jnp.isfinite(value).all(), name
     assert (metrics["certainty_min"] <= metrics["certainty_mean"]).all()
+
+
+def test_the_first_round_has_the_pinned_metrics(several):
+    """What this version computes, so that no other one computes something else unnoticed."""
+    runs, *_, metrics = several
+    assert runs[2].name == "prioritized/seed_0"
+    found = {name: float(metrics[name][2, 0]) for name in PINNED}
+    assert found == pytest.approx(PINNED, rel=2e-3)
 
 
 def test_beta_0_weighs_every_token_1_and_a_larger_beta_less(several):
