@@ -1,7 +1,9 @@
 """Accuracy per operand length with bootstrap intervals (paper, Fig. 2, Tables 4 and 5).
 
-python -m ckl_jax.evaluate --checkpoint runs/tiny
-python -m ckl_jax.evaluate --checkpoint runs/tiny --offsets 0 60 180      # is it as good everywhere in its block?
+    python -m ckl_jax.evaluate --checkpoint runs/tiny
+    python -m ckl_jax.evaluate --checkpoint runs/tiny --offsets 0 60 180
+
+The second tells whether the model is as good everywhere in its block as at position 0, where RL starts.
 """
 
 from __future__ import annotations

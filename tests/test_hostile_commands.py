@@ -95,7 +95,8 @@ def test_an_unknown_option_is_refused(here, capsys, monkeypatch, name):
     )
 
 
-NO_MODEL = r"checkpoint: got '\S*{}', allowed is a directory with params/, params\.sha256\.json and model\.json, as .*"
+NO_MODEL = r"checkpoint: got '\S*{}', allowed is a directory with params/, params\.sha256\.json and model\.json, "
+NO_MODEL += r"as python -m ckl_jax\.pretrain writes it, or the name of a model that ships: .*"
 
 
 @pytest.mark.parametrize("path", ["nowhere", "file", "model/../model/params", "."])

@@ -9,19 +9,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "ckl_jax"
 ROOMS = (
     *("errors", "fields", "runtime", "checks", "overflow", "resuming"),
     *("certainty", "token_weights", "advantages", "losses"),
-    *(
-        "tasks",
-        "config",
-        "presets",
-        "model",
-        "rollout",
-        "checkpoint",
-        "datasets",
-        "next_character",
-        "rl",
-        "runs",
-        "analysis",
-    ),
+    *("tasks", "config", "presets", "model", "rollout", "checkpoint", "datasets"),
+    *("next_character", "rl", "runs", "analysis"),
     *("evaluate", "pretrain", "finetune", "convert", "check_xla"),
 )
 """Packages and modules at the door, in the order of the imports."""

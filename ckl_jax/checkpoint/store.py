@@ -210,9 +210,12 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def read_description(directory: AnyPath) -> tuple[ModelConfig, int, Task]:
-    """The shape of a model, its N and its task, without JAX. Raises ConfigError as ``load_model`` does of its files."""
-    directory = resolved(shipped.located(directory), "checkpoint")
+def read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
+    """The shape of a model, its N and its task; no device is touched.
+
+    Raises:
+      ConfigError: missing or damaged files, as ``load_model``.
+    """
     path, params = directory / "model.json", directory / "params"
     reading.require_ours(directory)
     complete = all(file.exists() for file in (path, _manifest_path(params), params))

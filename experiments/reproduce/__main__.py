@@ -37,7 +37,7 @@ from ckl_jax.fields import require_fields
 from ckl_jax.rl.program import Seeds
 from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
-from ckl_jax.runtime.paths import replace, require_directory
+from ckl_jax.runtime.paths import replace, require_directory, resolved
 from ckl_jax.tasks.task import Task
 from experiments.reproduce import page
 from experiments.reproduce.child import run_process
@@ -228,7 +228,7 @@ def main(command: ReproduceCommand) -> None:
     if command.report_only:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
     else:
-        read_description(_model(command))
+        read_description(resolved(_model(command), "checkpoint"))
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)
