@@ -412,6 +412,19 @@ def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
     assert len(cloud.jobs()) == 2
 
 
+def test_a_look_at_the_lock_does_not_keep_a_command_from_starting(cloud):
+    cloud.machine(ends={"0": [[0, 0]]})
+    home = cloud.path / "0" / "0"
+    run = home / "ckl_runs" / "r"
+    run.mkdir(parents=True)
+    with subprocess.Popen(["flock", run / "running", "sh", "-c", "echo; sleep 0.5"], stdout=subprocess.PIPE) as look:
+        look.stdout.readline()
+        environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
+        subprocess.run(["bash", "remote.sh", "start", "r", "first", "x"], cwd=home, env=environment, check=True)
+    cloud.wait_for((run / "exit_code").exists)
+    assert len(cloud.jobs()) == 1
+
+
 def test_a_command_that_ended_without_a_word_is_told_from_one_that_runs(cloud):
     cloud.machine(ends={"0": [[FOREVER, 0]]})
     process = cloud.start("run.sh", "a.module")

@@ -36,7 +36,7 @@ start() {
   local attempt=$1
   shift
   exec 9>>running
-  if ! flock -n 9; then
+  if ! flock -w 2 9; then # A look at the lock holds it too, for a moment.
     echo "running already"
   elif [[ -e attempt && $(<attempt) == "$attempt" ]]; then
     echo "started already"
