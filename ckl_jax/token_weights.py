@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from ckl_jax.checks import as_mask, require_at_least, require_floats
 from ckl_jax.errors import require
 
-KLWeights = Literal["prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer"]
+KLWeights = Literal[
+    "prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer", "inverted", "floored"
+]
 ROUNDING = 1e-5
 
 
@@ -101,6 +103,28 @@ def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: floa
     return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, weak), 0.0).astype(jnp.float32)
 
 
+def inverted(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = (1 - J^beta) * mean(J^beta) / mean(1 - J^beta): the opposite order, with as much pressure as ``prioritized``.
+
+    0 everywhere if every J^beta is 1, as with beta 0. The sharpest control: it holds the policy where the reference is
+    unsure, and frees it elsewhere.
+    """
+    weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
+    doubts_BxT = jnp.where(mask_BxT.astype(bool), 1 - weights_BxT, 0.0)
+    least = jnp.finfo(jnp.float32).tiny
+    return doubts_BxT * (_mean(weights_BxT, mask_BxT) / jnp.maximum(_mean(doubts_BxT, mask_BxT), least))
+
+
+def floored(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array, weak: float) -> jax.Array:
+    """w = max(J^beta, ``weak``): no token is wholly free (after arXiv 2605.13255).
+
+    Raises:
+      ConfigError: as ``prioritized``, or ``weak`` outside [0, 1].
+    """
+    require(0 <= weak <= 1, "weak", weak, "0 to 1")
+    return jnp.maximum(prioritized(certainty_BxT, beta, mask_BxT), weak * uniform(mask_BxT))
+
+
 class Tokens(NamedTuple):
     """What the weights depend on: J and H of the frozen reference, and True on generated tokens."""
 
@@ -134,6 +158,8 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
         "renormalized": lambda: renormalized(certainty_BxT, beta, mask_BxT),
         "threshold": lambda: threshold(entropy_BxT, mask_BxT, share),
         "archer": lambda: archer(entropy_BxT, mask_BxT, share, weak),
+        "inverted": lambda: inverted(certainty_BxT, beta, mask_BxT),
+        "floored": lambda: floored(certainty_BxT, beta, mask_BxT, weak),
     }
     known = not isinstance(index, int) or 0 <= index < len(of_word)
     require(known, "index", index, f"0..{len(of_word) - 1}")

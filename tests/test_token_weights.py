@@ -26,7 +26,8 @@ ENTROPY = np.array([[0.3, 0.0, 0.9, 0.1], [0.4, 0.6, 0.0, 0.0]], np.float32)
 MASK = np.array([[True, True, True, True], [True, True, False, False]])
 KEY = jax.random.key(0)
 # J^2 is 0.25, 1, 0, 0.0625, 0.5625, 0.25 with mean 2.125 / 6; 2/3 of six tokens are four: 0, 0.1, 0.3 and 0.4. In the
-# first episode 2/3 of four are three, in the second 2/3 of two are one.
+# first episode 2/3 of four are three, in the second 2/3 of two are one. 1 - J^2 has the mean 3.875 / 6, so that the
+# inverted weights are it times 2.125 / 3.875.
 BY_HAND = {
     "prioritized": [[0.25, 1.0, 0.0, 0.0625], [0.5625, 0.25, 0.0, 0.0]],
     "uniform": [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]],
@@ -34,6 +35,8 @@ BY_HAND = {
     "renormalized": [[0.705882, 2.823529, 0.0, 0.176471], [1.588235, 0.705882, 0.0, 0.0]],
     "threshold": [[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]],
     "archer": [[1.0, 1.0, 0.25, 1.0], [1.0, 0.25, 0.0, 0.0]],
+    "inverted": [[0.411290, 0.0, 0.548387, 0.514113], [0.239919, 0.411290, 0.0, 0.0]],
+    "floored": [[0.25, 1.0, 0.25, 0.25], [0.5625, 0.25, 0.0, 0.0]],
 }
 
 
@@ -43,10 +46,10 @@ def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, key=K
 
 
 def test_the_words_are_the_configs_and_each_has_its_function():
-    assert WORDS == ("prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer")
+    assert {*BY_HAND, "shuffled"} == set(WORDS)
     assert FinetuneConfig().kl_weights == "prioritized"
     assert all(inspect.isfunction(getattr(token_weights, word)) for word in WORDS)
-    assert [token_weights.index_of(word) for word in WORDS] == list(range(7))
+    assert [token_weights.index_of(word) for word in WORDS] == list(range(len(WORDS)))
 
 
 class HandComputedWeightsTest(chex.TestCase):
@@ -114,6 +117,11 @@ def test_the_controls_have_the_pressure_they_promise(round_):
     if mean > 1e-30:
         np.testing.assert_allclose(found["renormalized"][mask].mean(), 1.0, rtol=1e-4)
         np.testing.assert_allclose(found["renormalized"] * mean, found["prioritized"], rtol=1e-4, atol=1e-30)
+    if (certainty[mask] ** beta < 0.999).any():
+        np.testing.assert_allclose(found["inverted"][mask].mean(), mean, rtol=1e-3, atol=1e-30)
+        order = np.argsort(found["prioritized"][mask])
+        assert (np.diff(found["inverted"][mask][order]) <= 0).all()
+    np.testing.assert_array_equal(found["floored"][mask], np.maximum(found["prioritized"][mask], np.float32(0.25)))
     kept = found["threshold"] == 1
     assert kept.sum() >= max(1, round(2 / 3 * mask.sum()))
     assert (1 - certainty)[kept].max() <= (1 - certainty)[mask & ~kept].min(initial=np.inf)
@@ -160,6 +168,7 @@ def test_a_tiny_share_keeps_the_least_entropy_and_the_whole_share_everything():
         ("share", lambda x, m: token_weights.threshold(x, m, 0.0)),
         ("share", lambda x, m: token_weights.archer(x, m, 1.5, 0.1)),
         ("weak", lambda x, m: token_weights.archer(x, m, 0.8, -0.1)),
+        ("weak", lambda x, m: token_weights.floored(x, 1.0, m, 1.1)),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(field, call):

@@ -151,12 +151,14 @@ class KL(Chapter):
     kl_weights: KLWeights = "prioritized"
     """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
     round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its
-    mean). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv 2512.04359),
-    `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778)."""
+    mean), `inverted` (1 - J^beta, scaled to the mean of J^beta). `floored`: the greater of J^beta and `kl_weak` (after
+    arXiv 2605.13255). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv
+    2512.04359), `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778)."""
     kl_quantile: PositiveShare = 0.8
     """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
     kl_weak: Share = 0.1
-    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0)."""
+    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0), and the least
+    weight with kl_weights floored."""
     kl_target: PositiveFloat | None = None
     """Exact KL per token in nats that alpha is adapted to after every round (Ziegler et al. 2019); default: a fixed
     alpha. What is compared with it is the metric `kl`, that of the policy to the reference on the round's tokens before

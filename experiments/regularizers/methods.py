@@ -45,6 +45,8 @@ METHODS = (
     Method("shuffled", "control: J^beta, permuted over the round's tokens", {"kl_weights": "shuffled"}),
     Method("renormalized", "control: J^beta over its mean", {"kl_weights": "renormalized"}),
     Method("no_kl", "control: none", STANDARD | {"kl_coefficient": 0.0}, ""),
+    Method("inverted", "control: 1 - J^beta at the mean of J^beta", {"kl_weights": "inverted"}),
+    Method("floored", "J^beta, at least 0.1 (after 2605.13255)", {"kl_weights": "floored"}),
     Method("threshold", "KL on tokens of low entropy alone (2512.04359)", {"kl_weights": "threshold"}),
     Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
     Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
