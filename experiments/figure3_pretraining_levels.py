@@ -124,7 +124,7 @@ def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[
         "before": share_interval(round(target[0, 0] * problems), problems),
         "after": values["target_after"],
         "gain": values["target_gain"],
-        "last_change": mean_interval(target[:, -1] - target[:, -2]),
+        "last_change": mean_interval(target[:, -1] - target[:, -2]).within(-1, 1),
         "old_before": values["old_curve"][0][0],
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import percent
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
@@ -55,10 +55,8 @@ def summarize(run: arms_lib.Run) -> Results:
     """Per-seed values, means with 95% intervals over seeds, paired differences, and the claim."""
     lines = {f"critical_comma_step{line}": comparison.critical_comma(run.task, line) for line in (1, 2)}
     results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
-    results["paired_difference"] = {
-        name: mean_interval(arms_lib.after(results, "prioritized", curve) - arms_lib.after(results, "standard", curve))
-        for name, curve in (("target", "learning_curve"), ("old", "old_curve"))
-    }
+    pair = comparison.pair(results, "prioritized", "standard")
+    results["paired_difference"] = {name: pair[name] for name in ("target", "old")}
     return results | {"claims": as_json(claims(results, run.digits))}
 
 

@@ -91,7 +91,7 @@ def summarize(run: arms_lib.Run) -> Results:
         values["pressure"] = {name: mean_interval(np.mean(values[name], axis=1)) for name in PRESSURES}
         for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
             paired = arms_lib.after(results, arm, curve) - arms_lib.after(results, STANDARD, curve)
-            values[f"{name}_minus_standard"] = mean_interval(paired)
+            values[f"{name}_minus_standard"] = mean_interval(paired).within(-1, 1)
         values["against_standard"] = values["target_minus_standard"].side()
     results["betas"] = betas
     return results | {"claims": as_json(claims(results))}
@@ -105,7 +105,7 @@ def claims(results: Results) -> list[Claim]:
     found = []
 
     def add(claim: str, paper: str, what: str, paired: np.ndarray) -> None:
-        difference = mean_interval(paired)
+        difference = mean_interval(paired).within(-1, 1)
         here = f"{what}: {percent(difference, '+')} points ({seeds})"
         found.append(Claim(claim, paper, here, (difference,), LIES_ABOVE[difference.side()], RULE.format(what)))
 

@@ -111,7 +111,7 @@ def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int,
         }
     prioritized, standard = (np.array(arms[arm]["curves"])[:, -1] for arm in ("prioritized", "standard"))
     paired = (prioritized - standard)[~np.isnan(prioritized - standard)]
-    difference = mean_interval(paired)
+    difference = mean_interval(paired).within(-1, 1)
     return {
         "step": step,
         "operand": operand,

@@ -154,7 +154,7 @@ def compare(arms: Mapping[str, Any]) -> list[dict[str, Any]]:
             curve = [(other["displacement"][seed], _after(other)[seed]) for other in of_kind["episodes"].values()]
             differences.append(accuracy - at_displacement(curve, where))
         compared = np.array([x for x in differences if np.isfinite(x)])
-        interval = mean_interval(compared) if len(compared) > 1 else None
+        interval = mean_interval(compared).within(-1, 1) if len(compared) > 1 else None
         pairs.append(
             {
                 "arm": arm,

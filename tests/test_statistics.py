@@ -46,6 +46,14 @@ def test_the_interval_of_a_share_is_wilsons(successes, count):
     np.testing.assert_allclose(share_interval(successes, count), (successes / count, *expected), atol=1e-14)
 
 
+def test_an_interval_is_cut_where_nothing_can_be():
+    assert mean_interval(np.array([0.2, 0.9])).within(0, 1) == (0.55, 0.0, 1.0)
+    assert mean_interval(np.array([-0.2, 0.9])).within(-1, 1) == (0.35, -1.0, 1.0)
+    few, one = mean_interval(np.array([0.5, 0.5, 0.6])), mean_interval(np.array([0.5]))
+    assert few.within(0, 1) == few
+    np.testing.assert_equal(one.within(0, 1), one)
+
+
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_the_interval_of_a_mean_is_students(count):
     values = np.random.default_rng(count).normal(size=count)

@@ -43,7 +43,7 @@ WRAP = 100
 def curves(
     axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
 ) -> None:
-    """Mean over seeds: ``by_arm`` has arrays [seeds, len(x)], NaN where unmeasured.
+    """Mean over seeds: ``by_arm`` has shares [seeds, len(x)], 0 to 1 and NaN where unmeasured.
 
     Around it is the 95% interval as a band; with fewer than ``FEW_SEEDS``, where that says nothing, each seed's line.
     """
@@ -65,7 +65,7 @@ def points(
     label: str = "{arm}",
     colors: Mapping[str, Any] = COLORS,
 ) -> None:
-    """Mean over seeds at few x, with the 95% interval as a bar or, with few seeds, a small point for each."""
+    """Mean over seeds of shares at few x, with the 95% interval as a bar or, with few seeds, a small point for each."""
     for arm, values in by_arm.items():
         mean, low, high = (scale * part for part in mean_intervals(values))
         few = len(values) < FEW_SEEDS

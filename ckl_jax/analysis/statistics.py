@@ -25,6 +25,11 @@ class Interval(NamedTuple):
         _, low, high = than if isinstance(than, Sequence) else (than, than, than)
         return "above" if self.low > high else "below" if self.high < low else "undecided"
 
+    def within(self, least: float, most: float) -> Interval:
+        """Without what cannot be: Student's interval of few shares reaches beyond 0 and 1."""
+        low, high = (float(np.clip(bound, least, most)) for bound in (self.low, self.high))
+        return Interval(self.mean, low, high)
+
     def text(self, spec: str, scale: float = 1.0) -> str:
         """With the format ``z.1f`` and a scale of 100 "52.8 [42.8, 62.7]"; no bounds of NaN, "none" for such a mean."""
         mean, low, high = (format(scale * value, spec) for value in self)
@@ -53,8 +58,11 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
 
 
 def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``mean_interval`` of every column of ``values`` [seeds, n], seeds of NaN left out: three arrays [n]."""
-    intervals = [mean_interval(column[~np.isnan(column)]) for column in values.T]
+    """``mean_interval`` of every column of shares ``values`` [seeds, n], within 0 and 1: three arrays [n].
+
+    Seeds of NaN are left out.
+    """
+    intervals = [mean_interval(column[~np.isnan(column)]).within(0, 1) for column in values.T]
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     return mean, low, high
 

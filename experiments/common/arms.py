@@ -183,9 +183,9 @@ def summarize(
             found[name] = [[value(rounds[arm, seed, step]) for step in round_steps] for seed in run.seeds]
         for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
             values = np.array(found[curve])
-            found[f"{name}_before"] = mean_interval(values[:, 0])
-            found[f"{name}_after"] = mean_interval(values[:, -1])
-            found[f"{name}_gain"] = mean_interval(values[:, -1] - values[:, 0])
+            found[f"{name}_before"] = mean_interval(values[:, 0]).within(0, 1)
+            found[f"{name}_after"] = mean_interval(values[:, -1]).within(0, 1)
+            found[f"{name}_gain"] = mean_interval(values[:, -1] - values[:, 0]).within(-1, 1)
         by_arm[arm] = found
     episodes = run.config["config"]["episodes"]
     return {

@@ -34,7 +34,7 @@ def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
     for values in results["arms"].values():
         commas = np.array(values["comma"], float)[:, -1]
         values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
-        values["comma_after"] = mean_interval(commas[~np.isnan(commas)])
+        values["comma_after"] = mean_interval(commas[~np.isnan(commas)]).within(0, 1)
     return results
 
 
@@ -52,8 +52,8 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
     return {
         "arm": arm,
         "control": control,
-        "target": mean_interval(target),
-        "old": mean_interval(differences("old_curve")),
+        "target": mean_interval(target).within(-1, 1),
+        "old": mean_interval(differences("old_curve")).within(-1, 1),
         "differences": target.tolist(),
         "verdict": JUDGED[mean_interval(target).side()],
     }
