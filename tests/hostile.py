@@ -26,6 +26,7 @@ TYPES = {
     "ckl_jax.finetune": "FinetuneCommand",
     "ckl_jax.evaluate": "EvaluateConfig",
     "ckl_jax.convert": "ConvertConfig",
+    "ckl_jax.models": "ModelsCommand",
     "ckl_jax.check_xla": "CheckXlaCommand",
     "experiments.figure1_scratchpad": "Figure1Command",
     "experiments.figure2_pretraining": "Figure2Command",

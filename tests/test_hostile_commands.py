@@ -17,7 +17,7 @@ from ckl_jax.checkpoint import store
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results" / "tiny"
-WITH_OUT = [name for name in TYPES if name not in ("ckl_jax.evaluate", "ckl_jax.check_xla")]
+WITH_OUT = [name for name in TYPES if name not in ("ckl_jax.evaluate", "ckl_jax.models", "ckl_jax.check_xla")]
 WITH_CHECKPOINT = [
     name
     for name in TYPES
