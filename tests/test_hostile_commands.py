@@ -188,7 +188,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.controls", "--grid nan", r"grid: got nan, allowed is .*"),
         ("experiments.regularizers", "--methods k4", r"methods: got \['k4'\], allowed is standard \| prioritized .*"),
         ("experiments.regularizers", "--grid -1", r"grid: got \(-1\.0,\), allowed is .*"),
-        ("experiments.regularizers", "--leaders 16", r"leaders: got 16, allowed is 0 to 15, .*"),
+        ("experiments.regularizers", "--leaders 18", r"leaders: got 18, allowed is 0 to 17, .*"),
         ("experiments.reproduce", "--items figure9", r"items: got \['figure9'\], allowed is figure1 \| .*"),
         (
             "experiments.reproduce",
