@@ -57,16 +57,16 @@ def summarize(run: arms_lib.Run) -> Results:
     results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
     pair = comparison.pair(results, "prioritized", "standard")
     results["paired_difference"] = {name: pair[name] for name in ("target", "old")}
-    return results | {"claims": as_json(claims(results, run.digits))}
+    return results | {"claims": as_json(claims(results, run))}
 
 
-def claims(results: Results, digits: int) -> list[Claim]:
+def claims(results: Results, run: arms_lib.Run) -> list[Claim]:
     difference = results["paired_difference"]["target"]
     return [
         Claim(
-            f"After training the prioritized KL solves more problems of {digits} digits than the standard KL",
+            f"After training the prioritized KL solves more problems of {run.digits} digits than the standard KL",
             "prioritized above standard (7 to 8 digits, 10 seeds; numbers not printed)",
-            f"{percent(difference, '+')} points ({digits - 1} to {digits} digits, {len(results['seeds'])} seeds)",
+            f"{percent(difference, '+')} points ({run.lengths}, {len(results['seeds'])} seeds)",
             (difference,),
             LIES_ABOVE[difference.side()],
             "final accuracy, prioritized minus standard of the same seed: reproduced if Student's 95% interval over "
@@ -100,7 +100,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
-    top.set_title(f"{run.task.name}, from N = {digits - 1} to {digits} digits, {len(results['seeds'])} seeds")
+    top.set_title(f"{run.task.name}, from N = {run.lengths}, {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])

@@ -155,7 +155,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
         top.plot(before, 100 * mean, color=colors[arm], label=arm.replace("_", " "), **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
-    top.set_title(f"from N = {digits - 1} to {digits} digits, mean over {len(results['seeds'])} seeds")
+    top.set_title(f"from N = {run.lengths}, mean over {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]

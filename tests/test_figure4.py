@@ -3,6 +3,7 @@
 import json
 import re
 
+import made_runs
 import numpy as np
 import pytest
 from policies import untrained
@@ -14,6 +15,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TASKS
 from ckl_jax.tasks.columns import MULTIPLICATION
 from experiments import figure4_prioritized_kl as figure4
+from experiments.common import arms as arms_lib
 
 OPTIONS = (
     "--rounds 4 --test-every 2 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -120,3 +122,13 @@ def test_an_unknown_task_is_refused(tmp_path):
 def test_beta_zero_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="beta"):
         command(tmp_path, "--beta", "0")
+
+
+@pytest.mark.parametrize(("extra", "said"), [(1, "8 to 9 digits"), (2, "7 to 9 digits")])
+def test_claim_and_title_say_from_which_n_it_went(extra, said):
+    config = {"config": {"seed": 0, "episodes": 10, "extra_digits": extra}, "seeds": 2}
+    records = made_runs.records({"standard": [0.2, 0.3], "prioritized": [0.3, 0.5]})
+    run = arms_lib.Run(config, records, {"wall_seconds": 1.0}, 9)
+    results = figure4.summarize(run)
+    assert f"({said}, 2 seeds)" in results["claims"][0]["here"]
+    assert f"from N = {said}" in figure4.draw(results, run).axes[0].get_title()

@@ -36,7 +36,11 @@ def pressure(arm, seed, step):
 @pytest.fixture(scope="module")
 def made():
     records = made_runs.records(FINAL, seed=3, round_=pressure)
-    config = {"config": {"seed": 3, "episodes": 10}, "seeds": 2, "betas": [10.0, 500.0, 1000.0, 10000.0]}
+    config = {
+        "config": {"seed": 3, "episodes": 10, "extra_digits": 1},
+        "seeds": 2,
+        "betas": [10.0, 500.0, 1000.0, 10000.0],
+    }
     return figure6.summarize(arms_lib.Run(config, records, {}, 6))
 
 

@@ -77,6 +77,11 @@ class Run(NamedTuple):
     task: Task = ADDITION
 
     @property
+    def lengths(self) -> str:
+        """From which N to how many digits, in words."""
+        return f"{self.digits - self.config['config']['extra_digits']} to {self.digits} digits"
+
+    @property
     def seeds(self) -> list[int]:
         first = self.config["config"]["seed"]
         return list(range(first, first + self.config["seeds"]))
