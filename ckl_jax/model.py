@@ -222,6 +222,11 @@ def forward(config: ModelConfig, params: Any, tokens_BxT: jax.Array, *inputs: An
     return cast(Output, GPT2(config).apply(params, tokens_BxT, *inputs, **options))
 
 
+def param_shapes(config: ModelConfig) -> Any:
+    """Shapes and types of the parameters, as ``jax.eval_shape`` gives them: no array is made."""
+    return jax.eval_shape(lambda: GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+
+
 class ValueHead(nn.Module):
     """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code).
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ckl_jax.checkpoint import shipped
 from ckl_jax.checkpoint.store import read_description
 from ckl_jax.config import ModelConfig
-from ckl_jax.model import GPT2
+from ckl_jax.model import param_shapes
 from ckl_jax.runtime import cli
 
 
@@ -49,8 +48,7 @@ ACCURACY: Mapping[str, Accuracy] = {
 
 def parameters(config: ModelConfig) -> int:
     """How many numbers a model of this shape has."""
-    key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(GPT2(config).init, key, tokens)))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
 
 
 @dataclass(frozen=True)

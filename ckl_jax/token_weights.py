@@ -72,8 +72,7 @@ def renormalized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: ja
 
     0 everywhere if every J^beta is 0 in float32. A control of this project.
     """
-    weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
-    return weights_BxT / jnp.maximum(_mean(weights_BxT, mask_BxT), jnp.finfo(jnp.float32).tiny)
+    return _of_mean_1(prioritized(certainty_BxT, beta, mask_BxT), mask_BxT)
 
 
 def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
@@ -110,9 +109,7 @@ def inverted(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Ar
     unsure, and frees it elsewhere.
     """
     weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
-    doubts_BxT = jnp.where(mask_BxT.astype(bool), 1 - weights_BxT, 0.0)
-    least = jnp.finfo(jnp.float32).tiny
-    return doubts_BxT * (_mean(weights_BxT, mask_BxT) / jnp.maximum(_mean(doubts_BxT, mask_BxT), least))
+    return _mean(weights_BxT, mask_BxT) * _of_mean_1(uniform(mask_BxT) - weights_BxT, mask_BxT)
 
 
 def floored(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array, weak: float) -> jax.Array:
@@ -181,6 +178,10 @@ def _checked(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 def _mean(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """Over the mask; the weights are 0 elsewhere."""
     return weights_BxT.sum() / jnp.maximum(mask_BxT.astype(bool).sum(), 1)
+
+
+def _of_mean_1(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    return weights_BxT / jnp.maximum(_mean(weights_BxT, mask_BxT), jnp.finfo(jnp.float32).tiny)
 
 
 def lowest_share(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:

@@ -43,6 +43,7 @@ from ckl_jax.errors import require
 from ckl_jax.fields import PositiveFloat
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
+from experiments.common import comparison
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown
 
@@ -89,9 +90,8 @@ def summarize(run: arms_lib.Run) -> Results:
     results = arms_lib.summarize(run, names, of_rounds)
     for arm, values in results["arms"].items():
         values["pressure"] = {name: mean_interval(np.mean(values[name], axis=1)) for name in PRESSURES}
-        for name, curve in (("target", "learning_curve"), ("old", "old_curve")):
-            paired = arms_lib.after(results, arm, curve) - arms_lib.after(results, STANDARD, curve)
-            values[f"{name}_minus_standard"] = mean_interval(paired).within(-1, 1)
+        pair = comparison.pair(results, arm, STANDARD)
+        values |= {f"{name}_minus_standard": pair[name] for name in ("target", "old")}
         values["against_standard"] = values["target_minus_standard"].side()
     results["betas"] = betas
     return results | {"claims": as_json(claims(results))}

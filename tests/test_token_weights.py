@@ -46,10 +46,12 @@ def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, key=K
 
 
 def test_the_words_are_the_configs_and_each_has_its_function():
+    of_certainty = ("prioritized", "uniform", "matched", "shuffled", "renormalized")
+    assert (*of_certainty, "threshold", "archer", "inverted", "floored") == WORDS
     assert {*BY_HAND, "shuffled"} == set(WORDS)
     assert FinetuneConfig().kl_weights == "prioritized"
     assert all(inspect.isfunction(getattr(token_weights, word)) for word in WORDS)
-    assert [token_weights.index_of(word) for word in WORDS] == list(range(len(WORDS)))
+    assert [token_weights.index_of(word) for word in WORDS] == list(range(9))
 
 
 class HandComputedWeightsTest(chex.TestCase):

@@ -13,14 +13,13 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ckl_jax.checkpoint import reading, shipped
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError, require
-from ckl_jax.model import GPT2
+from ckl_jax.model import param_shapes
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.runtime.strays import is_unread
@@ -188,8 +187,7 @@ def load_model(directory: AnyPath) -> Model:
         require(
             few, "checkpoint", f"num_layers = {config.num_layers} in model.json", f"at most {len(stored)}, the arrays"
         )
-        key, tokens = jax.eval_shape(lambda: (jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-        wanted = jax.eval_shape(GPT2(config).init, key, tokens)
+        wanted = param_shapes(config)
         _require_same(directory, stored, _shapes(wanted), "model.json")
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # Not where they were saved from.
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), wanted)

@@ -49,13 +49,14 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
         return arms_lib.after(results, arm, curve) - arms_lib.after(results, control, curve)
 
     target = differences("learning_curve")
+    interval = mean_interval(target).within(-1, 1)
     return {
         "arm": arm,
         "control": control,
-        "target": mean_interval(target).within(-1, 1),
+        "target": interval,
         "old": mean_interval(differences("old_curve")).within(-1, 1),
         "differences": target.tolist(),
-        "verdict": JUDGED[mean_interval(target).side()],
+        "verdict": JUDGED[interval.side()],
     }
 
 
