@@ -1,6 +1,7 @@
 """Bad input to the public functions: one line that names the argument and what is allowed, before anything compiles."""
 
 import re
+from typing import get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -26,6 +27,7 @@ from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**5_000
+KL_WEIGHTS = get_args(token_weights.KLWeights)
 CONFIG = ModelConfig(num_layers=1, num_heads=1, width=4, block_size=200)
 MODEL = Model(CONFIG, 1, None)
 ONE = [tasks.Problem(1, 2)]
@@ -130,11 +132,11 @@ TERMS = [
     (lambda: token_weights.index_of(["x"]), r"kl_weights: got \['x'\], .*"),
     (
         lambda: token_weights.weigh(
-            9,
+            len(KL_WEIGHTS),
             token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2)),
             token_weights.Settings(1.0, 0.5, 0.5, None),
         ),
-        r"index: got 9, .*0\.\.6",
+        rf"index: got {len(KL_WEIGHTS)}, .*0\.\.{len(KL_WEIGHTS) - 1}",
     ),
     (lambda: critical.certainty_gaps(zeros(2, 3), mask(2, 4)), rf"mask: got \(2, 4\), {SHAPE} the certainty, \(2, 3\)"),
     (lambda: statistics.bootstrap_interval(zeros(0)), r"values: got 0, allowed is 1 or more"),
