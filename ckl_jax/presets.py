@@ -33,13 +33,16 @@ _AUTHORS = _PAPER | {
     "certainty": "negentropy_max_prob",
     "certainty_temperature": 4.0,
 }
+_TINY = {"extra_length": 20, "kl_coefficient": 0.5}
 _OURS: dict[str, dict[str, Any]] = {
-    "tiny": {"extra_length": 20, "kl_coefficient": 0.5},
+    "tiny": _TINY,
+    "ladder": _TINY,
     "small": {"learning_rate": 3e-5},
     "gpt2": {"learning_rate": 1e-5},
 }
 _SPEED: dict[str, dict[str, Any]] = {
     "tiny": {"rollout_batch": 16, "transition_batch": 1},
+    "ladder": {"rollout_batch": 16, "transition_batch": 1},
     "small": {"runs_at_once": 4},
     "gpt2": {},
 }
@@ -47,18 +50,29 @@ _SPEED: dict[str, dict[str, Any]] = {
 
 def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
     """The pre-training of a named scale and task. Raises ValueError for another name."""
+    tiny = PretrainConfig(
+        scale="tiny",
+        max_digits=5,
+        packing="documents",
+        batch_size=16,
+        num_steps=2_500,
+        optimizer="muon",
+        learning_rate=1e-2,
+        weight_decay=0.05,
+        checkpoint_every=500,
+        model=ModelConfig(num_layers=3, num_heads=2, width=96, block_size=768, attention_chunk=208),
+    )
     presets = {
-        "tiny": PretrainConfig(
-            scale="tiny",
-            max_digits=5,
-            packing="documents",
-            batch_size=16,
-            num_steps=2_500,
-            optimizer="muon",
-            learning_rate=1e-2,
-            weight_decay=0.05,
-            checkpoint_every=500,
-            model=ModelConfig(num_layers=3, num_heads=2, width=96, block_size=768, attention_chunk=208),
+        "tiny": tiny,
+        "ladder": dataclasses.replace(
+            tiny,
+            scale="ladder",
+            max_digits=7,
+            start_share=0.25,
+            final_learning_rate=0.0,
+            position_init="sinusoidal",
+            ema_decay=0.998,
+            model=dataclasses.replace(tiny.model, block_size=1024, attention_chunk=64),
         ),
         "small": PretrainConfig(
             scale="small",
@@ -74,7 +88,8 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
     require(scale in tuple(presets), "scale", scale, " | ".join(presets))
     chosen = dataclasses.replace(presets[scale], task=task)
     # A times table takes longer to learn than sums.
-    return dataclasses.replace(chosen, num_steps=4_000) if (scale, task) == ("tiny", "multiplication") else chosen
+    longer = task == "multiplication" and scale in ("tiny", "ladder")
+    return dataclasses.replace(chosen, num_steps=4_000) if longer else chosen
 
 
 def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ckl_jax.errors import ConfigError
 
 _KEY = "resuming"
+_Name = tuple[str, ...]
 
 
 class _Declared(NamedTuple):
@@ -51,9 +52,10 @@ class Resumable:
         """The fields that change the speed alone."""
         return frozenset(name for name, declared in self._declared.items() if declared.unless is None)
 
-    def without_speed(self, config: Any) -> dict[tuple[str, ...], Any]:
-        """A dataclass as a dictionary of what decides its numbers."""
-        return {name: value for name, value in _leaves(dataclasses.asdict(config)) if name[-1] not in self.speed}
+    def same_numbers(self, old: Any, new: Any) -> bool:
+        """Whether two configs, as dictionaries, make the same numbers, but for rounding."""
+        ends, others = self._differing(*self._filled(old, new))
+        return not ends and not others
 
     def require(self, old: Any, new: Any, where: str) -> None:
         """Raises a ConfigError unless a run of the config ``old`` may go on as one of ``new``.
@@ -61,18 +63,8 @@ class Resumable:
         Args:
           where: the run, for the message.
         """
-        before, after = (dict(_leaves(config)) for config in (old, new))
-        for name in after.keys() - before.keys():
-            if name[:-1] in {known[:-1] for known in before} and name[-1] in self._defaults:
-                before[name] = self._defaults[name[-1]]
-        ends, others = list[tuple[str, ...]](), list[str]()
-        for name in before.keys() | after.keys():
-            if (name and name[-1] in self.speed) or (name in before and name in after and before[name] == after[name]):
-                continue
-            if name and name[-1] in self._declared and name in before and name in after:
-                ends.append(name)
-            else:
-                others.append(".".join(name) or "config")
+        before, after = self._filled(old, new)
+        ends, others = self._differing(before, after)
         if others:
             raise ConfigError(
                 f"out: {where} holds a run with another config (differing: {', '.join(sorted(others))}); "
@@ -80,6 +72,26 @@ class Resumable:
             )
         for name in ends:
             self._require_later(name, before, after[name], where)
+
+    def _filled(self, old: Any, new: Any) -> tuple[dict[_Name, Any], dict[_Name, Any]]:
+        """Both by name; what the old one does not have yet is the default."""
+        before, after = (dict(_leaves(config)) for config in (old, new))
+        for name in after.keys() - before.keys():
+            if name[:-1] in {known[:-1] for known in before} and name[-1] in self._defaults:
+                before[name] = self._defaults[name[-1]]
+        return before, after
+
+    def _differing(self, before: Mapping[_Name, Any], after: Mapping[_Name, Any]) -> tuple[list[_Name], list[str]]:
+        """The names of ends that differ, and of all else that does but speed."""
+        ends, others = list[_Name](), list[str]()
+        for name in before.keys() | after.keys():
+            if (name and name[-1] in self.speed) or (name in before and name in after and before[name] == after[name]):
+                continue
+            if name and name[-1] in self._declared and name in before and name in after:
+                ends.append(name)
+            else:
+                others.append(".".join(name) or "config")
+        return ends, others
 
     def _require_later(self, name: tuple[str, ...], before: Mapping[Any, Any], wanted: Any, where: str) -> None:
         unless, had = self._declared[name[-1]].unless, before[name]
@@ -91,7 +103,7 @@ class Resumable:
             raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had} or more, as the run in {where} has")
 
 
-def _leaves(config: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(config: Any, name: _Name = ()) -> Iterator[tuple[_Name, Any]]:
     if isinstance(config, dict) and (config or not name):
         for key, value in config.items():
             yield from _leaves(value, (*name, key))

@@ -51,7 +51,7 @@ def _error(capsys, monkeypatch, command, arguments):
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (PRETRAIN, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
+        (PRETRAIN, "--scale huge", ["scale", "'huge'", "tiny | ladder | small | gpt2"]),
         (PRETRAIN, "--scale", ["--scale", "expected one argument"]),
         (PRETRAIN, "--optimizer sgd", ["--optimizer", "'sgd'", "adamw", "muon"]),
         (PRETRAIN, "--optimiser muon", ["--optimiser", "--optimizer {adamw,muon}"]),
@@ -66,7 +66,7 @@ def _error(capsys, monkeypatch, command, arguments):
         (FINETUNE, "--quiet yes", ["--quiet: got 'yes'", "--quiet or --no-quiet"]),
         (FINETUNE, "--no-quiet=True", ["--quiet: got '=True'", "--quiet or --no-quiet"]),
         (PRETRAIN, "--model.use-bias=", ["--model.use-bias: got ''", "--model.use-bias or --model.no-use-bias"]),
-        (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | small | gpt2"]),
+        (FINETUNE, "--scale huge", ["scale", "'huge'", "tiny | ladder | small | gpt2"]),
         (FINETUNE, "--recipe secret", ["recipe", "'secret'", "ours"]),
         (FINETUNE, "--minibatch-episodes 7", ["minibatch_episodes: got 7", "divisor of episodes = 128"]),
         (FINETUNE, "--minibatch tokens", ["--minibatch", "'tokens'", "episodes", "transitions"]),

@@ -177,7 +177,7 @@ GENERATION = [
     (lambda: critical.sample(MODEL, ONE, 1, Measuring(extra_length=5), Model(CONFIG, 2, None)), r"reference: got .*"),
 ]
 SETTINGS = [
-    (lambda: pretrain_preset(["tiny"]), r"scale: got \['tiny'\], allowed is tiny \| small \| gpt2"),
+    (lambda: pretrain_preset(["tiny"]), r"scale: got \['tiny'\], allowed is tiny \| ladder \| small \| gpt2"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {}}, 10**9), r"seeds: got 10{9}, .* at most 1000"),
     (lambda: make_runs(finetune_preset("tiny", "ours"), {"a": {"rounds": 1}}, 1), r"arms\.a: got \['rounds'\], .*"),
     (lambda: scratchpads(max_digits="2"), r"max_digits: got '2', allowed is an integer, 0 or more"),

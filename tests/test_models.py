@@ -78,6 +78,12 @@ def test_the_shipped_model_is_never_trained_again(tmp_path, monkeypatch):
     assert models_preset("tiny").load(models_preset("tiny").configs[-1]).max_pretrain_digits == 5
 
 
+def test_the_ladders_models_ship(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "pretrain", refuse_to_train)
+    found = [pretrained(config, tmp_path) for config in models_preset("ladder").configs]
+    assert [path.name for path in found] == ["N5", "N7", "N9"]
+
+
 def test_only_the_shipped_models_own_config_stands_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "pretrain", lambda *arguments: None)
     for change in ({"seed": 1}, {"max_digits": 4}, {"num_steps": 200}):
@@ -85,7 +91,7 @@ def test_only_the_shipped_models_own_config_stands_for_it(tmp_path, monkeypatch)
         assert pretrained(config, tmp_path / str(change), lambda line: None) != SHIPPED_TINY
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "gpt2"])
+@pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])
 def test_a_scales_models_differ_in_n_alone(scale):
     chosen = models_preset(scale)
     assert [config.max_digits for config in chosen.configs] == list(chosen.digits)

@@ -23,7 +23,7 @@ from ckl_jax.fields import (
 from ckl_jax.resuming import end, speed
 from ckl_jax.tasks.catalog import TaskName, task_named
 
-Scale = Literal["tiny", "small", "gpt2"]
+Scale = Literal["tiny", "ladder", "small", "gpt2"]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
 
-from ckl_jax.checkpoint.shipped import shipped
+from ckl_jax.checkpoint import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import PretrainConfig, Scale
 from ckl_jax.errors import require
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import pretrain
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
+from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import require_directory
 
@@ -71,9 +72,11 @@ class Models:
 
 
 def models_preset(scale: str) -> Models:
-    """N = 3, 4, 5 at the tiny scale; elsewhere those of the paper's that a block of 1,024 characters holds."""
+    """N = 3, 4, 5 at the tiny scale; elsewhere those of the paper's that a block of 1,024 characters holds, and on the
+    ladder, whose models ship, N = 5."""
     config = pretrain_preset(scale)
-    return Models(config.scale, (3, 4, 5) if scale == "tiny" else (7, 9), config)
+    digits = {"tiny": (3, 4, 5), "ladder": (5, 7, 9)}.get(scale, (7, 9))
+    return Models(config.scale, digits, config)
 
 
 def pretrained(
@@ -82,16 +85,18 @@ def pretrained(
     progress: Progress = print,
     data_dir: pathlib.Path | None = None,
 ) -> pathlib.Path:
-    """The checkpoint of ``config``'s model: the one that ships if it is of that config, else ``directory``'s.
+    """The checkpoint of ``config``'s model: one that ships if it is of that config, else ``directory``'s.
 
     What is missing is trained and what was interrupted goes on.
 
     Raises:
       ConfigError: the model's place holds a run of another config; nothing is touched.
     """
-    preset = pretrain_preset("tiny", config.task)
-    if RESUMABLE.without_speed(config) == RESUMABLE.without_speed(preset):
-        return shipped(config.task)
+    wanted = dataclasses.asdict(config)
+    for name in shipped.names():
+        made = read_json(shipped.PRETRAINED / name / "model.json", "checkpoint")["made_by"]["config"]
+        if RESUMABLE.same_numbers(made | {"scale": config.scale}, wanted):  # A preset's name changes no number.
+            return shipped.PRETRAINED / name
     name = f"{config.scale}_N{config.max_digits}" + ("" if config.task == "addition" else f"_{config.task}")
     run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})
     if not hosts.of_first((run.path / "model.json").exists):  # It is written last.
