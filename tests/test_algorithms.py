@@ -290,7 +290,7 @@ def test_the_recipes_are_what_the_paper_and_the_authors_code_say():
     assert differing == {"recipe", "reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient"}
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "gpt2"])
+@pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])
 @pytest.mark.parametrize("recipe", ["ours", "paper", "authors"])
 def test_every_recipe_is_at_home_at_every_scale(scale, recipe):
     config = finetune_preset(scale, recipe)

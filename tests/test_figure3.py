@@ -154,7 +154,7 @@ def test_a_longer_n_is_possible_where_only_a_shorter_target_is_asked_for():
     assert cli.parse(figure3.Figure3Command, figure3.preset, ["--digits", "7", "--extra-digits", "1"]).seeds == 2
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "gpt2"])
+@pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])
 def test_every_scale_has_the_standard_kl_at_twice_figure_4s_coefficient(scale):
     config, figure4 = figure3.preset(scale).finetune, finetune_preset(scale, "ours")
     assert (config.beta, config.kl_coefficient) == (0, 2 * figure4.kl_coefficient)
