@@ -247,7 +247,9 @@ def test_the_ten_seeds_are_those_of_the_published_run():
         ("tiny/figure6", ["+3.3 [-27.4, +34.1]", "-18.8 [-23.9, -13.7]", "+1.2 [-35.6, +38.0]", "+1.0 [-61.3, +63.3]"]),
         ("tiny/figure4_subtraction", ["+14.2 [-1.9, +30.3]"]),
         ("tiny/figure4_multiplication", ["+0.1 [-0.6, +0.7]"]),
+        ("ladder/figure4_N5", ["+8.4 [+4.7, +12.1]"]),
         ("ladder/figure4_N7", ["+13.1 [+3.4, +22.8]"]),
+        ("ladder/table1", ["-0.0538 [-0.0684, -0.0392]", "-0.0061 [-0.0085, -0.0036]", "515 of 517", "166 of 166"]),
     ],
 )
 def test_numbers_of_claims_are_those_that_were_published(name, numbers):
