@@ -37,7 +37,7 @@ import jax
 import numpy as np
 import tyro
 
-from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.fields import require_fields
@@ -158,7 +158,7 @@ class FinetuneCommand:
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the scale."""
     out: pathlib.Path = pathlib.Path("runs/finetuned")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: Seeds = 1
@@ -170,7 +170,7 @@ class FinetuneCommand:
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
-    return FinetuneCommand(finetune_preset(scale, recipe))
+    return FinetuneCommand(finetune_preset(scale, recipe), shipped(scale=scale))
 
 
 def main(command: FinetuneCommand) -> None:

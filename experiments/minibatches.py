@@ -91,7 +91,7 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
 def preset(scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> MinibatchesCommand:
     budget: dict[str, Any] = {"rounds": 4, "episodes": 64, "test_every": 2}
     config = dataclasses.replace(finetune_preset(scale, recipe), minibatch="episodes", learning_rate=3e-4, **budget)
-    return MinibatchesCommand(config, task, shipped(task))
+    return MinibatchesCommand(config, task, shipped(task, scale))
 
 
 def displacement(params: Params, start: Params) -> float:

@@ -5,13 +5,18 @@ import dataclasses
 import made_runs
 import pytest
 
+from ckl_jax import finetune
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import pretrain_preset
+from experiments import controls, minibatches
+from experiments import figure4_prioritized_kl as figure4
+from experiments import figure6_beta_sweep as figure6
 from experiments.common import models
 from experiments.common.models import Models, models_preset, pretrained
+from experiments.regularizers import __main__ as regularizers
 
 
 @pytest.fixture
@@ -82,6 +87,17 @@ def test_the_ladders_models_ship(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "pretrain", refuse_to_train)
     found = [pretrained(config, tmp_path) for config in models_preset("ladder").configs]
     assert [path.name for path in found] == ["N5", "N7", "N9"]
+
+
+@pytest.mark.parametrize("module", [finetune, figure4, figure6, controls, regularizers, minibatches])
+def test_what_fine_tunes_starts_from_the_model_of_its_scale(module):
+    started = [module.preset(scale).checkpoint.name for scale in ("tiny", "ladder", "small")]
+    assert started == ["tiny", "N5", "tiny"]
+
+
+@pytest.mark.parametrize("module", [figure4, figure6, controls, minibatches])
+def test_another_task_starts_from_its_own_model_at_the_ladder_too(module):
+    assert module.preset("ladder", task="subtraction").checkpoint.name == "tiny_subtraction"
 
 
 def test_only_the_shipped_models_own_config_stands_for_it(tmp_path, monkeypatch):

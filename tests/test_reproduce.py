@@ -7,6 +7,7 @@ import signal
 import pytest
 from hostile import command_of
 
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.preemption import PreemptedError
@@ -182,13 +183,21 @@ def test_what_cannot_work_is_refused_before_anything_is_written(stand_ins, argum
 
 
 @pytest.mark.parametrize("item", reproduce.ITEMS, ids=lambda item: item.name)
-@pytest.mark.parametrize("checkpoint", [None, reproduce.SHIPPED_TINY])
-def test_every_items_module_takes_the_arguments_that_it_gets(item, checkpoint, tmp_path):
-    command = ReproduceCommand(checkpoint=checkpoint, out=tmp_path / "out", seeds=4)
+@pytest.mark.parametrize(("scale", "checkpoint"), [("tiny", None), ("tiny", SHIPPED_TINY), ("ladder", None)])
+def test_every_items_module_takes_the_arguments_that_it_gets(item, scale, checkpoint, tmp_path):
+    command = ReproduceCommand(scale, checkpoint=checkpoint, out=tmp_path / "out", seeds=4)
     _, config_type, preset = command_of(item.module)
     parsed = cli.parse(config_type, preset, reproduce.arguments(command, item)[2:])
     assert parsed.out == tmp_path / "out" / item.name
     assert getattr(parsed, "seeds", 4) == 4
+
+
+@pytest.mark.parametrize("item", reproduce.ITEMS, ids=lambda item: item.name)
+def test_at_the_ladder_every_item_of_one_model_starts_from_n5(item, tmp_path):
+    words = reproduce.arguments(ReproduceCommand("ladder", out=tmp_path), item)
+    given = {word for option, word in zip(words, words[1:], strict=False) if option in ("--checkpoint", "--checkpoints")}
+    reads_no_model = item.name in ("figure2", "figure3", "figure7")
+    assert given == (set() if reads_no_model else {str(shipped(scale="ladder"))})
 
 
 def test_what_an_item_reads_is_run_before_it():
@@ -198,7 +207,7 @@ def test_what_an_item_reads_is_run_before_it():
 
 
 def test_figure_1_gets_operands_of_the_checkpoints_own_length(tmp_path):
-    description = json.loads((reproduce.SHIPPED_TINY / "model.json").read_text())
+    description = json.loads((SHIPPED_TINY / "model.json").read_text())
     (tmp_path / "model.json").write_text(json.dumps(description | {"max_pretrain_digits": 3}))
     (item,) = [item for item in reproduce.ITEMS if item.name == "figure1"]
     words = reproduce.arguments(ReproduceCommand(checkpoint=tmp_path), item)

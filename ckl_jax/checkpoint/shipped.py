@@ -18,9 +18,15 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED.glob("*/model.json"))
 
 
-def shipped(task: str = "addition") -> pathlib.Path:
-    """Where the tiny model of a task ships, or would. Raises ConfigError for an unknown task."""
-    return SHIPPED_TINY if task_named(task) is ADDITION else PRETRAINED / f"tiny_{task}"
+def shipped(task: str = "addition", scale: str = "tiny") -> pathlib.Path:
+    """The model of a task that ships and that fine-tuning starts from, or where it would.
+
+    That is the tiny one, and for addition at the scale ``ladder`` the one of N = 5: the least certain of the ladder at
+    critical tokens. Raises ConfigError for an unknown task.
+    """
+    if task_named(task) is not ADDITION:
+        return PRETRAINED / f"tiny_{task}"
+    return PRETRAINED / "N5" if scale == "ladder" else SHIPPED_TINY
 
 
 def located(checkpoint: AnyPath) -> AnyPath:

@@ -39,8 +39,8 @@ class ArmsCommand:
     task: TaskName = "addition"
     """What the pre-trained model calculates."""
     checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the task's tiny one that ships with the
-    package."""
+    """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the
+    task and scale."""
     out: pathlib.Path = pathlib.Path("runs/arms")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: Seeds = 2
@@ -55,8 +55,8 @@ class ArmsCommand:
 
     @classmethod
     def preset(cls, scale: str = "tiny", recipe: str = "ours", task: TaskName = "addition") -> Self:
-        """The command of a scale, a recipe and a task's tiny model."""
-        return cls(finetune_preset(scale, recipe), task, shipped(task))
+        """The command of a scale, a recipe and a task, from the model that ships for them."""
+        return cls(finetune_preset(scale, recipe), task, shipped(task, scale))
 
 
 class Run(NamedTuple):

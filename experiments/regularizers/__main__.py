@@ -46,7 +46,7 @@ import tyro
 
 from ckl_jax import finetune
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
@@ -73,7 +73,7 @@ class RegularizersCommand:
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the tiny one that ships with the package."""
+    """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the scale."""
     out: pathlib.Path = pathlib.Path("runs/regularizers")
     """Directory of all runs: new, empty, or of the same command interrupted."""
     methods: tuple[str, ...] = tuple(BY_NAME)
@@ -139,7 +139,7 @@ class RegularizersCommand:
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> RegularizersCommand:
-    return RegularizersCommand(finetune_preset(scale, recipe))
+    return RegularizersCommand(finetune_preset(scale, recipe), shipped(scale=scale))
 
 
 def configured(config: FinetuneConfig, cell: Cell) -> tuple[FinetuneConfig, dict[str, Any]]:

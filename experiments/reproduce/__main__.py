@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from ckl_jax.checkpoint import reading
-from ckl_jax.checkpoint.shipped import SHIPPED_TINY, located
+from ckl_jax.checkpoint.shipped import located, shipped
 from ckl_jax.checkpoint.store import read_description, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
@@ -50,8 +50,8 @@ class ReproduceCommand:
     scale: Scale = "tiny"
     """Preset of models and budgets."""
     checkpoint: pathlib.Path | None = None
-    """Pre-trained model that all but figures 2 and 3 use, a directory with params/ and model.json; default: the tiny
-    one that ships with the package."""
+    """Pre-trained model that all but figures 2 and 3 use, a directory with params/ and model.json; default: the one
+    that ships for the scale."""
     out: pathlib.Path = pathlib.Path("runs/reproduce")
     """Directory of everything: new, or of an earlier call."""
     items: tuple[str, ...] = ()
@@ -70,7 +70,13 @@ class ReproduceCommand:
             require(not unknown, option, unknown, " | ".join(item.name for item in ITEMS))
         require_directory(self.out, "out")
         made = f"a directory that python -m ckl_jax.pretrain --scale {self.scale} wrote"
-        require(self.scale == "tiny" or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
+        ships = self.scale in ("tiny", "ladder")
+        require(ships or self.checkpoint is not None or self.report_only, "checkpoint", None, made)
+
+    @property
+    def starts_from(self) -> pathlib.Path | None:
+        """The pre-trained model, where it is not every item's own default."""
+        return shipped(scale="ladder") if self.checkpoint is None and self.scale == "ladder" else self.checkpoint
 
     @property
     def more(self) -> dict[str, list[str]]:
@@ -98,15 +104,15 @@ class Item:
 
 
 def _checkpoint(command: ReproduceCommand) -> list[str]:
-    return [] if command.checkpoint is None else ["--checkpoint", str(command.checkpoint)]
+    return [] if command.starts_from is None else ["--checkpoint", str(command.starts_from)]
 
 
 def _checkpoints(command: ReproduceCommand) -> list[str]:
-    return [] if command.checkpoint is None else ["--checkpoints", str(command.checkpoint)]
+    return [] if command.starts_from is None else ["--checkpoints", str(command.starts_from)]
 
 
 def _model(command: ReproduceCommand) -> pathlib.Path:
-    return pathlib.Path(located(command.checkpoint or SHIPPED_TINY))
+    return pathlib.Path(located(command.starts_from or shipped()))
 
 
 def _described(command: ReproduceCommand) -> tuple[int, Task]:
@@ -118,7 +124,7 @@ def _described(command: ReproduceCommand) -> tuple[int, Task]:
 def _one_problem(command: ReproduceCommand) -> list[str]:
     """Operands for figure 1, whose own are for the N of the model that ships."""
     base, task = _described(command)
-    if command.checkpoint is None:
+    if command.starts_from is None:
         return []
     (problem,) = task.rl_problems(np.random.default_rng(0), 1, base + 1, base)
     return [*_checkpoint(command), "--a", str(problem.a), "--b", str(problem.b)]
