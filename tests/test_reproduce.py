@@ -1,5 +1,6 @@
 """The driver on stand-ins for the items: order, resumption, failures, and the real items' command lines."""
 
+import itertools
 import json
 import re
 import signal
@@ -195,7 +196,7 @@ def test_every_items_module_takes_the_arguments_that_it_gets(item, scale, checkp
 @pytest.mark.parametrize("item", reproduce.ITEMS, ids=lambda item: item.name)
 def test_at_the_ladder_every_item_of_one_model_starts_from_n5(item, tmp_path):
     words = reproduce.arguments(ReproduceCommand("ladder", out=tmp_path), item)
-    given = {word for option, word in zip(words, words[1:], strict=False) if option in ("--checkpoint", "--checkpoints")}
+    given = {word for option, word in itertools.pairwise(words) if option in ("--checkpoint", "--checkpoints")}
     reads_no_model = item.name in ("figure2", "figure3", "figure7")
     assert given == (set() if reads_no_model else {str(shipped(scale="ladder"))})
 
