@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,10 +31,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tunix.models.qwen3 import model as qwen3
-from tunix.rl import algo_core, common, function_registry, rl_cluster
-from tunix.rl.grpo import grpo_learner
-from tunix.rl.rollout import base_rollout
 
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import write_json
@@ -45,6 +42,16 @@ from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Problem
+
+try:
+    from tunix.models.qwen3 import model as qwen3
+    from tunix.rl import algo_core, common, function_registry, rl_cluster
+    from tunix.rl.grpo import grpo_learner
+    from tunix.rl.rollout import base_rollout
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"tunix: not installed ({error}); it comes with: uv run --group tunix python -m experiments.tunix_grpo")
 
 BOS, EOS = alphabet.VOCAB_SIZE, alphabet.VOCAB_SIZE + 1
 LAST_STEPS, OUTPUT_SCALE = 5, 6

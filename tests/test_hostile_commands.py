@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -310,3 +311,9 @@ def test_processes_print_that_one_line_and_end_with_2(here):
             assert (done.returncode, done.stdout) == (2, "")
             assert re.fullmatch(expected, done.stderr), done.stderr
     assert not (here / CANARY).exists()
+
+
+def test_without_tunix_its_command_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tunix", None)
+    with pytest.raises(SystemExit, match=r"^tunix: .* uv run --group tunix python -m experiments\.tunix_grpo$"):
+        runpy.run_module("experiments.tunix_grpo", run_name="__main__")
