@@ -34,6 +34,7 @@ _AUTHORS = _PAPER | {
     "certainty_temperature": 4.0,
 }
 _TINY = {"extra_length": 20, "kl_coefficient": 0.5}
+_TINY_SPEED = {"rollout_batch": 16, "transition_batch": 1}
 _OURS: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
     "ladder": _TINY,
@@ -41,8 +42,8 @@ _OURS: dict[str, dict[str, Any]] = {
     "gpt2": {"learning_rate": 1e-5},
 }
 _SPEED: dict[str, dict[str, Any]] = {
-    "tiny": {"rollout_batch": 16, "transition_batch": 1},
-    "ladder": {"rollout_batch": 16, "transition_batch": 1},
+    "tiny": _TINY_SPEED,
+    "ladder": _TINY_SPEED,
     "small": {"runs_at_once": 4},
     "gpt2": {},
 }

@@ -217,8 +217,15 @@ def test_every_published_picture_is_shown_or_linked():
     assert pictures <= set(re.findall(r"\]\(([^)]+\.png)\)", EXPERIMENTS))
 
 
-def test_the_ten_seeds_are_those_of_the_published_run():
-    published = json.loads((RESULTS / "ladder" / "figure4_N5" / "results.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "paired_row", "texts"),
+    [
+        ("ladder/figure4_N5", "difference, paired", (README, EXPERIMENTS)),
+        ("tiny/figure4", "of tiny, paired", (EXPERIMENTS,)),
+    ],
+)
+def test_the_ten_seeds_are_those_of_the_published_run(name, paired_row, texts):
+    published = json.loads((RESULTS / name / "results.json").read_text())
     assert published["seeds"] == list(range(10))
 
     def cell(interval, sign=""):
@@ -229,11 +236,11 @@ def test_the_ten_seeds_are_those_of_the_published_run():
         of = published["arms"][arm]
         cells = [cell(of[name]) for name in ("target_before", "target_after")] + [cell(of["target_gain"], "+")]
         cells += [cell(of[name]) for name in ("old_before", "old_after")]
-        for text in (README, EXPERIMENTS):
+        for text in texts:
             assert f"| {arm} | {' | '.join(cells)} |" in text
     paired = {name: cell(interval, "+") for name, interval in published["paired_difference"].items()}
-    for text in (README, EXPERIMENTS):
-        (row,) = re.findall(r"^\| difference, paired \|.*$", text, re.MULTILINE)
+    for text in texts:
+        (row,) = re.findall(rf"^\| {paired_row} \|.*$", text, re.MULTILINE)
         assert f"**{paired['target']}**" in row
         assert paired["old"] in row
 

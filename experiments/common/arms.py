@@ -39,8 +39,8 @@ class ArmsCommand:
     task: TaskName = "addition"
     """What the pre-trained model calculates."""
     checkpoint: pathlib.Path = SHIPPED_TINY
-    """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the
-    task and scale."""
+    """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the task
+    and scale."""
     out: pathlib.Path = pathlib.Path("runs/arms")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: Seeds = 2
