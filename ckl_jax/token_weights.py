@@ -1,6 +1,6 @@
-"""The weight of every token's KL: the paper's, its controls, and two from follow-up works.
+"""The weight of every token's KL: the paper's, its controls, and those of follow-up works.
 
-Each is a function of the frozen reference and the tokens' mask alone. Arrays are [B, T] for B episodes of T tokens: a
+Each is a function of the frozen reference and the tokens' masks alone. Arrays are [B, T] for B episodes of T tokens: a
 whole round of them, as means, quantiles and permutations are taken over the round. Every weight is float32, without
 gradient, and 0 where the mask is False, whatever stands there (NaN and infinity included). With n tokens in the mask,
 ``mean`` is over these, J is the reference's certainty and H its entropy.
@@ -17,7 +17,17 @@ from ckl_jax.checks import as_mask, require_at_least, require_floats
 from ckl_jax.errors import require
 
 KLWeights = Literal[
-    "prioritized", "uniform", "matched", "shuffled", "renormalized", "threshold", "archer", "inverted", "floored"
+    "prioritized",
+    "uniform",
+    "matched",
+    "shuffled",
+    "renormalized",
+    "threshold",
+    "archer",
+    "inverted",
+    "floored",
+    "critical_free",
+    "critical_held",
 ]
 ROUNDING = 1e-5
 
@@ -122,12 +132,34 @@ def floored(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Arr
     return jnp.maximum(prioritized(certainty_BxT, beta, mask_BxT), weak * uniform(mask_BxT))
 
 
+def critical_free(critical_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = 0 at the task's critical tokens, 1 elsewhere: an oracle that knows the task, and nothing of J. A control.
+
+    Raises:
+      ConfigError: different shapes.
+    """
+    return jnp.where(as_mask(critical_BxT, mask_BxT.shape, "critical"), 0.0, uniform(mask_BxT))
+
+
+def critical_held(
+    certainty_BxT: jax.Array, beta: float | jax.Array, critical_BxT: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
+    """w = 1 at the task's critical tokens, J^beta elsewhere: what is left of ``prioritized`` without them. A control.
+
+    Raises:
+      ConfigError: as ``prioritized``.
+    """
+    weights_BxT = prioritized(certainty_BxT, beta, mask_BxT)
+    return jnp.where(as_mask(critical_BxT, mask_BxT.shape, "critical"), uniform(mask_BxT), weights_BxT)
+
+
 class Tokens(NamedTuple):
-    """What the weights depend on: J and H of the frozen reference, and True on generated tokens."""
+    """What the weights depend on: J and H of the frozen reference, True on generated tokens, True on critical ones."""
 
     certainty_BxT: jax.Array
     entropy_BxT: jax.Array
     mask_BxT: jax.Array
+    critical_BxT: jax.Array
 
 
 class Settings(NamedTuple):
@@ -145,7 +177,7 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
     Args:
       index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it.
     """
-    certainty_BxT, entropy_BxT, mask_BxT = tokens
+    certainty_BxT, entropy_BxT, mask_BxT, critical_BxT = tokens
     beta, share, weak, key = settings
     of_word = {
         "prioritized": lambda: prioritized(certainty_BxT, beta, mask_BxT),
@@ -157,6 +189,8 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
         "archer": lambda: archer(entropy_BxT, mask_BxT, share, weak),
         "inverted": lambda: inverted(certainty_BxT, beta, mask_BxT),
         "floored": lambda: floored(certainty_BxT, beta, mask_BxT, weak),
+        "critical_free": lambda: critical_free(critical_BxT, mask_BxT),
+        "critical_held": lambda: critical_held(certainty_BxT, beta, critical_BxT, mask_BxT),
     }
     known = not isinstance(index, int) or 0 <= index < len(of_word)
     require(known, "index", index, f"0..{len(of_word) - 1}")

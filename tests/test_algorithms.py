@@ -82,7 +82,8 @@ def moved(model):
 
 @pytest.fixture(scope="module")
 def answers(model, moved):
-    """Eight hand-made episodes, every other right: the trajectory, the policy's and the reference's logits, values."""
+    """Eight hand-made episodes, every other right: the trajectory, its critical tokens, the policy's and the
+    reference's logits, values."""
     rng = np.random.default_rng(0)
     tokens_BxL = jnp.asarray(rng.integers(0, 41, (8, 20)), jnp.int32)
     lengths_B = np.array([12, 5, 9, 13, 3, 8, 13, 6])
@@ -93,7 +94,8 @@ def answers(model, moved):
     logits, ref_logits = (score(model.config, p, blank)[0] for p in (moved.params["policy"], model.params))
     log_probs_BxT = losses.token_log_probs(logits, blank.answers_BxT, mask=mask_BxT)
     values_BxT = jnp.asarray(rng.normal(size=(8, 13)), jnp.float32)
-    return blank._replace(log_probs_BxT=log_probs_BxT), logits, ref_logits, values_BxT
+    critical_BxT = jnp.asarray(rng.random((8, 13)) < 0.2)
+    return blank._replace(log_probs_BxT=log_probs_BxT), critical_BxT, logits, ref_logits, values_BxT
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -203,7 +205,7 @@ def test_the_kl_in_the_reward_is_not_rescaled_by_normalized_advantages(answers):
         without = _assessed(config, answers)
         found = _assessed(dataclasses.replace(config, **change), answers)
         difference = found.advantages_BxT - without.advantages_BxT
-        trajectory, _, ref_logits, _ = answers
+        trajectory, _, _, ref_logits, _ = answers
         ref_log_probs = losses.token_log_probs(ref_logits, trajectory.answers_BxT)
         k1 = np.where(trajectory.mask_BxT, trajectory.log_probs_BxT - ref_log_probs, 0.0)
         to_go = np.cumsum((found.kl_weights_BxT * k1)[:, ::-1], axis=1)[:, ::-1]

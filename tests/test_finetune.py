@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from policies import untrained
+from policies import SCRIPT_MODEL, scripted_policy, untrained
 
 from ckl_jax import finetune as finetune_lib
-from ckl_jax import losses
+from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint.store import Model, StateCheckpoints, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.model import values
-from ckl_jax.rl.collect import collect, kl_weights
+from ckl_jax.rl.collect import assessed, collect, kl_weights
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
@@ -35,7 +35,10 @@ from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runtime.finite import NotFiniteError
 from ckl_jax.runtime.preemption import PreemptedError
 from ckl_jax.runtime.sharding import make_mesh
-from ckl_jax.token_weights import KLWeights, index_of
+from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import problems as problems_lib
+from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.token_weights import KLWeights, Tokens, index_of
 
 ARMS = {"standard": {"beta": 0.0}, "prioritized": {"beta": 1.0}}
 CONFIG = FinetuneConfig(
@@ -282,10 +285,12 @@ def _collected(program, ref_params):
 
 
 def _weighed(config, episodes, index):
-    hyper, mask_BxT = HYPER._replace(kl_weights=index), episodes.trajectory.mask_BxT
-    weights_BxT = kl_weights(
-        config, hyper, episodes.certainty_BxT, episodes.ref_logits_BxTxV, mask_BxT, jax.random.key(4)
-    )
+    """Every third character counts as critical."""
+    mask_BxT = episodes.trajectory.mask_BxT
+    entropy_BxT = losses.entropy(episodes.ref_logits_BxTxV, config.certainty_temperature)
+    critical_BxT = jnp.broadcast_to(jnp.arange(mask_BxT.shape[1]) % 3 == 0, mask_BxT.shape)
+    tokens = Tokens(episodes.certainty_BxT, entropy_BxT, mask_BxT, critical_BxT)
+    weights_BxT = kl_weights(config, HYPER._replace(kl_weights=index), tokens, jax.random.key(4))
     return episodes._replace(kl_weights_BxT=weights_BxT)
 
 
@@ -338,10 +343,49 @@ def test_every_word_of_weights_makes_an_update_with_its_share_of_the_kl(program,
 def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(program, model):
     config = dataclasses.replace(CONFIG, certainty_temperature=4.0, kl_quantile=0.5)
     _, episodes, _ = _collected(program, model.params)
-    found = _weighed(config, episodes, index_of("threshold")).kl_weights_BxT
-    entropy = np.asarray(losses.entropy(episodes.ref_logits_BxTxV, 4.0))
-    mask = np.asarray(episodes.trajectory.mask_BxT)
+    trajectory, logits_BxTxV, mask = episodes.trajectory, episodes.ref_logits_BxTxV, episodes.trajectory.mask_BxT
+    hyper = HYPER._replace(kl_weights=index_of("threshold"))
+    models = (logits_BxTxV, logits_BxTxV, jnp.zeros(mask.shape))
+    found = assessed(config, trajectory, mask, *models, hyper, jax.random.key(4)).kl_weights_BxT
+    mask, entropy = np.asarray(mask), np.asarray(losses.entropy(logits_BxTxV, 4.0))
     np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
+
+
+@pytest.fixture(scope="module")
+def collect_scripted():
+    """A round of ``critical_free`` whose policy, a model of 2 digits, says a text about 123 + 456."""
+    program = make_program(CONFIG, Model(SCRIPT_MODEL, 2, untrained(SCRIPT_MODEL)))
+    problem = tasks.Problem(123, 456)
+    problems = jax.tree.map(jnp.asarray, problems_lib.pack(ADDITION, [problem] * CONFIG.episodes, 3, 2))
+    hyper = HYPER._replace(kl_weights=jnp.int32(index_of("critical_free")))
+    keys = (jax.random.key(1), jax.random.key(2))
+
+    @jax.jit
+    def collected(policy):
+        params = init_run(program, policy, hyper).params
+        return collect(program, params, policy, hyper, problems, keys, None)
+
+    return lambda text: collected(scripted_policy(text, len(ADDITION.prompt_text(problem))))
+
+
+def test_a_round_spares_the_critical_tokens_that_its_answers_come_to(collect_scripted):
+    problem = tasks.Problem(123, 456)
+    right, tokens = ADDITION.answer_text(problem), ADDITION.critical_tokens(problem, 2)
+    comma = min(t.index for t in tokens if t.operand == 2)
+    cases = {
+        right: {t.index for t in tokens},
+        right[: comma - 1] + "9" + right[comma:]: {t.index for t in tokens if t.operand == 1},
+        right[:comma]: {t.index for t in tokens if t.index <= comma},
+    }
+    for text, expected in cases.items():
+        episodes, metrics = collect_scripted(text + alphabet.PAD)
+        weights_BxT, mask_BxT = np.asarray(episodes.kl_weights_BxT), np.asarray(episodes.trajectory.mask_BxT)
+        said = alphabet.decode(np.asarray(episodes.trajectory.answers_BxT)[0])
+        assert said[: len(text)] == text
+        free = mask_BxT & (weights_BxT == 0)
+        assert all(set(np.flatnonzero(row)) == expected for row in free), text
+        assert (weights_BxT[mask_BxT & ~free] == 1).all()
+        assert metrics["critical_count_3x2xC"].sum() == len(expected) * CONFIG.episodes
 
 
 def test_arms_of_one_program_differ_in_the_word(program, model, several):

@@ -234,3 +234,28 @@ def test_a_critical_token_beyond_the_length_limit_is_not_recorded():
     for cut in (TOKENS[0].index, TOKENS[0].index + 1):
         _, recorded = problems.critical_indices(answers[:, :cut], PACKED)
         assert int(recorded.sum()) == sum(t.index < cut for t in TOKENS)
+
+
+def test_the_critical_mask_is_true_where_a_token_is_recorded_and_nowhere_else():
+    comma = min(t.index for t in TOKENS if t.operand == 2)
+    assert RIGHT[comma - 1 : comma + 1] == "6,"
+    of_first = {t.index for t in TOKENS if t.operand == 1}
+    cases = {
+        RIGHT: {t.index for t in TOKENS},
+        RIGHT[:comma] + "]" + RIGHT[comma + 1 :]: of_first | {comma},
+        RIGHT[: comma - 1] + "0" + RIGHT[comma:]: of_first,
+        RIGHT[:comma]: {t.index for t in TOKENS if t.index <= comma},
+        RIGHT[: min(of_first) - 1]: set(),
+        "": set(),
+        "[1,2,3,4]" * 20: set(),
+    }
+    packed = problems.pack(ADDITION, [tasks.Problem(1234, 5678)] * len(cases), DIGITS, 2)
+    found_BxT = np.array(jax.jit(problems.critical_mask)(as_array(*cases), packed))
+    assert found_BxT.dtype == bool
+    for row, (text, expected) in enumerate(cases.items()):
+        assert set(np.flatnonzero(found_BxT[row])) == expected, text
+
+
+def test_without_longer_numbers_than_in_pretraining_no_token_is_critical():
+    packed = problems.pack(ADDITION, [tasks.Problem(1234, 5678)], DIGITS, DIGITS)
+    assert not problems.critical_mask(as_array(RIGHT), packed).any()

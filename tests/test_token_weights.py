@@ -24,6 +24,7 @@ INF, NAN = float("inf"), float("nan")
 CERTAINTY = np.array([[0.5, 1.0, 0.0, 0.25], [0.75, 0.5, 9.0, -9.0]], np.float32)
 ENTROPY = np.array([[0.3, 0.0, 0.9, 0.1], [0.4, 0.6, 0.0, 0.0]], np.float32)
 MASK = np.array([[True, True, True, True], [True, True, False, False]])
+CRITICAL = np.array([[True, False, True, False], [False, True, True, False]])
 KEY = jax.random.key(0)
 # J^2 is 0.25, 1, 0, 0.0625, 0.5625, 0.25 with mean 2.125 / 6; 2/3 of six tokens are four: 0, 0.1, 0.3 and 0.4. In the
 # first episode 2/3 of four are three, in the second 2/3 of two are one. 1 - J^2 has the mean 3.875 / 6, so that the
@@ -37,21 +38,24 @@ BY_HAND = {
     "archer": [[1.0, 1.0, 0.25, 1.0], [1.0, 0.25, 0.0, 0.0]],
     "inverted": [[0.411290, 0.0, 0.548387, 0.514113], [0.239919, 0.411290, 0.0, 0.0]],
     "floored": [[0.25, 1.0, 0.25, 0.25], [0.5625, 0.25, 0.0, 0.0]],
+    "critical_free": [[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]],
+    "critical_held": [[1.0, 1.0, 1.0, 0.0625], [0.5625, 1.0, 0.0, 0.0]],
 }
 
 
-def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, key=KEY, share=2 / 3, weak=0.25):
-    tokens = Tokens(jnp.asarray(certainty), jnp.asarray(entropy), jnp.asarray(mask))
-    return token_weights.weigh(token_weights.index_of(word), tokens, Settings(beta, share, weak, key))
+def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, critical=CRITICAL, key=KEY, share=2 / 3):
+    tokens = Tokens(*map(jnp.asarray, (certainty, entropy, mask, critical)))
+    return token_weights.weigh(token_weights.index_of(word), tokens, Settings(beta, share, 0.25, key))
 
 
 def test_the_words_are_the_configs_and_each_has_its_function():
     of_certainty = ("prioritized", "uniform", "matched", "shuffled", "renormalized")
-    assert (*of_certainty, "threshold", "archer", "inverted", "floored") == WORDS
+    later = ("inverted", "floored", "critical_free", "critical_held")
+    assert (*of_certainty, "threshold", "archer", *later) == WORDS
     assert {*BY_HAND, "shuffled"} == set(WORDS)
     assert FinetuneConfig().kl_weights == "prioritized"
     assert all(inspect.isfunction(getattr(token_weights, word)) for word in WORDS)
-    assert [token_weights.index_of(word) for word in WORDS] == list(range(9))
+    assert [token_weights.index_of(word) for word in WORDS] == list(range(11))
 
 
 class HandComputedWeightsTest(chex.TestCase):
@@ -65,7 +69,7 @@ class HandComputedWeightsTest(chex.TestCase):
 
 def test_runs_of_one_program_differ_in_the_word():
     indices = jnp.arange(len(WORDS))
-    tokens = Tokens(jnp.asarray(CERTAINTY), jnp.asarray(ENTROPY), jnp.asarray(MASK))
+    tokens = Tokens(*map(jnp.asarray, (CERTAINTY, ENTROPY, MASK, CRITICAL)))
     settings = Settings(2.0, 2 / 3, 0.25, KEY)
     together = jax.jit(jax.vmap(lambda index: token_weights.weigh(index, tokens, settings)))(indices)
     for index, word in enumerate(WORDS):
@@ -93,20 +97,21 @@ def test_every_token_gets_every_weight_equally_often():
 ROUNDS = st.tuples(
     arrays.arrays(np.float32, (3, 5), elements=st.floats(0, 1, width=32)),
     arrays.arrays(np.bool_, (3, 5)),
+    arrays.arrays(np.bool_, (3, 5)),
     st.sampled_from([0.0, 0.5, 1.0, 3.0, 150.0]),
 )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compiled(word, certainty, entropy, beta, mask):
-    return weigh(word, certainty, entropy, beta, mask)
+def _compiled(word, certainty, entropy, beta, mask, critical):
+    return weigh(word, certainty, entropy, beta, mask, critical)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(ROUNDS)
 def test_the_controls_have_the_pressure_they_promise(round_):
-    certainty, mask, beta = round_
-    found = {word: np.asarray(_compiled(word, certainty, 1 - certainty, beta, mask)) for word in WORDS}
+    certainty, mask, critical, beta = round_
+    found = {word: np.asarray(_compiled(word, certainty, 1 - certainty, beta, mask, critical)) for word in WORDS}
     for word, weights in found.items():
         assert np.isfinite(weights).all(), word
         assert (weights >= 0).all(), word
@@ -124,6 +129,8 @@ def test_the_controls_have_the_pressure_they_promise(round_):
         order = np.argsort(found["prioritized"][mask])
         assert (np.diff(found["inverted"][mask][order]) <= 0).all()
     np.testing.assert_array_equal(found["floored"][mask], np.maximum(found["prioritized"][mask], np.float32(0.25)))
+    np.testing.assert_array_equal(found["critical_free"], mask & ~critical)
+    np.testing.assert_array_equal(found["critical_held"], np.where(mask & critical, 1, found["prioritized"]))
     kept = found["threshold"] == 1
     assert kept.sum() >= max(1, round(2 / 3 * mask.sum()))
     assert (1 - certainty)[kept].max() <= (1 - certainty)[mask & ~kept].min(initial=np.inf)
@@ -136,6 +143,7 @@ def test_the_controls_have_the_pressure_they_promise(round_):
 def test_what_stands_outside_the_mask_has_no_influence(word, garbage):
     certainty, entropy = (np.where(MASK, values, garbage).astype(np.float32) for values in (CERTAINTY, ENTROPY))
     np.testing.assert_array_equal(weigh(word, certainty, entropy), weigh(word))
+    np.testing.assert_array_equal(weigh(word, critical=CRITICAL ^ ~MASK), weigh(word))
     np.testing.assert_array_equal(weigh(word, certainty, entropy, mask=np.zeros_like(MASK)), 0.0)
 
 
@@ -167,6 +175,9 @@ def test_a_tiny_share_keeps_the_least_entropy_and_the_whole_share_everything():
         ("beta", lambda x, m: token_weights.prioritized(x, -1.0, m)),
         ("mask", lambda x, m: token_weights.matched(x, 1.0, m[:, 1:])),
         ("mask", lambda x, m: token_weights.archer(x, m[:1], 0.8, 0.1)),
+        ("critical", lambda x, m: token_weights.critical_free(m[:, 1:], m)),
+        ("critical", lambda x, m: token_weights.critical_held(x, 1.0, m[:1], m)),
+        ("beta", lambda x, m: token_weights.critical_held(x, -1.0, m, m)),
         ("share", lambda x, m: token_weights.threshold(x, m, 0.0)),
         ("share", lambda x, m: token_weights.archer(x, m, 1.5, 0.1)),
         ("weak", lambda x, m: token_weights.archer(x, m, 0.8, -0.1)),

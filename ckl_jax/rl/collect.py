@@ -73,7 +73,8 @@ def collect(
             program, params["policy"], ref_params, trajectory
         )
     values_BxT = values(params["value"], hidden_BxTxD)
-    episodes = assessed(config, trajectory, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
+    critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
+    episodes = assessed(config, trajectory, critical_BxT, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
     return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
 
 
@@ -97,6 +98,7 @@ def _scored_alike(
 def assessed(
     config: FinetuneConfig,
     trajectory: Trajectory,
+    critical_BxT: jax.Array,
     logits_BxTxV: jax.Array,
     ref_logits_BxTxV: jax.Array,
     values_BxT: jax.Array,
@@ -106,11 +108,14 @@ def assessed(
     """A whole round's answers with the weight of every token's KL and every token's advantage.
 
     Args:
+      critical_BxT: True on the answers' critical tokens.
       logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
       key: for weights that are shuffled.
     """
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
-    weights_BxT = kl_weights(config, hyper, sure_BxT, ref_logits_BxTxV, trajectory.mask_BxT, key)
+    entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
+    tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT)
+    weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
     advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)
     if config.kl_in == "reward":  # After the normalization, which would rescale alpha.
@@ -120,17 +125,8 @@ def assessed(
     return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT)
 
 
-def kl_weights(
-    config: FinetuneConfig,
-    hyper: Hyper,
-    certainty_BxT: jax.Array,
-    ref_logits_BxTxV: jax.Array,
-    mask_BxT: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
+def kl_weights(config: FinetuneConfig, hyper: Hyper, tokens: token_weights.Tokens, key: jax.Array) -> jax.Array:
     """The weight of every token's KL over a whole round: float32 [B, T]. ``hyper`` says which, and beta."""
-    entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
-    tokens = token_weights.Tokens(certainty_BxT, entropy_BxT, mask_BxT)
     settings = token_weights.Settings(hyper.beta, config.kl_quantile, config.kl_weak, key)
     return token_weights.weigh(hyper.kl_weights, tokens, settings)
 

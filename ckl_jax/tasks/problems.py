@@ -153,6 +153,20 @@ def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Ar
     return jnp.where(recorded, indices, 0), recorded
 
 
+def critical_mask(answers_BxT: jax.Array, problems: Problems) -> jax.Array:
+    """True where a recorded critical token stands (see ``critical_indices``), or what is written in its place.
+
+    Args:
+      answers_BxT: the policy's own.
+
+    Returns:
+      bool [B, T].
+    """
+    batch, length = answers_BxT.shape
+    indices_BxNx1, recorded_BxNx1 = (x.reshape(batch, -1, 1) for x in critical_indices(answers_BxT, problems))
+    return ((indices_BxNx1 == jnp.arange(length)[None, None]) & recorded_BxNx1).any(axis=1)
+
+
 def critical_characters(problems: Problems) -> jax.Array:
     """The right character at each critical token: int32 [B, 3, 2, C]."""
     at = jnp.maximum(jnp.asarray(problems.critical_Bx3x2xC), 0)

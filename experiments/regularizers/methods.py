@@ -47,6 +47,8 @@ METHODS = (
     Method("no_kl", "control: none", STANDARD | {"kl_coefficient": 0.0}, ""),
     Method("inverted", "control: 1 - J^beta at the mean of J^beta", {"kl_weights": "inverted"}),
     Method("floored", "J^beta, at least 0.1 (after 2605.13255)", {"kl_weights": "floored"}),
+    Method("critical_free", "control: 0 at the critical tokens, else 1", {"kl_weights": "critical_free"}),
+    Method("critical_held", "control: J^beta, but 1 at the critical tokens", {"kl_weights": "critical_held"}),
     Method("threshold", "KL on tokens of low entropy alone (2512.04359)", {"kl_weights": "threshold"}),
     Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
     Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
