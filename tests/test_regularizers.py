@@ -233,6 +233,15 @@ def test_the_answers_are_computed_from_the_pairs():
     assert results["arms"]["rloo"]["comma_after"][0] == pytest.approx(0.7)
 
 
+def test_all_methods_at_once_can_be_confirmed_and_drawn(tmp_path):
+    after = {method.name: AFTER["standard"] for method in METHODS}
+    screen = {name: {"method": name, "share": 0.2, "success": [0.1]} for name in after}
+    config = {"grid": [0.2], "screen_seeds": 1, "screen_rounds": 1}
+    best = found.best_shares(screen)
+    results = {"digits": 2, "config": config, "screen": screen, "best": best, "chosen": list(best)}
+    found.draw({**results, "confirmation": confirmation(after)}).savefig(tmp_path / "regularizers.png")
+
+
 def test_one_control_that_is_better_makes_it_a_no():
     results = confirmation(AFTER | {"shuffled": (0.60, 0.70, 0.65, 0.66)})
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -159,8 +160,9 @@ def _draw_screen(axes: Axes, results: Results) -> None:
 
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
-    palette = iter(colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3]))
-    colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(palette) for arm in found["arms"]}
+    palette = colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3])
+    others = itertools.cycle(palette)
+    colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(others) for arm in found["arms"]}
     before = arms_lib.episodes_before(found)
     curves.set_prop_cycle(color=[color for arm, color in colors.items() if arm not in plots.COLORS])
     for arm, values in found["arms"].items():
