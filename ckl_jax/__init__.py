@@ -53,8 +53,8 @@ products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 w
 head), a step of pre-training (`next_character`), the settings (`config`: `shape` of the model, `pretraining`,
 `finetuning`; `presets` are what they start from, `fields` says what they may hold, `resuming` which of them may change
 when a run goes on), what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`,
-`convert`, `models`, which lists those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's
-default fusions and without).
+`convert`, `models`, which lists those that ship, `ckl_jax.check_xla`, which compares every program with XLA's default
+fusions and without, and `ckl_jax.preflight`, which compiles the programs of a command for a TPU that is not here).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from ckl_jax.fields import NonNegativeInt, PositiveFloat, PositiveInt, require_f
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling, require_possible
 from ckl_jax.runtime import cli, sharding
+from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
 from ckl_jax.tasks.task import Task
@@ -65,31 +66,38 @@ def judge(
       extra_length: characters that an answer may be longer than the longest right one.
       given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
+    calls = planned(
+        model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length, given_BxT=given_BxT
+    )
+    found = [(call.run(), count) for call, count in calls]
+    return np.concatenate([sharding.to_host(rewards)[:count] for rewards, count in found])
+
+
+def planned(
+    model: Model,
+    problems: Sequence[tasks.Problem],
+    digits: int,
+    *,
+    temperature: float | None = None,
+    seed: int = 0,
+    extra_length: int = tasks.EXTRA_LENGTH,
+    given_BxT: np.ndarray | None = None,
+) -> Iterator[tuple[Call, int]]:
+    """What ``judge`` computes for a group of problems after another, and how many there are in each."""
     packed = problems_lib.pack(model.task, problems, digits, model.max_pretrain_digits)
     require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
     require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
     length = model.task.max_answer_length(digits, extra_length)
     greedy, temperature = temperature is None, 1.0 if temperature is None else temperature
     require_possible(model.config, packed, Sampling(length, temperature, greedy, given_BxT))
-    rewards = []
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
         count = len(group[0].episodes_B)
         group = sharding.filled_up(group)
         mesh = sharding.make_mesh(1, len(group[0].episodes_B))
         params = sharding.put(model.params, sharding.everywhere(mesh))
-        with jax.set_mesh(mesh):
-            found = _rewards(
-                model.config,
-                params,
-                *group,
-                jax.random.key(seed),
-                max_length=length,
-                temperature=temperature,
-                greedy=greedy,
-            )
-        rewards.append((found, count))
-    return np.concatenate([sharding.to_host(found)[:count] for found, count in rewards])
+        options = {"max_length": length, "temperature": temperature, "greedy": greedy}
+        yield Call(_rewards, mesh, (model.config, params, *group, jax.random.key(seed)), options), count
 
 
 def judge_cell(

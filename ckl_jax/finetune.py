@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +33,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
@@ -42,14 +40,15 @@ from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import Arms, Run, Seeds, draw_problems, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.rl.program import Arms, Run, Seeds, draw_rounds, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import planned_states, train_rounds
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logbook import Logbook
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import AnyPath
+from ckl_jax.runtime.targets import Call
 
 
 def run(
@@ -105,12 +104,9 @@ def finetune(
     mesh = make_mesh(config, len(runs))
     hypers = sharding.put(hypers, sharding.by_run(mesh))
     ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    create = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))
-    abstract = jax.eval_shape(create, ref_params, hypers)
-    shardings = sharding.state_shardings(mesh, abstract, config.shard_state, sharding.RUN_AXIS)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    restored = directory.checkpoints.restore_latest(abstract)
-    done, states = restored or (0, jax.jit(create, out_shardings=shardings)(ref_params, hypers))
+    shapes, create = planned_states(program, mesh, ref_params, hypers)
+    restored = directory.checkpoints.restore_latest(shapes)
+    done, states = restored or (0, create.run())
     logbook = Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(
         done if restored else -1,
@@ -128,9 +124,9 @@ def finetune(
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
-        problems = _stack([_stack([draw_problems(program, run.seed, r) for r in rounds]) for run in runs])
-        problems = sharding.put(problems, sharding.by_run(mesh))
-        states, metrics = train_rounds(program, mesh, ref_params, states, hypers, problems)
+        problems = sharding.put(draw_rounds(program, runs, rounds), sharding.by_run(mesh))
+        call = Call(train_rounds, mesh, (program, mesh, ref_params, states, hypers, problems))
+        states, metrics = call.run()
         metrics = sharding.to_host(metrics)
         names = [run.name for run in runs]
         finite.require_metrics("round", done, names, metrics)
@@ -146,10 +142,6 @@ def finetune(
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         save_model(directory.path / run.name, model._replace(params=policy), made_by)
     return runs
-
-
-def _stack(items: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
 @dataclass(frozen=True)

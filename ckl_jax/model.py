@@ -5,6 +5,7 @@ V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ckl_jax.config import ModelConfig
+from ckl_jax.runtime import targets
 
 LAYER_NORM_EPSILON = 1e-5
 EMBEDDING_STDDEV = 0.02
@@ -22,7 +24,7 @@ class Cache(NamedTuple):
     """Keys and values of the positions seen so far.
 
     Attributes:
-      keys_BxHxSxK, values_BxHxSxK: one array per layer.
+      keys_BxHxSxK, values_BxHxSxK: one array per layer; where layers are scanned, one array [L, B, H, S, K] of all.
       segments_BxS: int32 segment of each cached position.
       length: int32, how many of the S slots are filled: [], or [B] where each row has its own.
     """
@@ -31,6 +33,31 @@ class Cache(NamedTuple):
     values_BxHxSxK: tuple[jax.Array, ...]
     segments_BxS: jax.Array
     length: jax.Array
+
+    def of_layers(self, change: Callable[[jax.Array], jax.Array]) -> "Cache":
+        """The cache with its keys and values changed."""
+        keys, values = (tuple(map(change, of_layers)) for of_layers in (self.keys_BxHxSxK, self.values_BxHxSxK))
+        return self._replace(keys_BxHxSxK=keys, values_BxHxSxK=values)
+
+    def grown(self, slots: int) -> "Cache":
+        """With room for as many positions, none fewer than before."""
+        extra = slots - self.segments_BxS.shape[1]
+        grown = self.of_layers(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]))
+        return grown._replace(segments_BxS=jnp.pad(self.segments_BxS, ((0, 0), (0, extra))))
+
+    def rows(self, index: jax.Array) -> "Cache":
+        """Those rows of the batch; ``length`` is [B]."""
+        kept = self.of_layers(lambda x: jnp.take(x, index, axis=x.ndim - 4))
+        return kept._replace(segments_BxS=self.segments_BxS[index], length=self.length[index])
+
+
+class LayerCache(NamedTuple):
+    """What a layer appends to: its own keys and values, or those of all layers and which of them it is."""
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+    layer: jax.Array | None
 
 
 class Output(NamedTuple):
@@ -44,10 +71,16 @@ class Output(NamedTuple):
     cache: Cache | None
 
 
+def scans_layers(config: ModelConfig) -> bool:
+    """Whether one layer is compiled and looped over."""
+    return config.layers == "scanned" or (config.layers == "auto" and targets.platform() != "cpu")
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for ``batch`` rows of up to ``slots`` positions."""
     shape = (batch, config.num_heads, slots, config.width // config.num_heads)
-    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    shapes = [(config.num_layers, *shape)] if scans_layers(config) else [shape] * config.num_layers
+    layers = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
     return Cache(layers, layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -90,6 +123,20 @@ def _append(buffer_BxHxSxK: jax.Array, new_BxHxTxK: jax.Array, length: jax.Array
     return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(buffer_BxHxSxK, new_BxHxTxK, length)
 
 
+def _append_to_layer(buffer: jax.Array, new_BxHxTxK: jax.Array, cache: LayerCache) -> tuple[jax.Array, jax.Array]:
+    """The buffer with the new positions, and that layer's part [B, H, S, K] of it."""
+    layer, length = cache.layer, cache.length
+    if layer is None:
+        appended = _append(buffer, new_BxHxTxK, length)
+        return appended, appended
+    if length.ndim == 0:  # In place: what the loop over layers carries is not copied.
+        buffer = jax.lax.dynamic_update_slice(buffer, new_BxHxTxK[None], (layer, 0, 0, length, 0))
+    else:
+        appended = _append(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False), new_BxHxTxK, length)
+        buffer = jax.lax.dynamic_update_index_in_dim(buffer, appended, layer, axis=0)
+    return buffer, jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
+
+
 def _starts(cache: Cache, batch: int) -> jax.Array:
     return jnp.broadcast_to(cache.length, (batch,))
 
@@ -129,9 +176,9 @@ class Block(nn.Module):
         if layer_cache is None:
             attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
         else:
-            keys, values, length = layer_cache
-            keys, values = _append(keys, k_BxHxTxK, length), _append(values, v_BxHxTxK, length)
-            layer_cache = (keys, values)
+            all_keys, keys = _append_to_layer(layer_cache.keys, k_BxHxTxK, layer_cache)
+            all_values, values = _append_to_layer(layer_cache.values, v_BxHxTxK, layer_cache)
+            layer_cache = layer_cache._replace(keys=all_keys, values=all_values)
             mask_BxTxS = mask_BxTxS[:, num_positions - num_outputs :]
             attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout, config)
         attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_outputs, config.width)
@@ -197,24 +244,61 @@ class GPT2(nn.Module):
                 slots[None, None] <= (_starts(cache, batch)[:, None] + jnp.arange(num_positions)[None])[..., None]
             )
             mask_BxTxS = causal_BxTxS & (segments_BxT[:, :, None] == segments_BxS[:, None, :])
-        layers = []
-        for index in range(config.num_layers):
-            layer_cache = (
-                None if cache is None else (cache.keys_BxHxSxK[index], cache.values_BxHxSxK[index], cache.length)
-            )
-            is_last = index == config.num_layers - 1
-            x_BTxD, layer_cache = Block(config, name=f"h_{index}")(
-                x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic, num_outputs if is_last else num_positions
-            )
-            layers.append(layer_cache)
+        layers = self._scanned if scans_layers(config) and not self.is_initializing() else self._unrolled
+        x_BTxD, cache = layers(x_BTxD, segments_BxT, cache, mask_BxTxS, deterministic, num_outputs)
         if cache is not None:
-            keys, values = zip(*layers, strict=True)
-            cache = Cache(keys, values, segments_BxS, cache.length + num_positions)
+            cache = cache._replace(segments_BxS=segments_BxS, length=cache.length + num_positions)
 
         hidden_BTxD = _layer_norm(config, "ln_f")(x_BTxD).astype(jnp.float32)
         logits_BTxV = jnp.dot(hidden_BTxD, wte.embedding.T, precision=config.precision)
         shape = (batch, num_outputs, -1)
         return Output(logits_BTxV.reshape(shape), hidden_BTxD.reshape(shape), cache)
+
+    def _unrolled(self, x_BTxD, segments_BxT, cache, mask_BxTxS, deterministic, num_outputs):
+        num_layers, num_positions = self.config.num_layers, segments_BxT.shape[1]
+        block = nn.remat(Block, static_argnums=(5, 6)) if self.config.remat else Block
+        keys, values = [], []
+        for index in range(num_layers):
+            layer_cache = None
+            if cache is not None:
+                layer_cache = LayerCache(cache.keys_BxHxSxK[index], cache.values_BxHxSxK[index], cache.length, None)
+            wanted = num_outputs if index == num_layers - 1 else num_positions
+            x_BTxD, layer_cache = block(self.config, name=f"h_{index}")(
+                x_BTxD, segments_BxT, layer_cache, mask_BxTxS, deterministic, wanted
+            )
+            if layer_cache is not None:
+                keys.append(layer_cache.keys)
+                values.append(layer_cache.values)
+        return x_BTxD, cache if cache is None else cache._replace(keys_BxHxSxK=(*keys,), values_BxHxSxK=(*values,))
+
+    def _scanned(self, x_BTxD, segments_BxT, cache, mask_BxTxS, deterministic, num_outputs):
+        """A loop over the layers, whose parameters are stacked for it; all positions go through the last one too."""
+        config, (batch, num_positions) = self.config, segments_BxT.shape
+        of_layers = [self.variables["params"][f"h_{index}"] for index in range(config.num_layers)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
+        drops = not deterministic and config.dropout > 0
+        keys = jax.random.split(self.make_rng("dropout"), config.num_layers) if drops else None
+        block = Block(config, parent=None)
+        start = None
+        if cache is not None:
+            keys_and_values = cache.keys_BxHxSxK[0], cache.values_BxHxSxK[0]
+            start = LayerCache(*keys_and_values, length=cache.length, layer=jnp.zeros((), jnp.int32))
+
+        def through(carry, of_layer):
+            x_BTxD, before = carry
+            params, index, key = of_layer
+            layer_cache = None if before is None else before._replace(layer=index)
+            rest = segments_BxT, layer_cache, mask_BxTxS, deterministic, num_positions
+            rngs = {} if key is None else {"dropout": key}
+            return block.apply({"params": params}, x_BTxD, *rest, rngs=rngs), None
+
+        through = jax.checkpoint(through, prevent_cse=False) if config.remat else through
+        xs = stacked, jnp.arange(config.num_layers), keys
+        (x_BTxD, end), _ = jax.lax.scan(through, (x_BTxD, start), xs)
+        x_BxTxD = x_BTxD.reshape(batch, num_positions, -1)[:, num_positions - num_outputs :]
+        if end is not None:
+            cache = cache._replace(keys_BxHxSxK=(end.keys,), values_BxHxSxK=(end.values,))
+        return x_BxTxD.reshape(batch * num_outputs, -1), cache
 
 
 def forward(config: ModelConfig, params: Any, tokens_BxT: jax.Array, *inputs: Any, **options: Any) -> Output:

@@ -16,6 +16,7 @@ from ckl_jax.datasets.stream import TokenStream, Windows, sample_documents, samp
 from ckl_jax.losses import masked_mean
 from ckl_jax.model import EMBEDDING_STDDEV, GPT2, forward
 from ckl_jax.runtime import sharding
+from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.catalog import task_named
 
 
@@ -114,6 +115,24 @@ def next_token_loss(config: PretrainConfig, params: Any, windows: Windows, dropo
     return masked_mean(losses_BxT, windows.mask_BxT)
 
 
+def batch_gradient(config: PretrainConfig, params: Any, windows: Windows, key: jax.Array) -> tuple[jax.Array, Any]:
+    """Loss and gradient of a batch: of its microbatches, each with its share of the unmasked positions."""
+    gradient = jax.value_and_grad(functools.partial(next_token_loss, config))
+    if config.microbatches == 1:
+        return gradient(params, sharding.share_rows(windows), key)
+
+    def add(total, of_microbatch):
+        windows, key = of_microbatch
+        windows = sharding.share_rows(windows)
+        share = windows.mask_BxT.sum() / valid
+        return jax.tree.map(lambda x, y: x + share * y, total, gradient(params, windows, key)), None
+
+    valid, parts = jnp.maximum(windows.mask_BxT.sum(), 1), config.microbatches
+    dealt = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), windows)
+    start = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, start, (dealt, jax.random.split(key, parts)))[0]
+
+
 def window_length(config: PretrainConfig) -> int:
     """Characters a window predicts: the block (`stream`) or the longest document (`documents`)."""
     if config.packing == "stream":
@@ -133,10 +152,7 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
         windows = sample_documents(
             stream, sample_key, config.batch_size, window, config.model.block_size, config.start_share
         )
-    windows = sharding.share_rows(windows)
-    loss, grads = jax.value_and_grad(functools.partial(next_token_loss, config), argnums=0)(
-        state.params, windows, dropout_key
-    )
+    loss, grads = batch_gradient(config, state.params, windows, dropout_key)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = PretrainState(state.step + 1, params, opt_state, _averaged(config, state, params))
@@ -145,6 +161,14 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
+def planned_state(config: PretrainConfig, mesh: Mesh) -> tuple[PretrainState, Call]:
+    """The shapes of the state on the mesh, and what makes the first one there."""
+    create = functools.partial(init_state, config)
+    shapes = jax.eval_shape(create)
+    shardings = sharding.state_shardings(mesh, shapes, config.shard_state)
+    return sharding.placed(shapes, shardings), Call(jax.jit(create, out_shardings=shardings), mesh, ())
+
+
 def make_mesh(config: PretrainConfig) -> Mesh:
     """Devices for a batch; raises ConfigError like ``sharding.make_mesh``."""
-    return sharding.make_mesh(1, config.batch_size, data_devices=config.data_devices)
+    return sharding.make_mesh(1, config.batch_size // config.microbatches, data_devices=config.data_devices)

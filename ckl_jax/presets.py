@@ -47,6 +47,8 @@ _SPEED: dict[str, dict[str, Any]] = {
     "small": {"runs_at_once": 4},
     "gpt2": {},
 }
+_LOW: dict[str, Any] = {"dtype": "bfloat16", "precision": "default"}
+"""Pre-training's arithmetic where it is meant for accelerators: six times fewer passes there than in float32."""
 
 
 def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
@@ -82,9 +84,9 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
             num_steps=10_000,
             optimizer="muon",
             learning_rate=2e-3,
-            model=ModelConfig(num_layers=6, num_heads=6, width=384, block_size=1024),
+            model=ModelConfig(num_layers=6, num_heads=6, width=384, block_size=1024, **_LOW),
         ),
-        "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2)),
+        "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2, **_LOW)),
     }
     require(scale in tuple(presets), "scale", scale, " | ".join(presets))
     chosen = dataclasses.replace(presets[scale], task=task)

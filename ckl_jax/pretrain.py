@@ -9,7 +9,6 @@ change the speed alone may be others then.
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -26,13 +25,14 @@ from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets.stream import dataset_directory, load_stream
 from ckl_jax.evaluate import judge
 from ckl_jax.fields import require_fields
-from ckl_jax.next_character import init_state, make_mesh, train_step
+from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks import Problem
 from ckl_jax.tasks.catalog import TaskName, task_named
 
 
@@ -54,12 +54,8 @@ def pretrain(
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir, task=config.task)
     mesh = make_mesh(config)
     stream = sharding.put(stream, sharding.everywhere(mesh))
-    create = functools.partial(init_state, config)
-    abstract = jax.eval_shape(create)
-    shardings = sharding.state_shardings(mesh, abstract, config.shard_state)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    restored = directory.checkpoints.restore_latest(abstract)
-    done, state = restored or (0, jax.jit(create, out_shardings=shardings)())
+    shapes, create = planned_state(config, mesh)
+    done, state = directory.checkpoints.restore_latest(shapes) or (0, create.run())
     history = [jax.tree.map(np.float32, metrics) for metrics in directory.checkpoints.restore_history(done) or []]
     logged = done - len(history)
     directory.rewind_metrics(done, logged or None)
@@ -84,9 +80,7 @@ def pretrain(
         logged, history = done, []
         record: dict[str, Any] = {"step": done, **{name: float(np.mean(x)) for name, x in values.items()}}
         model = Model(config.model, config.max_digits, state.tested, task)
-        for digits in (config.max_digits, config.max_digits + 1):
-            rng = np.random.default_rng([config.seed, digits])
-            problems = task.varying_problems(rng, config.eval_problems, digits)
+        for digits, problems in tested_on(config).items():
             record[f"accuracy_varying_{digits}"] = float(judge(model, problems, digits).mean())
         reached = _reaches_target(config, record)
         directory.log([record])
@@ -101,6 +95,16 @@ def pretrain(
     model = Model(config.model, config.max_digits, state.tested, task)
     save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
     return model
+
+
+def tested_on(config: PretrainConfig) -> dict[int, list[Problem]]:
+    """The problems of the evaluations on the way, by the operands' digits."""
+
+    def drawn(digits: int) -> list[Problem]:
+        rng = np.random.default_rng([config.seed, digits])
+        return task_named(config.task).varying_problems(rng, config.eval_problems, digits)
+
+    return {digits: drawn(digits) for digits in (config.max_digits, config.max_digits + 1)}
 
 
 def _reaches_target(config: PretrainConfig, record: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ TYPES = {
     "ckl_jax.convert": "ConvertConfig",
     "ckl_jax.models": "ModelsCommand",
     "ckl_jax.check_xla": "CheckXlaCommand",
+    "ckl_jax.preflight": "PreflightCommand",
     "experiments.figure1_scratchpad": "Figure1Command",
     "experiments.figure2_pretraining": "Figure2Command",
     "experiments.figure3_pretraining_levels": "Figure3Command",

@@ -208,8 +208,7 @@ def test_the_kl_has_no_gradient_while_the_policy_is_the_reference(several):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_policy_that_is_the_reference_has_no_kl_and_ratios_of_1(model, dtype, rollout):
     """Whatever the rollout's own passes have rounded."""
-    model = model._replace(config=dataclasses.replace(model.config, dtype=dtype))
-    program = make_program(dataclasses.replace(CONFIG, rollout=rollout), model)
+    program = make_program(dataclasses.replace(CONFIG, rollout=rollout, dtype=dtype), model)
 
     @jax.jit
     def found(params, ref_params, problems):
@@ -229,6 +228,16 @@ def test_a_policy_that_is_the_reference_has_no_kl_and_ratios_of_1(model, dtype, 
     np.testing.assert_allclose(kl, 0, atol=0 if exact else 1e-8)
     np.testing.assert_allclose(k1_BxT, 0, atol=0 if exact else 1e-5)
     np.testing.assert_allclose(ratio_BxT, 1, atol=0.05 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"episode_batch": 1}, {"episode_batch": 3}, {"remat": True}])
+def test_what_takes_less_memory_makes_the_same_update(program, model, changes):
+    state, episodes, _ = _collected(program, model.params)
+    smaller = make_program(dataclasses.replace(program.config, **changes), model)
+    expected, metrics = _updated(program, state, episodes)
+    found, others = _updated(smaller, state, episodes)
+    chex.assert_trees_all_close(others, metrics, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-3, atol=1e-5)
 
 
 def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):

@@ -11,7 +11,7 @@ ROOMS = (
     *("certainty", "token_weights", "advantages", "losses"),
     *("tasks", "config", "presets", "model", "rollout", "checkpoint", "datasets"),
     *("next_character", "rl", "runs", "analysis"),
-    *("evaluate", "pretrain", "finetune", "convert", "models", "check_xla"),
+    *("evaluate", "pretrain", "finetune", "convert", "models", "check_xla", "preflight"),
 )
 """Packages and modules at the door, in the order of the imports."""
 

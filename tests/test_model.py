@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -11,7 +12,8 @@ import pytest
 from policies import untrained
 
 from ckl_jax import presets
-from ckl_jax.model import GPT2, ValueHead, forward, init_cache, values
+from ckl_jax.model import GPT2, ValueHead, forward, init_cache, scans_layers, values
+from ckl_jax.runtime import targets
 
 
 @functools.cache
@@ -55,6 +57,59 @@ def test_cached_decoding_gives_the_uncached_logits_under_left_paddings(two_layer
         found.append(output.logits_BxTxV)
     assert int(output.cache.length) == 12
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{"layers": "scanned"}, {"remat": True}, {"layers": "scanned", "remat": True}])
+def test_layers_in_a_loop_or_computed_twice_give_the_same_logits_and_gradients(two_layers, changes):
+    params, tokens = init(two_layers), random_tokens(two_layers, 3, 12)
+
+    def logits_and_gradient(config):
+        def loss(params):
+            logits = forward(config, params, tokens, num_outputs=5).logits_BxTxV
+            return jnp.square(logits).mean(), logits
+
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return logits, gradient
+
+    expected = logits_and_gradient(dataclasses.replace(two_layers, layers="unrolled"))
+    found = logits_and_gradient(dataclasses.replace(two_layers, **changes))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_of_scanned_layers_is_appended_grown_and_cut_like_one_of_each(two_layers):
+    params, tokens = init(two_layers), random_tokens(two_layers, 3, 12)
+
+    def logits(config):
+        output = forward(config, params, tokens[:, :5], cache=init_cache(config, 3, 6))
+        output = forward(config, params, tokens[:, 5:8], cache=output.cache.grown(12))
+        several = output.cache._replace(length=jnp.full(3, 8))  # As speculation has it: of each row its own.
+        kept = jnp.array([2, 0])
+        return output.logits_BxTxV, forward(config, params, tokens[kept, 8:], cache=several.rows(kept)).logits_BxTxV
+
+    expected = logits(two_layers)
+    whole = logits_of(two_layers, params, tokens)
+    np.testing.assert_allclose(expected[1], whole[jnp.array([2, 0]), 8:], atol=2e-5)
+    chex.assert_trees_all_close(logits(dataclasses.replace(two_layers, layers="scanned")), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_dropout_needs_a_key_and_follows_it(two_layers, layers):
+    config = dataclasses.replace(two_layers, dropout=0.5, layers=layers)
+    params, tokens = init(config), random_tokens(config, 1, 6)
+    draw = jax.jit(lambda key: forward(config, params, tokens, deterministic=False, rngs={"dropout": key}).logits_BxTxV)
+    first, again, other = draw(jax.random.key(0)), draw(jax.random.key(0)), draw(jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first != logits_of(config, params, tokens)).any()
+
+
+def test_layers_are_scanned_where_programs_are_not_for_cpu(two_layers):
+    device = types.SimpleNamespace(platform="tpu", process_index=0)
+    assert not scans_layers(two_layers)
+    with targets.compiling_for([device]):
+        assert scans_layers(two_layers)
+        assert not scans_layers(dataclasses.replace(two_layers, layers="unrolled"))
+    assert not targets.only_compiling()
 
 
 def test_cached_decoding_counts_positions_from_the_cache_by_default(two_layers):

@@ -16,8 +16,10 @@ from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.checkpoint.store import load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
+from ckl_jax.datasets.stream import Windows
 from ckl_jax.errors import ConfigError
 from ckl_jax.next_character import (
+    batch_gradient,
     init_params,
     init_state,
     make_mesh,
@@ -115,6 +117,35 @@ def test_the_moving_average_is_what_is_saved_and_a_plain_loop_finds_it(config, d
     chex.assert_trees_all_close(state.average, expected, rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_equal(uninterrupted[1].params, state.average)
     assert optax.tree.norm(optax.tree.sub(state.average, state.params)) > 1e-3
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_take_the_step_of_the_whole_batch(config, data_dir, microbatches):
+    config = dataclasses.replace(config, packing="stream", start_share=0.0, num_steps=25)  # Windows are never the same.
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    whole, in_parts = (
+        train_step(changed, jax.jit(functools.partial(init_state, config))(), jax.tree.map(jnp.asarray, stream))
+        for changed in (config, dataclasses.replace(config, microbatches=microbatches))
+    )
+    np.testing.assert_allclose(in_parts[1]["loss"], whole[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(in_parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-4)
+
+
+def test_masked_positions_count_once_in_microbatches(config):
+    """The parts have unequal shares of the unmasked positions."""
+    tokens = jax.random.randint(jax.random.key(0), (4, 12), 0, 41)
+    mask = jnp.arange(12)[None] < jnp.array([[12], [1], [5], [0]])
+    zeros = jnp.zeros_like(tokens)
+    windows = Windows(tokens, tokens[:, ::-1], zeros + jnp.arange(12)[None], zeros, mask)
+    params = init_params(config)
+    whole = jax.value_and_grad(functools.partial(next_token_loss, config))(params, windows, jax.random.key(1))
+    in_parts = batch_gradient(dataclasses.replace(config, microbatches=2), params, windows, jax.random.key(1))
+    chex.assert_trees_all_close(in_parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_microbatches_divide_the_batch(config):
+    with pytest.raises(ConfigError, match=r"^microbatches: got 3, allowed is a divisor of batch_size = 4"):
+        dataclasses.replace(config, microbatches=3)
 
 
 def test_without_a_decay_the_last_parameters_are_tested(config):

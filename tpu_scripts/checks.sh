@@ -56,3 +56,21 @@ check_arguments() {
     bounded "$python" "$here/parse.py" "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
   if ((code == 2)) && [[ $answer == *error:* && $answer != *"with the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
 }
+
+# check_fits MODULE ARG...: ends with code 2 where the command's programs do not fit the memory of ACCELERATOR_TYPE. It looks at
+# commands that ckl_jax.preflight knows, and only where a python with its extra is at hand.
+check_fits() {
+  local root=$here/.. python name=${1#ckl_jax.} code=0
+  python=$root/.venv/bin/python
+  if [[ ! -x $python ]]; then python=python3; fi
+  if [[ ! -e $root/ckl_jax/preflight/__main__.py || ! $1 =~ ^ckl_jax\.(pretrain|finetune|evaluate)$ ]]; then return; fi
+  if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("libtpu", "jax"))))'; then
+    say "not compiled beforehand: the extra preflight is not installed"
+    return
+  fi
+  say "compiling $1 for $ACCELERATOR_TYPE (--no-preflight skips this)"
+  if [[ $dry_run ]]; then return; fi
+  (cd "$root" && JAX_PLATFORMS=cpu "$python" -m ckl_jax.preflight --topology "$ACCELERATOR_TYPE" "$name" "${@:2}") >&2 || code=$?
+  if ((code == 1)); then fail 2 "$1 does not fit $ACCELERATOR_TYPE"; fi
+  if ((code)); then say "it could not be compiled here (code $code); going on"; fi
+}

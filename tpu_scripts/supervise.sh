@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# supervise.sh [--dry-run] [--keep] [--adopt] MODULE ARG...: create, setup, run, and again until the command is done.
+# supervise.sh [--dry-run] [--keep] [--adopt] [--no-preflight] MODULE ARG...: create, setup, run, and again until it is done.
 #
 # After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
 # ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
-# taken, and deleted at the end, with --adopt only.
+# taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain, .finetune and
+# .evaluate are compiled here first for that TPU, and refused if they do not fit its memory.
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work (also where the command says so by
 # its code 2); 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted,
@@ -13,12 +14,13 @@ set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 
-keep='' adopt='' passed=()
+keep='' adopt='' compile=1 passed=()
 while [[ ${1-} == -* ]]; do
   case $1 in
     --dry-run) dry_run=1 passed=(--dry-run) ;;
     --keep) keep=1 ;;
     --adopt) adopt=1 ;;
+    --no-preflight) compile='' ;;
     --help) usage && exit ;;
     *) bad_option "$1" ;;
   esac
@@ -28,6 +30,7 @@ require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
 check_command "$@"
 check_arguments "$@"
 preflight
+if [[ $compile ]]; then check_fits "$@"; fi
 
 # script NAME ARG...: one of this directory.
 script() { step "$here/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }

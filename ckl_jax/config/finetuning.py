@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from ckl_jax.advantages import AdvantageShaping
 from ckl_jax.certainty import CertaintyKind
 from ckl_jax.config.pretraining import Scale
+from ckl_jax.config.shape import Dtype, Precision
 from ckl_jax.errors import require
 from ckl_jax.fields import (
     AtLeast,
@@ -192,6 +193,16 @@ class Testing(Chapter):
 
 
 @dataclass(frozen=True)
+class Arithmetic(Chapter):
+    """Of policy and reference, in training and tests, whatever pre-training had."""
+
+    dtype: Dtype = "float32"
+    """Type of the activations; parameters, logits and losses are float32 always."""
+    precision: Precision = "highest"
+    """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
+
+
+@dataclass(frozen=True)
 class Speed(Chapter):
     """Devices, and how much at once: they change the speed alone, and the numbers by rounding at most."""
 
@@ -203,6 +214,10 @@ class Speed(Chapter):
     transition_batch: PositiveInt = speed(8)
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length."""
+    episode_batch: PositiveInt | None = speed(None)
+    """Episodes of a minibatch computed together, at most; default: all. Fewer take less memory."""
+    remat: bool = speed(False)
+    """Compute the activations of a layer again in the backward pass instead of keeping them."""
     data_devices: PositiveInt | None = speed(None)
     """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
     shard_state: bool = speed(False)
@@ -212,7 +227,7 @@ class Speed(Chapter):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Speed, Testing, KL, Optimizer, Advantage, Sampling, Budget):
+class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampling, Budget):
     """RL fine-tuning of a pre-trained model on operands of `extra_digits` more digits (paper, section 5).
 
     Its chapters in reverse: the fields of the last come first.

@@ -97,6 +97,9 @@ class Speed(Chapter):
 
     data_devices: PositiveInt | None = speed(None)
     """Devices that share a batch, each a part of it; default: as many as there are and share it evenly."""
+    microbatches: PositiveInt = speed(1)
+    """Equal parts of a batch whose gradients are computed one after another: less memory. Dropout then draws other
+    numbers."""
     shard_state: bool = speed(False)
     """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
 
@@ -111,6 +114,8 @@ class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields
         require_fields(self)
         longer = f"above warmup_steps = {self.warmup_steps}, the rate decays after the warm-up"
         require(self.num_steps > self.warmup_steps, "num_steps", self.num_steps, longer)
+        divides = self.batch_size % self.microbatches == 0
+        require(divides, "microbatches", self.microbatches, f"a divisor of batch_size = {self.batch_size}")
         starts = "0 with packing = stream, whose windows are all at position 0"
         require(self.packing == "documents" or self.start_share == 0, "start_share", self.start_share, starts)
         fewest = self.max_digits**2

@@ -11,6 +11,8 @@ from ckl_jax.resuming import speed
 from ckl_jax.tasks import alphabet
 
 Activation = Literal["gelu_tanh", "gelu_erf"]
+Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["default", "high", "highest"]
 MOST_WEIGHTS = 10**10
 
 
@@ -34,12 +36,18 @@ class ModelConfig:
     """GELU of the MLP: by tanh as in GPT-2, or exact by the error function as in nanoGPT since June 2023."""
     dropout: Annotated[float, AtLeast(0, 0.99)] = 0.0
     """Dropout rate in pre-training; reinforcement learning and evaluation run without."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations; parameters, logits and losses are float32 always."""
-    precision: Literal["default", "high", "highest"] = "highest"
+    dtype: Dtype = "float32"
+    """Type of the activations in pre-training; parameters, logits and losses are float32 always."""
+    precision: Precision = "highest"
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
     attention_chunk: PositiveInt = speed(256)
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
+    layers: Literal["auto", "scanned", "unrolled"] = speed("auto")
+    """`scanned`: one layer is compiled and looped over. `unrolled`: each is compiled. `auto`: unrolled on CPU, where
+    that is faster, else scanned. Dropout draws other numbers in the other way."""
+    remat: bool = speed(False)
+    """Compute the activations of a layer again in the backward pass instead of keeping them: less memory, a third more
+    work."""
 
     def __post_init__(self) -> None:
         require_fields(self)

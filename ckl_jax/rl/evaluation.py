@@ -1,6 +1,7 @@
 """Tests of a fine-tuning program's runs on common problems: accuracy, and the first answers as samples."""
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.sharding import map_runs
+from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
@@ -80,33 +82,43 @@ class Tested(NamedTuple):
         ]
 
 
+def problem_sets(program: Program, count: int) -> dict[str, tuple[list[Problem], int]]:
+    """The problems of a test and their digits: ``count`` of the ``target`` length, and some of the ``old`` lengths."""
+    base = program.max_pretrain_digits
+    rng = np.random.default_rng(TEST_SEED)
+    return {
+        "target": (program.task.rl_problems(rng, count, program.digits, base), program.digits),
+        "old": (program.task.short_problems(rng, min(count, program.config.old_problems), base), base),
+    }
+
+
+def planned(program: Program, policies: Any, drawn: Sequence[Problem], digits: int) -> Iterator[tuple[Call, int]]:
+    """What answers a group of problems after another, and how many there are in each."""
+    packed = problems_lib.pack(program.task, drawn, digits, program.max_pretrain_digits)
+    length = program.task.max_answer_length(digits, program.config.extra_length)
+    num_runs = jax.tree.leaves(policies)[0].shape[0]
+    # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
+    for start in range(0, len(drawn), program.config.test_problems):
+        group = problems_lib.rows(packed, start, program.config.test_problems)
+        rows, filled = len(group.episodes_B), sharding.filled_up(group)
+        mesh = sharding.make_mesh(num_runs, len(filled.episodes_B))
+        shardings = sharding.state_shardings(mesh, policies, program.config.shard_state, sharding.RUN_AXIS)
+        policies = sharding.put(policies, shardings)
+        yield Call(_answers, mesh, (program, mesh, policies, filled, length)), rows
+
+
 def test(program: Program, policies: Any, count: int) -> Tested:
     """Accuracy of every run on ``count`` common problems of the target length, and on some of the old lengths.
 
     Args:
       policies: parameters with a leading axis of runs R.
     """
-    base, extra = program.max_pretrain_digits, program.config.extra_length
-    rng = np.random.default_rng(TEST_SEED)
-    sets = {
-        "target": (program.task.rl_problems(rng, count, program.digits, base), program.digits),
-        "old": (program.task.short_problems(rng, min(count, program.config.old_problems), base), base),
-    }
-    num_runs = jax.tree.leaves(policies)[0].shape[0]
+    sets = problem_sets(program, count)
     rewards, first = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for name, (drawn, digits) in sets.items():
-        packed = problems_lib.pack(program.task, drawn, digits, base)
-        length = program.task.max_answer_length(digits, extra)
-        # Groups of one size: the short tests on the way and the long ones at the ends are one compiled program.
-        starts = range(0, len(drawn), program.config.test_problems)
-        groups = [problems_lib.rows(packed, start, program.config.test_problems) for start in starts]
         found = []
-        for group in groups:
-            rows, filled = len(group.episodes_B), sharding.filled_up(group)
-            mesh = sharding.make_mesh(num_runs, len(filled.episodes_B))
-            shardings = sharding.state_shardings(mesh, policies, program.config.shard_state, sharding.RUN_AXIS)
-            policies = sharding.put(policies, shardings)
-            answers_RxBxT, rewards_RxB = sharding.to_host(_answers(program, mesh, policies, filled, length))
+        for call, rows in planned(program, policies, drawn, digits):
+            answers_RxBxT, rewards_RxB = sharding.to_host(call.run())
             found.append(rewards_RxB[:, :rows])
             first.setdefault(name, answers_RxBxT[:, : min(rows, SAMPLES)])
         rewards[name] = np.concatenate(found, axis=1)

@@ -7,13 +7,14 @@ before one character and whose answer is that character. So it has the type of e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ckl_jax.rl.collect import Episodes
 from ckl_jax.rl.objective import Gradient, loss_gradient, term_names
+from ckl_jax.rl.program import Program
 from ckl_jax.rollout.trajectory import Trajectory
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.sharding import largest_divisor
@@ -103,13 +104,34 @@ def of_episodes(program, hyper, episodes, key, axis_name) -> tuple[int, Callable
     """An epoch's number of minibatches, and the gradient of one: (params, index) -> gradient."""
     config = program.config
     order = jax.random.permutation(key, config.episodes)
+    size = config.minibatch_episodes
+    group = largest_divisor(size, at_most=config.episode_batch or size)
 
     def gradient(params, index):
-        chosen = jax.lax.dynamic_slice_in_dim(order, index * config.minibatch_episodes, config.minibatch_episodes)
+        chosen = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+        if group == size:
+            return of(params, chosen)
+        valid = jnp.maximum(episodes.trajectory.mask_BxT[chosen].sum(), 1)
+
+        def add(total, chosen):
+            share = episodes.trajectory.mask_BxT[chosen].sum() / valid
+            return _added(total, share, of(params, chosen)), None
+
+        return jax.lax.scan(add, _zeros(program, params), chosen.reshape(-1, group))[0]
+
+    def of(params, chosen):
         minibatch = sharding.share_rows(jax.tree.map(lambda x: x[chosen], episodes))
         return loss_gradient(program, hyper, params, minibatch)
 
-    return config.episodes // config.minibatch_episodes, gradient
+    return config.episodes // size, gradient
+
+
+def _zeros(program: Program, params: dict[str, Any]) -> Gradient:
+    return jax.tree.map(jnp.zeros_like, params), dict.fromkeys(term_names(program.config), jnp.zeros(()))
+
+
+def _added(total: Gradient, share: jax.Array, part: Gradient) -> Gradient:
+    return jax.tree.map(lambda x, y: x + share * y, total, part)
 
 
 def of_transitions(program, hyper, episodes, key, axis_name) -> tuple[jax.Array, Callable[..., Gradient]]:
@@ -131,12 +153,10 @@ def of_transitions(program, hyper, episodes, key, axis_name) -> tuple[jax.Array,
                 for length in lengths
             ]
             part = jax.lax.switch(jnp.searchsorted(jnp.array(lengths), longest), branches, indices)
-            share = (indices.lengths_M > 0).sum() / valid
-            return jax.tree.map(lambda x, y: x + share * y, total, part), None
+            return _added(total, (indices.lengths_M > 0).sum() / valid, part), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params), dict.fromkeys(term_names(program.config), jnp.zeros(()))
         groups = jax.tree.map(lambda x: x.reshape(-1, group), chosen)
-        return jax.lax.scan(add, zeros, groups)[0]
+        return jax.lax.scan(add, _zeros(program, params), groups)[0]
 
     def gradient(params, index):
         chosen = minibatch(episodes.trajectory, order, count, index, size)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -64,7 +64,8 @@ class Run(NamedTuple):
 
 def make_program(config: FinetuneConfig, model: Model) -> Program:
     """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
-    program = Program(model.config, config, model.max_pretrain_digits, model.task)
+    in_rl = dataclasses.replace(model.config, dtype=config.dtype, precision=config.precision, remat=config.remat)
+    program = Program(in_rl, config, model.max_pretrain_digits, model.task)
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)
@@ -101,6 +102,15 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     columns = {name: [row[name] for row in rows] for name in Hyper._fields}
     arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
     return runs, Hyper(**arrays)
+
+
+def draw_rounds(program: Program, runs: Sequence[Run], rounds: Sequence[int]) -> Problems:
+    """The problems of several rounds of all runs: arrays with leading axes [R, rounds]."""
+    return _stack([_stack([draw_problems(program, run.seed, index) for index in rounds]) for run in runs])
+
+
+def _stack(items: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *items)
 
 
 def draw_problems(program: Program, seed: int, round_index: int) -> Problems:

@@ -16,6 +16,7 @@ from ckl_jax.rl.collect import Episodes, collect
 from ckl_jax.rl.objective import gradient_norms, term_names
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.runtime import sharding
+from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.problems import Problems
 
 
@@ -115,6 +116,19 @@ def train_round(
         )
         state = state._replace(kl_coefficient=adapted)
     return state, metrics | terms
+
+
+def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper) -> tuple[RunState, Call]:
+    """The shapes of all runs' states on the mesh, and what makes the first ones there.
+
+    Args:
+      ref_params, hypers: where they are to be; the latter with a leading axis of runs R.
+    """
+    create = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))
+    shapes = jax.eval_shape(create, ref_params, hypers)
+    shardings = sharding.state_shardings(mesh, shapes, program.config.shard_state, sharding.RUN_AXIS)
+    make = jax.jit(create, out_shardings=shardings)
+    return sharding.placed(shapes, shardings), Call(make, mesh, (ref_params, hypers))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -145,25 +145,11 @@ def _decode(
         if slots == total:
             break
         slots = min(total, slots + CACHE_BLOCK)
-        state = state._replace(cache=_grow(state.cache, slots))
+        assert state.cache is not None
+        state = state._replace(cache=state.cache.grown(slots))
 
     return judged(problems, state.answers_BxT[:, len(mark) :], state.log_probs_BxT)
 
 
 def _round_up(length: int) -> int:
     return -(-length // CACHE_BLOCK) * CACHE_BLOCK
-
-
-def _grow(cache: Cache | None, slots: int) -> Cache:
-    assert cache is not None
-    extra = slots - cache.segments_BxS.shape[1]
-
-    def grow(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0)))
-
-    return Cache(
-        tuple(grow(x) for x in cache.keys_BxHxSxK),
-        tuple(grow(x) for x in cache.values_BxHxSxK),
-        jnp.pad(cache.segments_BxS, ((0, 0), (0, extra))),
-        cache.length,
-    )

@@ -12,6 +12,7 @@ from ckl_jax.errors import require
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.speculative import Verified, speculative_rollout
 from ckl_jax.rollout.trajectory import Sampling, score
+from ckl_jax.runtime import targets
 from ckl_jax.tasks.problems import Problems
 
 How = Literal["auto", "speculative", "plain"]
@@ -49,7 +50,7 @@ def generate(
 
     if how == "plain" or (how == "auto" and not problems.task.has_drafts):
         return plain()
-    break_even = CPU_LEAST_ACCEPTED if jax.default_backend() == "cpu" else LEAST_ACCEPTED
+    break_even = CPU_LEAST_ACCEPTED if targets.platform() == "cpu" else LEAST_ACCEPTED
     verified = speculative_rollout(
         config,
         params,

@@ -23,6 +23,7 @@ from ckl_jax.errors import require
 from ckl_jax.model import Cache, forward, init_cache
 from ckl_jax.rollout.drafts import draft
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, answer_mask, gumbel_noise, judged, require_possible
+from ckl_jax.runtime import targets
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.problems import Problems
 
@@ -112,7 +113,7 @@ def speculative_rollout(
     total = num_prompt + max_length
     require(window >= 1, "window", window, "1 or more")
     require(slots is None or slots >= 1, "slots", slots, "1 or more")
-    num_slots = min(slots or (CPU_SLOTS if jax.default_backend() == "cpu" else count), count)
+    num_slots = min(slots or (CPU_SLOTS if targets.platform() == "cpu" else count), count)
     if drafter is None:
         require(problems.task.has_drafts, "drafter", None, f"one: {problems.task.name} has no drafts of its own")
     drafts = drafter or functools.partial(draft, problems.task)
@@ -237,5 +238,4 @@ def _goes_on(fewest: int, state: _Slots) -> jax.Array:
 def _keep_slots(state: _Slots, number: int, idle: int) -> _Slots:
     """The state with that many slots, those of the remaining episodes."""
     kept = jnp.argsort(state.episodes_G == idle)[:number]
-    cache = jax.tree.map(lambda x: x[kept], state.cache)
-    return state._replace(episodes_G=state.episodes_G[kept], known_G=state.known_G[kept], cache=cache)
+    return state._replace(episodes_G=state.episodes_G[kept], known_G=state.known_G[kept], cache=state.cache.rows(kept))

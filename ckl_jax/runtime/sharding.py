@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ckl_jax.errors import require
-from ckl_jax.runtime import hosts
+from ckl_jax.runtime import hosts, targets
 
 RUN_AXIS, DATA_AXIS = "run", "data"
 RUNS = "runs"  # The axis of vmapped runs; the others are of devices.
@@ -40,7 +40,7 @@ def make_mesh(num_runs: int, num_rows: int, run_devices: int | None = None, data
     Raises:
       ConfigError: the runs or rows cannot be shared evenly by that many devices, or they are not there.
     """
-    devices = jax.devices()
+    devices = targets.devices()
     allowed_runs = [n for n in range(1, len(devices) + 1) if num_runs % n == 0]
     if run_devices is not None:
         allowed = f"one of {allowed_runs} ({num_runs} runs, {len(devices)} devices)"
@@ -68,18 +68,33 @@ def filled_up(rows: Any) -> Any:
 
     So every process can take part in what is computed of any number of rows; the results of the rest are dropped.
     """
-    if not hosts.several():
+    if not targets.several_processes():
         return rows
-    count = jax.tree.leaves(rows)[0].shape[0]
-    index = np.arange(-(-count // jax.device_count()) * jax.device_count()) % count
+    count, devices = jax.tree.leaves(rows)[0].shape[0], len(targets.devices())
+    index = np.arange(-(-count // devices) * devices) % count
     return jax.tree.map(lambda x: x[index], rows)
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """``jax.device_put``, also onto a mesh of several processes: of what each has whole, or of global arrays."""
+    """``jax.device_put``, also onto a mesh of several processes: of what each has whole, or of global arrays.
+
+    While programs are only compiled it gives the arrays' shapes there.
+    """
+    if targets.only_compiling():
+        return placed(tree, jax.tree.broadcast(shardings, tree))
     if not hosts.several():
         return jax.device_put(tree, shardings)
     return jax.tree.map(_put, tree, jax.tree.broadcast(shardings, tree))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """The shapes of arrays with where they are to be."""
+
+    def one(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype) if isinstance(x, np.ndarray) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings)
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:

@@ -1,0 +1,157 @@
+"""The programs of a command, as calls that can be lowered: the same code makes them that the command runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ckl_jax import evaluate, finetune, pretrain
+from ckl_jax.checkpoint.shipped import shipped
+from ckl_jax.checkpoint.store import Model, load_model
+from ckl_jax.datasets.stream import TokenStream
+from ckl_jax.evaluate import EvaluateConfig
+from ckl_jax.finetune import FinetuneCommand
+from ckl_jax.model import param_shapes
+from ckl_jax.next_character import make_mesh, planned_state, train_step
+from ckl_jax.presets import pretrain_preset
+from ckl_jax.pretrain import PretrainCommand
+from ckl_jax.rl import evaluation
+from ckl_jax.rl import program as rl_program
+from ckl_jax.rl.updates import planned_states, train_rounds
+from ckl_jax.runtime import sharding
+from ckl_jax.runtime.targets import Call
+from ckl_jax.tasks.catalog import task_named
+
+
+class Planned(NamedTuple):
+    """A program of a command.
+
+    Attributes:
+      beside: bytes a device that the command keeps there meanwhile, and that the program does not read.
+    """
+
+    name: str
+    call: Call
+    beside: int = 0
+
+
+class Command(NamedTuple):
+    """A command that can be planned: its options' type and presets, its programs, and what would make them smaller."""
+
+    options: Any
+    preset: Callable[..., Any] | None
+    programs: Callable[[Any], Iterator[Planned]]
+    smaller: Callable[[Any], Iterator[tuple[str, Any]]]
+
+
+def _bytes(shapes: Any) -> int:
+    """Of one device."""
+    leaves = jax.tree.leaves(shapes)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+
+
+def of_pretraining(command: PretrainCommand) -> Iterator[Planned]:
+    config = command.config
+    mesh, task = make_mesh(config), task_named(config.task)
+    state, create = planned_state(config, mesh)
+    yield Planned("first state", create)
+    characters = config.num_documents * task.longest_episode(config.max_digits, extra=0)  # At most.
+    tokens_N = jax.ShapeDtypeStruct((characters,), np.uint8)
+    starts_E = jax.ShapeDtypeStruct((config.num_documents,), np.int32)
+    stream = sharding.put((tokens_N, starts_E), sharding.everywhere(mesh))
+    yield Planned("training step", Call(train_step, mesh, (config, state, TokenStream(*stream))))
+    model = Model(config.model, config.max_digits, state.tested, task)
+    beside = _bytes(state) - _bytes(state.tested) + _bytes(stream)
+    for digits, problems in pretrain.tested_on(config).items():
+        yield from _evaluation(model, problems, digits, None, beside)
+
+
+def _evaluation(model: Model, problems: Any, digits: int, temperature: float | None, beside: int) -> Iterator[Planned]:
+    calls = evaluate.planned(model, problems, digits, temperature=temperature)
+    first, _ = next(calls)
+    yield Planned(f"evaluation, {digits} digits", first, beside)
+
+
+def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
+    model = _without_numbers(load_model(command.checkpoint))
+    base, block = model.max_pretrain_digits, model.config.block_size
+    for digits in range(base, base + 4):
+        if model.task.longest_episode(digits) <= block:
+            problems = model.task.varying_problems(np.random.default_rng(0), command.problems, digits)
+            yield from _evaluation(model, problems, digits, command.temperature, 0)
+
+
+def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
+    config, model = command.config, _model(command)
+    program = rl_program.make_program(config, model)
+    runs, hypers = rl_program.make_runs(config, {"run": {}}, command.seeds)
+    mesh = rl_program.make_mesh(config, len(runs))
+    hypers = sharding.put(hypers, sharding.by_run(mesh))
+    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
+    states, create = planned_states(program, mesh, ref_params, hypers)
+    yield Planned("first states", create)
+    problems = sharding.put(rl_program.draw_rounds(program, runs, range(config.test_every)), sharding.by_run(mesh))
+    arguments = (program, mesh, ref_params, states, hypers, problems)
+    yield Planned(f"{config.test_every} rounds of {len(runs)} runs", Call(train_rounds, mesh, arguments))
+    policies = states.params["policy"]
+    beside = _bytes(states) - _bytes(policies) + _bytes(ref_params)
+    for name, (drawn, digits) in evaluation.problem_sets(program, config.test_problems).items():
+        first, _ = next(evaluation.planned(program, policies, drawn, digits))
+        yield Planned(f"test on {name} lengths", first, beside)
+
+
+def _model(command: FinetuneCommand) -> Model:
+    """The shape of the checkpoint; of the scale's pre-training where none was named and none of that scale ships."""
+    scale = command.config.scale
+    if scale in ("tiny", "ladder") or command.checkpoint != shipped(scale=scale):
+        return _without_numbers(load_model(command.checkpoint))
+    config = pretrain_preset(scale)
+    return Model(config.model, config.max_digits, param_shapes(config.model), task_named(config.task))
+
+
+def _without_numbers(model: Model) -> Model:
+    return model._replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params))
+
+
+def _smaller_pretraining(command: PretrainCommand) -> Iterator[tuple[str, PretrainCommand]]:
+    config = command.config
+
+    def with_(**changes: Any) -> PretrainCommand:
+        return dataclasses.replace(command, config=dataclasses.replace(config, **changes))
+
+    if not config.shard_state:
+        yield "--shard-state", with_(shard_state=True)
+    for parts in (2, 4, 8):
+        if config.microbatches == 1 and config.batch_size % parts == 0:
+            yield f"--microbatches {parts}", with_(microbatches=parts)
+    if not config.model.remat:
+        yield "--model.remat", with_(model=dataclasses.replace(config.model, remat=True))
+
+
+def _smaller_finetuning(command: FinetuneCommand) -> Iterator[tuple[str, FinetuneCommand]]:
+    config = command.config
+
+    def with_(**changes: Any) -> FinetuneCommand:
+        return dataclasses.replace(command, config=dataclasses.replace(config, **changes))
+
+    if config.runs_at_once > 1:
+        yield "--runs-at-once 1", with_(runs_at_once=1)
+    if config.minibatch == "episodes":
+        yield "--episode-batch 1", with_(episode_batch=1)
+    if config.rollout_batch > 16:
+        yield "--rollout-batch 16", with_(rollout_batch=16)
+    if not config.remat:
+        yield "--remat", with_(remat=True)
+    if not config.shard_state:
+        yield "--shard-state", with_(shard_state=True)
+
+
+COMMANDS = {
+    "pretrain": Command(PretrainCommand, pretrain.preset, of_pretraining, _smaller_pretraining),
+    "finetune": Command(FinetuneCommand, finetune.preset, of_finetuning, _smaller_finetuning),
+    "evaluate": Command(EvaluateConfig, None, of_evaluation, lambda command: iter(())),
+}

@@ -1,0 +1,76 @@
+"""Whether a program fits a chip, and the shortest time that it can take there."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from ckl_jax.preflight import hlo
+from ckl_jax.preflight.chips import GIB, Chip
+from ckl_jax.preflight.programs import Planned
+
+
+class Verdict(NamedTuple):
+    """Of one program on one device; bytes, seconds, and shares of 1.
+
+    Attributes:
+      needed: memory at the peak, the command's other arrays included; None where the compiler did not say.
+      memory: by kind, as the compiler counts it; empty where the program does not fit.
+      cost: what it computes and moves; None where it does not fit.
+      compile_seconds: of this machine, lowering included.
+    """
+
+    name: str
+    fits: bool
+    needed: float | None
+    memory: dict[str, int]
+    cost: hlo.Cost | None
+    compile_seconds: float
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """How long arithmetic, memory and links are busy at least: each alone at its full speed."""
+        if self.cost is None:
+            return {}
+        sent = sum(self.cost.collectives.values())
+        return {
+            "arithmetic": self.cost.passes / chip.flops,
+            "memory": self.cost.bytes / chip.bandwidth,
+            "links": sent / chip.links,
+        }
+
+    def share_of_peak(self, chip: Chip) -> float:
+        """Of the chip's bfloat16 operations, if it takes no longer than the busiest of the three."""
+        longest = max(self.seconds(chip).values(), default=0.0)
+        return self.cost.flops / chip.flops / longest if self.cost and longest else 0.0
+
+
+def judged(planned: Planned, chip: Chip) -> Verdict:
+    """Compiles a program for the chip's topology."""
+    start = time.monotonic()
+    lowered = planned.call.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Verdict(planned.name, False, _said(str(error)), {}, None, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    memory = _memory(compiled) | {"beside": planned.beside}
+    needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
+    return Verdict(planned.name, needed <= chip.memory, needed, memory, hlo.cost(compiled.as_text()), seconds)
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+    found = compiled.memory_analysis()
+    kinds = {"arguments": "argument", "results": "output", "temporary": "temp", "program": "generated_code"}
+    sizes = {name: int(getattr(found, f"{kind}_size_in_bytes")) for name, kind in kinds.items()}
+    return sizes | {"aliased": int(found.alias_size_in_bytes)}
+
+
+def _said(message: str) -> float | None:
+    """What the compiler would have needed, in bytes."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) exceeds", message)
+    return float(found.group(1)) * GIB / 1024 ** "GMK".index(found.group(2)) if found else None

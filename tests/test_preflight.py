@@ -1,0 +1,277 @@
+"""Preflight: the reading of HLO on hand-made programs, its refusals, and whole commands compiled for a TPU (slow)."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from ckl_jax.errors import ConfigError
+from ckl_jax.preflight import chips, hlo, programs
+from ckl_jax.preflight.__main__ import _cells, split
+from ckl_jax.preflight.chips import CHIPS, GIB
+from ckl_jax.preflight.verdict import Verdict, _said, judged
+from ckl_jax.runtime.targets import Call
+
+GOLDEN = pathlib.Path(__file__).parent / "data" / "tpu_programs.json"
+CHIP = CHIPS["v5e"]
+
+
+def _cost(function, *shapes):
+    return hlo.cost(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def _array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_product_counts_two_operations_a_multiplication_and_its_arrays():
+    found = _cost(jnp.matmul, _array(64, 32), _array(32, 16))
+    assert found.flops == 2 * 64 * 32 * 16
+    assert found.bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert not found.guessed
+
+
+def test_a_loop_counts_as_often_as_it_turns_and_one_in_another_with_both():
+    def inner(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+
+    def outer(x, w):
+        return jax.lax.fori_loop(0, 5, lambda _, x: inner(x, w), x)
+
+    shapes = _array(32, 32), _array(32, 32)
+    assert _cost(inner, *shapes).flops == 7 * 2 * 32**3
+    assert _cost(outer, *shapes).flops == 35 * 2 * 32**3
+    assert not _cost(outer, *shapes).guessed
+
+
+def test_a_loop_that_data_ends_counts_with_all_its_turns_and_says_so():
+    def until_large(x, w):
+        def goes_on(carry):
+            return (carry[0] < 9) & (carry[1].max() < 1e3)
+
+        return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, carry[1] @ w), (0, x))[1]
+
+    found = _cost(until_large, _array(32, 32), _array(32, 32))
+    assert found.flops == 9 * 2 * 32**3
+    assert found.guessed
+
+
+def test_a_branch_counts_as_the_costliest():
+    def either(x, w, first):
+        return jax.lax.cond(first, lambda: x @ w @ w, lambda: x @ w)
+
+    assert _cost(either, _array(16, 16), _array(16, 16), _array(dtype=jnp.bool_)).flops == 2 * 2 * 16**3
+
+
+TPU = """HloModule made
+
+%body (p: (s32[], f32[8,16], f32[5,16,16])) -> (s32[], f32[8,16], f32[5,16,16]) {
+  %p = (s32[], f32[8,16]{1,0:T(8,128)S(1)}, f32[5,16,16]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,16]{1,0:T(8,128)S(1)} get-tuple-element(%p), index=1
+  %ws = f32[5,16,16]{2,1,0:T(8,128)} get-tuple-element(%p), index=2
+  %y = f32[8,16]{1,0:T(8,128)S(1)} fusion(%x, %ws, %i), kind=kOutput, calls=%product
+  %r = f32[8,16]{1,0:T(8,128)S(1)} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %t = (s32[], f32[8,16]{1,0:T(8,128)S(1)}, f32[5,16,16]{2,1,0:T(8,128)}) tuple(%next, %r, %ws)
+}
+
+%product (a: f32[8,16], b: f32[5,16,16], c: s32[]) -> f32[8,16] {
+  %a = f32[8,16]{1,0:T(8,128)S(1)} parameter(0)
+  %b = f32[5,16,16]{2,1,0:T(8,128)} parameter(1)
+  %c = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %w = f32[1,16,16]{2,1,0:T(8,128)} dynamic-slice(%b, %c, %zero, %zero), dynamic_slice_sizes={1,16,16}
+  %m = f32[16,16]{1,0:T(8,128)} bitcast(%w)
+  ROOT %d = f32[8,16]{1,0:T(8,128)S(1)} convolution(%a, %m), dim_labels=bf_io->bf, operand_precision={highest,highest}
+}
+
+%add (u: f32[], v: f32[]) -> f32[] {
+  %u = f32[] parameter(0)
+  %v = f32[] parameter(1)
+  ROOT %s = f32[] add(%u, %v)
+}
+
+%condition (q: (s32[], f32[8,16], f32[5,16,16])) -> pred[] {
+  %q = (s32[], f32[8,16]{1,0:T(8,128)S(1)}, f32[5,16,16]{2,1,0:T(8,128)}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%j, %five), direction=LT
+}
+
+ENTRY %main (x0: f32[8,16], w0: f32[5,16,16]) -> f32[8,16] {
+  %x0 = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %w0 = f32[5,16,16]{2,1,0:T(8,128)} parameter(1)
+  %c0 = s32[] constant(0)
+  %near = f32[8,16]{1,0:T(8,128)S(1)} copy(%x0)
+  %state = (s32[], f32[8,16]{1,0:T(8,128)S(1)}, f32[5,16,16]{2,1,0:T(8,128)}) tuple(%c0, %near, %w0)
+  %end = (s32[], f32[8,16]{1,0:T(8,128)S(1)}, f32[5,16,16]{2,1,0}) while(%state), condition=%condition, body=%body
+  %got = f32[8,16]{1,0:T(8,128)S(1)} get-tuple-element(%end), index=1
+  ROOT %out = f32[8,16]{1,0:T(8,128)} copy(%got)
+}
+"""
+
+
+def test_of_a_tpus_program_only_main_memory_counts_and_of_sliced_arrays_the_slice():
+    found = hlo.cost(TPU)
+    assert found.flops == 5 * 2 * 8 * 16 * 16
+    assert found.passes == 6 * found.flops
+    copies, weights, counters = 2 * 4 * 8 * 16, 5 * 4 * 16 * 16, 5 * 32
+    assert copies + weights <= found.bytes <= copies + weights + counters
+    assert found.collectives == {"all-reduce": 5 * 4 * 8 * 16}
+    assert found.counts == {"all-reduce": 5}
+
+
+@pytest.mark.parametrize(
+    ("window", "labels", "source", "kernel", "output", "products"),
+    [
+        ("", "bf_io->bf", "3,4", "4,5", "3,5", 3 * 4 * 5),
+        ("size=3", "b0f_0io->b0f", "1,8,2", "3,2,7", "1,6,7", 6 * 3 * 2 * 7),
+        ("size=3 pad=1_1", "b0f_0io->b0f", "1,8,2", "3,2,7", "1,8,7", (8 * 3 - 2) * 2 * 7),
+        ("size=4 stride=3 pad=3_3 lhs_dilate=4", "0bf_0oi->0bf", "4,5,6", "4,7,6", "4,5,7", 4 * 5 * 6 * 7),
+    ],
+)
+def test_products_of_a_convolution_are_those_inside(window, labels, source, kernel, output, products):
+    text = f"""ENTRY %main (a: f32[{source}], b: f32[{kernel}]) -> f32[{output}] {{
+  %a = f32[{source}] parameter(0)
+  %b = f32[{kernel}] parameter(1)
+  ROOT %c = f32[{output}] convolution(%a, %b), window={{{window}}}, dim_labels={labels}
+}}
+"""
+    assert hlo.cost(text).flops == 2 * products
+
+
+def test_the_busiest_of_arithmetic_memory_and_links_bounds_the_time_and_the_share_of_the_peak():
+    cost = hlo.Cost(flops=1e12, passes=6e12, bytes=819e9 / 100, collectives={"all-reduce": 2e9, "all-gather": 2e9})
+    verdict = Verdict("step", True, 1.0, {"temporary": 0}, cost, 1.0)
+    assert verdict.seconds(CHIP) == {"arithmetic": 6e12 / 197e12, "memory": 0.01, "links": 0.02}
+    assert verdict.share_of_peak(CHIP) == pytest.approx(1 / 6)
+    assert "30.5 ms (arithmetic)" in _cells(verdict, CHIP)
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 107.37G of 15.75G hbm.", 107.37 * GIB),
+        ("RESOURCE_EXHAUSTED: 512.00M exceeds available HBM", 0.5 * GIB),
+        ("RESOURCE_EXHAUSTED: too much", None),
+    ],
+)
+def test_what_the_compiler_says_of_too_much_memory_is_read(message, size):
+    assert _said(message) == size
+
+
+def test_memory_is_what_the_program_needs_and_what_the_command_keeps_beside_it():
+    device = jax.devices()[0]
+    there = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((GIB // 4096, 1024), jnp.float32, sharding=there)
+    call = Call(jax.jit(lambda x: 2 * x), jax.sharding.Mesh([device], ("data",)), (x,))
+    found = judged(programs.Planned("doubled", call, beside=3 * GIB), CHIP)
+    assert found.fits
+    assert found.needed == pytest.approx(5 * GIB, rel=1e-3)
+    assert not judged(programs.Planned("doubled", call, beside=15 * GIB), CHIP).fits
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--topology v6e:2x2 finetune --seeds 3", (["--topology", "v6e:2x2"], "finetune", ["--seeds", "3"])),
+        ("evaluate", ([], "evaluate", [])),
+        ("--help", (["--help"], "", [])),
+    ],
+)
+def test_the_commands_name_divides_the_arguments(words, parts):
+    assert split(words.split()) == parts
+
+
+@pytest.mark.parametrize("kind", chips.CHIPS)
+def test_google_clouds_types_are_topologies(kind):
+    for accelerator, name in chips.ACCELERATOR_TYPES.items():
+        chip, _, sizes = name.partition(":")
+        if chip == kind:
+            number = math.prod(map(int, sizes.split("x")))
+            assert chips.accelerator_type(name) == accelerator
+            assert int(accelerator.split("-")[1]) == number * (1 if kind in chips.FLAT else 2)
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:2", "v5e:2x2x1", "v4:2x2", "v9:2x2", "v5e:0x4", "h100:1x1"])
+def test_an_unknown_topology_is_refused(name):
+    with pytest.raises(ConfigError, match=r"^topology: got .* allowed is a chip of v4, v5e, v5p, v6e with its shape"):
+        chips.topology(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"given with pip install '\.\[preflight\]'"):
+        chips.topology("v5e:2x4")
+
+
+def _preflight(*arguments, **options):
+    command = [sys.executable, "-m", "ckl_jax.preflight", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], r"^error: command: got None, allowed is pretrain \| finetune \| evaluate"),
+        (["--topology", "v5e:2x4", "figure4"], "error: .*figure4"),
+        (["--json", "nowhere/found.json", "pretrain"], r"error: json: got 'nowhere/found.json', allowed is a file"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2(arguments, said, tmp_path):
+    found = _preflight(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(GOLDEN.parents[2])})
+    assert found.returncode == 2
+    assert re.search(said, found.stderr)
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (the extra preflight)")
+
+
+SMALL = ["--model.num-layers=2", "--model.num-heads=2", "--model.width=32", "--model.block-size=512"]
+FEW = ["--episodes=8", "--minibatch-episodes=4", "--rounds=2", "--test-every=2", "--test-problems=8"]
+FEW += ["--diagnostic-episodes=2"]
+WHOLE = {
+    "pretrain": ["pretrain", "--max-digits", "2", "--batch-size", "8", "--eval-problems", "8", *SMALL],
+    "a2c": ["finetune", "--seeds", "2", *FEW],
+    "grpo": ["finetune", "--algorithm", "grpo", "--group-size", "4", "--kl", "k3", *FEW],
+    "transitions": ["finetune", "--minibatch", "transitions", "--rollout", "plain", *FEW],
+    "evaluate": ["evaluate", "--problems", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, tmp_path):
+    """The golden file says which programs there are and which collectives they have; one chip has them all."""
+    found = _preflight("--topology", "v5e:2x2", "--json", tmp_path / "found.json", *WHOLE[name])
+    assert found.returncode == 0, found.stderr
+    facts = {
+        program["name"]: {"fits": program["fits"], "collectives": program["cost"]["counts"]}
+        for program in json.loads((tmp_path / "found.json").read_text())["programs"]
+    }
+    assert facts == json.loads(GOLDEN.read_text())[name]
+
+
+@pytest.mark.slow
+def test_a_program_that_does_not_fit_ends_with_code_1_and_what_makes_it_smaller(libtpu, tmp_path):
+    large = ["--max-digits", "2", "--batch-size", "64", "--eval-problems", "8", "--packing", "stream"]
+    shape = ["--model.num-layers", "4", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "4096"]
+    found = _preflight("--topology", "v5e:1x1", "--json", tmp_path / "found.json", "pretrain", *large, *shape)
+    assert found.returncode == 1, found.stderr
+    assert "training step does not fit. With --microbatches 2 it" in found.stdout
+    advice = json.loads((tmp_path / "found.json").read_text())["advice"]["training step"]
+    assert any("it fits" in line for line in advice)
