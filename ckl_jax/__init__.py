@@ -42,19 +42,21 @@ say what lives there and what may be imported.
   back, `logs` copies to TensorBoard and Weights & Biases.
 - `ckl_jax.runtime`: the machine. `cli` parses and ends commands, whose fields are its `options`, `startup` settles
   streams, variables, cores and compilation cache, `processes` starts others here, each with its flags of XLA, `hosts`
-  joins those of several machines, `sharding` is the mesh of devices, `preemption` holds SIGTERM until work is saved,
-  `finite` refuses what is not finite, `paths` are local or of buckets, `strays` are files that nothing reads, `xla_cpu`
-  avoids wrong fused reductions.
+  joins those of several machines, `targets` are the devices that programs are made for, `sharding` is their mesh,
+  `preemption` holds SIGTERM until work is saved, `finite` refuses what is not finite, `paths` are local or of buckets,
+  `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
+- `ckl_jax.preflight`: the programs of a command compiled for a TPU that is not here. `chips` has the machines,
+  `programs` what a command compiles, `hlo` reads it, `verdict` says whether it fits.
 
 Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
 products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value
 head), a step of pre-training (`next_character`), the settings (`config`: `shape` of the model, `pretraining`,
 `finetuning`; `presets` are what they start from, `fields` says what they may hold, `resuming` which of them may change
 when a run goes on), what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`,
-`convert`, `models`, which lists those that ship, `ckl_jax.check_xla`, which compares every program with XLA's default
-fusions and without, and `ckl_jax.preflight`, which compiles the programs of a command for a TPU that is not here).
+`convert`, `models`, which lists those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's
+default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

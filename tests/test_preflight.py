@@ -163,6 +163,7 @@ def test_the_busiest_of_arithmetic_memory_and_links_bounds_the_time_and_the_shar
     ("message", "size"),
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 107.37G of 15.75G hbm.", 107.37 * GIB),
+        ("RESOURCE_EXHAUSTED: total memory for HLO temporaries (24.73G) exceeds available HBM (15.75G)", 24.73 * GIB),
         ("RESOURCE_EXHAUSTED: 512.00M exceeds available HBM", 0.5 * GIB),
         ("RESOURCE_EXHAUSTED: too much", None),
     ],

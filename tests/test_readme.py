@@ -282,4 +282,4 @@ def test_the_folders_and_modules_of_the_package_are_named():
     assert {name for name in re.findall(r"`(\w+\.py)`", section) if not (package / name).exists()} == set()
     described = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
     named = {word.rpartition(".")[2] for word in re.findall(r"`([\w.]+)`", described)}
-    assert {path.stem for path in package.rglob("*.py")} - {"__init__"} <= named
+    assert {path.stem for path in package.rglob("*.py")} - {"__init__", "__main__"} <= named

@@ -72,5 +72,5 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 def _said(message: str) -> float | None:
     """What the compiler would have needed, in bytes."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"([\d.]+)([KMG]) exceeds", message)
+    found = re.search(r"Used ([\d.]+)([KMG]) of", message) or re.search(r"\(?([\d.]+)([KMG])\)? exceeds", message)
     return float(found.group(1)) * GIB / 1024 ** "GMK".index(found.group(2)) if found else None
