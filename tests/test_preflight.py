@@ -13,13 +13,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
+from policies import untrained
 
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.preflight import chips, hlo, programs
 from ckl_jax.preflight.__main__ import _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import Verdict, _said, judged
 from ckl_jax.runtime.targets import Call
+from ckl_jax.tasks.columns import ADDITION
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "tpu_programs.json"
 CHIP = CHIPS["v5e"]
@@ -63,6 +67,18 @@ def test_a_loop_that_data_ends_counts_with_all_its_turns_and_says_so():
     found = _cost(until_large, _array(32, 32), _array(32, 32))
     assert found.flops == 9 * 2 * 32**3
     assert found.guessed
+
+
+def test_a_program_that_asks_python_in_a_loop_is_told_from_one_that_does_not():
+    def asks(x):
+        def twice(_, x):
+            return jax.pure_callback(lambda x: 2 * x, x, x)
+
+        return jax.lax.fori_loop(0, 3, twice, x)
+
+    asking, quiet = (jax.jit(f).lower(_array(4)).compile().as_text() for f in (asks, jnp.cumsum))
+    assert hlo.calls_the_host(asking)
+    assert not hlo.calls_the_host(quiet)
 
 
 def test_a_branch_counts_as_the_costliest():
@@ -218,8 +234,12 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
 
 
 def _preflight(*arguments, **options):
+    """The flags of conftest are of XLA for CPU alone, and libtpu ends where it does not know one."""
     command = [sys.executable, "-m", "ckl_jax.preflight", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, **options)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    paths = os.pathsep.join(filter(None, (str(GOLDEN.parents[2]), os.environ.get("PYTHONPATH"))))
+    environment |= {"PYTHONPATH": paths}
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=environment, **options)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +247,12 @@ def _preflight(*arguments, **options):
     [
         ([], r"^error: command: got None, allowed is pretrain \| finetune \| evaluate"),
         (["--topology", "v5e:2x4", "figure4"], "error: .*figure4"),
+        (["--only", "nothing", "pretrain"], r"error: only: got 'nothing'|error: topology: .*preflight"),
         (["--json", "nowhere/found.json", "pretrain"], r"error: json: got 'nowhere/found.json', allowed is a file"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_code_2(arguments, said, tmp_path):
-    found = _preflight(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(GOLDEN.parents[2])})
+    found = _preflight(*arguments, cwd=tmp_path)
     assert found.returncode == 2
     assert re.search(said, found.stderr)
 
@@ -242,37 +263,52 @@ def libtpu():
         pytest.skip("libtpu is not installed (the extra preflight)")
 
 
-SMALL = ["--model.num-layers=2", "--model.num-heads=2", "--model.width=32", "--model.block-size=512"]
+SMALL = ["--max-digits=2", "--batch-size=8", "--eval-problems=8", "--model.width=32", "--model.block-size=512"]
 FEW = ["--episodes=8", "--minibatch-episodes=4", "--rounds=2", "--test-every=2", "--test-problems=8"]
-FEW += ["--diagnostic-episodes=2"]
+FEW += ["--diagnostic-episodes=2", "--precision=default", "--rollout=plain"]
 WHOLE = {
-    "pretrain": ["pretrain", "--max-digits", "2", "--batch-size", "8", "--eval-problems", "8", *SMALL],
-    "a2c": ["finetune", "--seeds", "2", *FEW],
-    "grpo": ["finetune", "--algorithm", "grpo", "--group-size", "4", "--kl", "k3", *FEW],
-    "transitions": ["finetune", "--minibatch", "transitions", "--rollout", "plain", *FEW],
-    "evaluate": ["evaluate", "--problems", "8"],
+    "pretrain": ["pretrain", "--model.precision=default", *SMALL],
+    "a2c": ["finetune", "--seeds=2", *FEW],
+    "grpo": ["finetune", "--algorithm=grpo", "--group-size=4", "--kl=k3", *FEW],
+    "transitions": ["finetune", "--minibatch=transitions", "--transition-batch=8", *FEW],
+    "evaluate": ["evaluate", "--problems=8"],
 }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One layer, N = 2."""
+    config = ModelConfig(num_layers=1, num_heads=2, width=32, block_size=512, precision="default")
+    path = tmp_path_factory.mktemp("model")
+    save_model(path, Model(config, 2, untrained(config), ADDITION), {})
+    return path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, tmp_path):
-    """The golden file says which programs there are and which collectives they have; one chip has them all."""
-    found = _preflight("--topology", "v5e:2x2", "--json", tmp_path / "found.json", *WHOLE[name])
+def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, checkpoint, tmp_path):
+    """The golden file says which programs there are, how many collectives they run and what is aliased."""
+    model = [] if name == "pretrain" else ["--checkpoint", checkpoint]
+    found = _preflight("--topology", "v5e:2x2", "--json", tmp_path / "found.json", *WHOLE[name], *model)
     assert found.returncode == 0, found.stderr
-    facts = {
-        program["name"]: {"fits": program["fits"], "collectives": program["cost"]["counts"]}
-        for program in json.loads((tmp_path / "found.json").read_text())["programs"]
-    }
+    facts = {}
+    for program in json.loads((tmp_path / "found.json").read_text())["programs"]:
+        assert program["fits"]
+        assert not program["has_float64"]
+        assert not program["calls_the_host"]
+        donated = program["memory"]["aliased"] > 0
+        facts[program["name"]] = {"collectives": program["cost"]["counts"], "state is aliased": donated}
     assert facts == json.loads(GOLDEN.read_text())[name]
 
 
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_ends_with_code_1_and_what_makes_it_smaller(libtpu, tmp_path):
     large = ["--max-digits", "2", "--batch-size", "64", "--eval-problems", "8", "--packing", "stream"]
-    shape = ["--model.num-layers", "4", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "4096"]
-    found = _preflight("--topology", "v5e:1x1", "--json", tmp_path / "found.json", "pretrain", *large, *shape)
+    shape = ["--model.num-layers", "4", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "2048"]
+    found = _preflight(
+        "--topology", "v5e:1x1", "--json", tmp_path / "found.json", "--only", "step", "pretrain", *large, *shape
+    )
     assert found.returncode == 1, found.stderr
-    assert "training step does not fit. With --microbatches 2 it" in found.stdout
+    assert "training step does not fit. With --shard-state it does not fit either" in found.stdout
     advice = json.loads((tmp_path / "found.json").read_text())["advice"]["training step"]
-    assert any("it fits" in line for line in advice)
+    assert [line for line in advice if "it fits" in line] == advice[-1:]

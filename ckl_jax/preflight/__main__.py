@@ -8,7 +8,8 @@ dataset is needed and no TPU, only the extra ``preflight`` (libtpu). For every p
 matrix products and traffic, and the shortest time that arithmetic, memory or links allow, whichever is longest. Where
 loops end early by data, they count with all their turns (marked ``<=``).
 
-A program that does not fit is tried again with what makes it smaller, and exit code 1 says that one was left.
+A program that does not fit is tried again with what makes it smaller, until something does. Exit code 1 says that one
+did not fit.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class PreflightCommand:
     """TPU: v4, v5e, v5p or v6e with the shape of its chips, or Google Cloud's type, such as v5litepod-8."""
     json: pathlib.Path | None = None
     """File that gets the numbers too."""
+    only: str = ""
+    """Compile only the programs with this in their names, such as `step`, `rounds`, `test` or `evaluation`."""
     advice: bool = True
     """Try what would make a program smaller that does not fit."""
 
@@ -62,10 +65,13 @@ def main(name: str, arguments: list[str], command: PreflightCommand) -> None:
         verdicts, advice = [], dict[str, list[str]]()
         print(_line(COLUMNS), flush=True)
         for index, program in enumerate(planned.programs(options)):
+            if command.only not in program.name:
+                continue
             verdicts.append(judged(program, target.chip))
             print(_line(_cells(verdicts[-1], target.chip)), flush=True)
             if not verdicts[-1].fits and command.advice:
                 advice[program.name] = _tried(planned, options, index, target.chip)
+    require(len(verdicts) > 0, "only", command.only, f"a part of the name of a program of {name}")
     for too_large, tried in advice.items():
         print(f"{too_large} does not fit. " + ("; ".join(tried) or "No option makes it smaller") + ".")
     if command.json is not None:
@@ -89,6 +95,8 @@ def _tried(planned: Any, options: Any, index: int, chip: Chip) -> list[str]:
         verdict = judged(list(planned.programs(smaller))[index], chip)
         word = "fits" if verdict.fits else "does not fit either"
         found.append(f"With {option} it {word} ({_gib(verdict.needed)})")
+        if verdict.fits:
+            break
     return found
 
 

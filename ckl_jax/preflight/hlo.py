@@ -123,6 +123,11 @@ def cost(text: str) -> Cost:
     return of(entry)
 
 
+def calls_the_host(text: str) -> bool:
+    """Whether a program waits for Python or for data of its host: every turn of a loop would."""
+    return bool(re.search(r"callback|\b(infeed|outfeed|send|recv)\(", text))
+
+
 def _parsed(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     current: Computation = {}

@@ -128,8 +128,11 @@ def _smaller_pretraining(command: PretrainCommand) -> Iterator[tuple[str, Pretra
     for parts in (2, 4, 8):
         if config.microbatches == 1 and config.batch_size % parts == 0:
             yield f"--microbatches {parts}", with_(microbatches=parts)
+    again = dataclasses.replace(config.model, remat=True)
     if not config.model.remat:
-        yield "--model.remat", with_(model=dataclasses.replace(config.model, remat=True))
+        yield "--model.remat", with_(model=again)
+    each = config.batch_size
+    yield f"--shard-state --model.remat --microbatches {each}", with_(shard_state=True, model=again, microbatches=each)
 
 
 def _smaller_finetuning(command: FinetuneCommand) -> Iterator[tuple[str, FinetuneCommand]]:
@@ -148,6 +151,9 @@ def _smaller_finetuning(command: FinetuneCommand) -> Iterator[tuple[str, Finetun
         yield "--remat", with_(remat=True)
     if not config.shard_state:
         yield "--shard-state", with_(shard_state=True)
+    every = {"runs_at_once": 1, "rollout_batch": 16, "remat": True, "shard_state": True, "episode_batch": 1}
+    words = "--runs-at-once 1 --rollout-batch 16 --remat --shard-state --episode-batch 1"
+    yield words, with_(**every)
 
 
 COMMANDS = {

@@ -20,6 +20,7 @@ class Verdict(NamedTuple):
       needed: memory at the peak, the command's other arrays included; None where the compiler did not say.
       memory: by kind, as the compiler counts it; empty where the program does not fit.
       cost: what it computes and moves; None where it does not fit.
+      has_float64, calls_the_host: what a TPU is slow at; neither should be there.
       compile_seconds: of this machine, lowering included.
     """
 
@@ -29,6 +30,8 @@ class Verdict(NamedTuple):
     memory: dict[str, int]
     cost: hlo.Cost | None
     compile_seconds: float
+    has_float64: bool = False
+    calls_the_host: bool = False
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """How long arithmetic, memory and links are busy at least: each alone at its full speed."""
@@ -57,10 +60,11 @@ def judged(planned: Planned, chip: Chip) -> Verdict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Verdict(planned.name, False, _said(str(error)), {}, None, time.monotonic() - start)
-    seconds = time.monotonic() - start
+    seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
-    return Verdict(planned.name, needed <= chip.memory, needed, memory, hlo.cost(compiled.as_text()), seconds)
+    fits, cost, waits = needed <= chip.memory, hlo.cost(text), hlo.calls_the_host(text)
+    return Verdict(planned.name, fits, needed, memory, cost, seconds, "f64[" in text, waits)
 
 
 def _memory(compiled: Any) -> dict[str, int]:
