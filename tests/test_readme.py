@@ -15,6 +15,9 @@ import pytest
 from hostile import cli
 from names import ROOT, missing
 
+from ckl_jax.preflight import __main__ as preflight
+from ckl_jax.preflight.programs import COMMANDS
+
 DIRECTORIES = ["", "experiments", "tpu_scripts", "tests"]
 TEXTS = {directory: (ROOT / directory / "README.md").read_text() for directory in DIRECTORIES}
 README, EXPERIMENTS = TEXTS[""], TEXTS["experiments"]
@@ -119,6 +122,11 @@ def test_a_command_takes_its_options(call):
         return
     if "import tunix" in source or "from tunix" in source:
         pytest.importorskip("tunix")
+    if module == "ckl_jax.preflight":
+        own, name, arguments = preflight.split(arguments)
+        cli.parse(preflight.PreflightCommand, None, own)
+        cli.parse(COMMANDS[name].options, COMMANDS[name].preset, arguments)
+        return
     found = importlib.import_module(".".join(source_of(module).relative_to(ROOT).with_suffix("").parts))
     (words,) = re.findall(r"cli\.run\(main, ([^)]*)\)", source)
     kind, *preset = (getattr(found, word.strip()) for word in words.split(",") if "=" not in word)
@@ -255,6 +263,10 @@ def test_the_ten_seeds_are_those_of_the_published_run(name, paired_row, texts):
         ("tiny/figure4_subtraction", ["+14.2 [-1.9, +30.3]"]),
         ("tiny/figure4_multiplication", ["+0.1 [-0.6, +0.7]"]),
         ("tiny/figure4", ["+15.5 [+3.2, +27.7]"]),
+        (
+            "ladder/figure6_N5",
+            ["+4.8 [-0.5, +10.1]", "-8.5 [-25.5, +8.6]", "-7.4 [-20.4, +5.5]", "-12.4 [-30.3, +5.6]"],
+        ),
         ("ladder/figure4_N7", ["+13.1 [+3.4, +22.8]"]),
         ("ladder/table1", ["-0.0538 [-0.0684, -0.0392]", "-0.0061 [-0.0085, -0.0036]", "515 of 517", "166 of 166"]),
     ],
@@ -283,3 +295,16 @@ def test_the_folders_and_modules_of_the_package_are_named():
     described = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
     named = {word.rpartition(".")[2] for word in re.findall(r"`([\w.]+)`", described)}
     assert {path.stem for path in package.rglob("*.py")} - {"__init__", "__main__"} <= named
+
+
+def test_preflights_table_is_what_was_published():
+    found = json.loads((RESULTS / "preflight" / "gpt2_pretraining_v5e_2x4.json").read_text())
+    page = (ROOT / "tpu_scripts" / "README.md").read_text()
+    for program in found["programs"]:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {program['name']}")]
+        cost, needed = program["cost"], program["needed"] / 2**30
+        assert f"| {needed:.2f} GiB |" in row
+        assert f"{cost['flops'] / 1e12:.3g} |" in row
+        assert f"{program['share_of_peak']:.0%} | {program['compile_seconds']:.0f} s |" in row
+        (moved,) = re.findall(r"([\d.,]+) \| [\d.]+ \| (?:up to )?[\d.]+ m?s ", row)
+        assert float(moved.replace(",", "")) == float(f"{cost['bytes'] / 1e9:.3g}")
