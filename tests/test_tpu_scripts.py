@@ -766,6 +766,34 @@ def test_a_tool_that_is_missing_is_noticed_before_it_is_paid_for(cloud, missing)
     assert f"not on PATH: {missing}" in done.err
 
 
+@pytest.mark.parametrize(
+    ("options", "installed", "fits", "module", "code", "compiled"),
+    [
+        ([], 0, 0, "ckl_jax.finetune", 0, True),
+        ([], 0, 1, "ckl_jax.finetune", 2, True),
+        ([], 0, 2, "ckl_jax.finetune", 0, True),  # It could not be compiled, which says nothing.
+        (["--no-preflight"], 0, 1, "ckl_jax.finetune", 0, False),
+        ([], 1, 1, "ckl_jax.finetune", 0, False),
+        ([], 0, 1, "experiments.figure4_prioritized_kl", 0, False),
+    ],
+)
+def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
+    cloud, options, installed, fits, module, code, compiled
+):
+    noted, python = cloud.path / "preflight", cloud.checkout / ".venv" / "bin" / "python"
+    for path in (python, cloud.checkout / "ckl_jax" / "preflight" / "__main__.py"):
+        path.parent.mkdir(parents=True)
+    path.touch()
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {installed}\necho "$@" >{noted}\nexit {fits}\n')
+    python.chmod(0o755)
+    done = cloud.run("supervise.sh", *options, module, "--seeds", "20")
+    assert done.returncode == code, done.err
+    assert bool(cloud.calls()) == (code == 0)
+    expected = f"-m ckl_jax.preflight --topology v5litepod-16 {module.removeprefix('ckl_jax.')} --seeds 20\n"
+    assert (noted.read_text() if noted.exists() else None) == (expected if compiled else None)
+    assert ("does not fit v5litepod-16" in done.err) == (code == 2)
+
+
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
