@@ -301,6 +301,31 @@ def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, check
     assert facts == json.loads(GOLDEN.read_text())[name]
 
 
+TOO_MUCH = """
+import jax, jax.numpy as jnp
+from ckl_jax.preflight import chips
+topology = chips.topology({name!r})
+there = jax.sharding.SingleDeviceSharding(topology.devices[0])
+print(len(topology.devices), topology.hosts)
+x = jax.ShapeDtypeStruct((2**25, 2**12), jnp.float32, sharding=there)
+jax.jit(lambda x: (x.T @ x, x[::-1] + 1)).lower(x).compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "devices", "hosts"), [("v4-16", 8, 2), ("v5litepod-8", 8, 1), ("v5p-8", 4, 1), ("v6e:4x4", 16, 4)]
+)
+def test_chips_have_the_memory_that_their_compiler_allows_and_one_device_each(libtpu, name, devices, hosts):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TOO_MUCH.format(name=name)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert found.stdout.split() == [str(devices), str(hosts)], found.stderr
+    (allowed,) = set(re.findall(r"exceeds available HBM \(([\d.]+)G\)", found.stderr))
+    kind = chips.ACCELERATOR_TYPES.get(name, name).partition(":")[0]
+    assert float(allowed) == pytest.approx(CHIPS[kind].memory / GIB)
+
+
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_ends_with_code_1_and_what_makes_it_smaller(libtpu, tmp_path):
     large = ["--max-digits", "2", "--batch-size", "64", "--eval-problems", "8", "--packing", "stream"]

@@ -17,10 +17,10 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a device of JAX has, as Google Cloud's pages on the TPU versions say (2026).
+    """What a device of JAX has, as Google Cloud's pages on the TPU versions say.
 
     Attributes:
-      memory: bytes of HBM that programs may use: what the compiler allows, less than what is sold.
+      memory: bytes of HBM that programs may use, as libtpu 0.0.52 says where they use more.
       flops: bfloat16 operations a second, at most.
       bandwidth: bytes a second of HBM.
       links: bytes a second to other chips, all links together.
@@ -35,8 +35,8 @@ class Chip(NamedTuple):
 CHIPS = {
     "v4": Chip(30.75 * GIB, 275e12, 1228e9, 300e9),
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9),
-    "v5p": Chip(95.74 * GIB, 459e12, 2765e9, 600e9),
-    "v6e": Chip(31.25 * GIB, 918e12, 1640e9, 400e9),
+    "v5p": Chip(95.73 * GIB, 459e12, 2765e9, 600e9),
+    "v6e": Chip(31.24 * GIB, 918e12, 1640e9, 400e9),
 }
 FLAT = ("v5e", "v6e")  # Their topologies have two numbers, and their types count chips; those of the others cores.
 SHAPES = {
@@ -88,10 +88,10 @@ def topology(name: str) -> Topology:
     # One host has up to 8 chips of the flat ones if it is alone, else 4.
     alone = kind in FLAT and shape in ((1, 1), (2, 4))
     options: dict[str, Any] = {"chips_per_host_bounds": (*shape, 1)} if alone else {}
+    options |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # Both cores of a chip are one device.
     os.environ.update(
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_ACCELERATOR_TYPE=accelerator_type(name),
-        TPU_MEGACORE="MEGACORE_DENSE" if kind == "v4" else "",
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
     )
