@@ -308,3 +308,6 @@ def test_preflights_table_is_what_was_published():
         assert f"{program['share_of_peak']:.0%} | {program['compile_seconds']:.0f} s |" in row
         (moved,) = re.findall(r"([\d.,]+) \| [\d.]+ \| (?:up to )?[\d.]+ m?s ", row)
         assert float(moved.replace(",", "")) == float(f"{cost['bytes'] / 1e9:.3g}")
+    rounds = json.loads((RESULTS / "preflight" / "gpt2_finetuning_v5e_2x4.json").read_text())["programs"][0]
+    assert not rounds["fits"]
+    assert f"temporaries alone are {rounds['needed'] / 2**30:.1f} GiB" in page
