@@ -1,7 +1,5 @@
 """The TPUs that programs can be compiled for without one, by the names of libtpu's topologies."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

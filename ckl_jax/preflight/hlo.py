@@ -4,8 +4,6 @@ XLA's own cost analysis counts the body of a loop once. Here it counts as often 
 data (answers end early), it is the most turns that the loop's condition allows, or one where it names no number.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -66,7 +64,7 @@ class Cost(NamedTuple):
     counts: Mapping[str, float] = {}
     guessed: bool = False
 
-    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
+    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
         return Cost(
             self.flops + other.flops,
             self.passes + other.passes,
@@ -76,7 +74,7 @@ class Cost(NamedTuple):
             self.guessed or other.guessed,
         )
 
-    def times(self, turns: float, guessed: bool) -> Cost:
+    def times(self, turns: float, guessed: bool) -> "Cost":
         def scaled(found: Mapping[str, float]) -> dict[str, float]:
             return {kind: turns * value for kind, value in found.items()}
 

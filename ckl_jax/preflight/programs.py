@@ -1,7 +1,5 @@
 """The programs of a command, as calls that can be lowered: the same code makes them that the command runs."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

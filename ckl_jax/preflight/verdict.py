@@ -1,7 +1,5 @@
 """Whether a program fits a chip, and the shortest time that it can take there."""
 
-from __future__ import annotations
-
 import re
 import time
 from typing import Any, NamedTuple

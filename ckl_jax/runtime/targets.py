@@ -3,8 +3,6 @@
 A command says what it computes as ``Call``s, so that `ckl_jax.preflight` compiles the very same without computing it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
