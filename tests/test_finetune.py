@@ -589,13 +589,15 @@ def _assert_same_run(path, other, runs):
 
 # Another value for every field that changes the speed alone; those of the second kind make the same program here.
 OTHER_SPEED = {"runs_at_once": 1, "rollout": "speculative", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
+OTHER_SPEED |= {"episode_batch": 2, "remat": True}
+OF_PRETRAINING = {"attention_chunk", "layers", "microbatches"}
 SAME_PROGRAM = {"transition_batch": 3}
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_speed_to_the_same_numbers(tmp_path, model, uninterrupted, monkeypatch):
     path, runs, _ = uninterrupted
-    assert {*OTHER_SPEED, *SAME_PROGRAM} == {*RESUMABLE.speed} - {"attention_chunk"}
+    assert {*OTHER_SPEED, *SAME_PROGRAM} == {*RESUMABLE.speed} - OF_PRETRAINING
     with pytest.raises(_KilledError):
         _run(CONFIG, model, tmp_path / "a", _killed_after_a_checkpoint(monkeypatch))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
