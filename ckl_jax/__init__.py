@@ -48,7 +48,7 @@ say what lives there and what may be imported.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 - `ckl_jax.preflight`: the programs of a command compiled for a TPU that is not here. `chips` has the machines,
-  `programs` what a command compiles, `hlo` reads it, `verdict` says whether it fits.
+  `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
 
 Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
 products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value

@@ -18,7 +18,7 @@ from policies import untrained
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.preflight import chips, hlo, programs
+from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import Verdict, _said, judged
@@ -30,7 +30,7 @@ CHIP = CHIPS["v5e"]
 
 
 def _cost(function, *shapes):
-    return hlo.cost(jax.jit(function).lower(*shapes).compile().as_text())
+    return costs.cost(jax.jit(function).lower(*shapes).compile().as_text())
 
 
 def _array(*shape, dtype=jnp.float32):
@@ -139,7 +139,7 @@ ENTRY %main (x0: f32[8,16], w0: f32[5,16,16]) -> f32[8,16] {
 
 
 def test_of_a_tpus_program_only_main_memory_counts_and_of_sliced_arrays_the_slice():
-    found = hlo.cost(TPU)
+    found = costs.cost(TPU)
     assert found.flops == 5 * 2 * 8 * 16 * 16
     assert found.passes == 6 * found.flops
     copies, weights, counters = 2 * 4 * 8 * 16, 5 * 4 * 16 * 16, 5 * 32
@@ -164,11 +164,11 @@ def test_products_of_a_convolution_are_those_inside(window, labels, source, kern
   ROOT %c = f32[{output}] convolution(%a, %b), window={{{window}}}, dim_labels={labels}
 }}
 """
-    assert hlo.cost(text).flops == 2 * products
+    assert costs.cost(text).flops == 2 * products
 
 
 def test_the_busiest_of_arithmetic_memory_and_links_bounds_the_time_and_the_share_of_the_peak():
-    cost = hlo.Cost(flops=1e12, passes=6e12, bytes=819e9 / 100, collectives={"all-reduce": 2e9, "all-gather": 2e9})
+    cost = costs.Cost(flops=1e12, passes=6e12, bytes=819e9 / 100, collectives={"all-reduce": 2e9, "all-gather": 2e9})
     verdict = Verdict("step", True, 1.0, {"temporary": 0}, cost, 1.0)
     assert verdict.seconds(CHIP) == {"arithmetic": 6e12 / 197e12, "memory": 0.01, "links": 0.02}
     assert verdict.share_of_peak(CHIP) == pytest.approx(1 / 6)
@@ -233,12 +233,16 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
         chips.topology("v5e:2x4")
 
 
+def _environment():
+    """Without conftest's flags, which are of XLA for CPU alone: libtpu ends where it does not know one."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join([str(GOLDEN.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    }
+
+
 def _preflight(*arguments, **options):
-    """The flags of conftest are of XLA for CPU alone, and libtpu ends where it does not know one."""
-    command = [sys.executable, "-m", "ckl_jax.preflight", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    paths = os.pathsep.join(filter(None, (str(GOLDEN.parents[2]), os.environ.get("PYTHONPATH"))))
-    environment |= {"PYTHONPATH": paths}
+    command, environment = [sys.executable, "-m", "ckl_jax.preflight", *map(str, arguments)], _environment()
     return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False, env=environment, **options)
 
 
@@ -317,7 +321,7 @@ jax.jit(lambda x: (x.T @ x, x[::-1] + 1)).lower(x).compile()
     ("name", "devices", "hosts"), [("v4-16", 8, 2), ("v5litepod-8", 8, 1), ("v5p-8", 4, 1), ("v6e:4x4", 16, 4)]
 )
 def test_chips_have_the_memory_that_their_compiler_allows_and_one_device_each(libtpu, name, devices, hosts):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment = _environment() | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", TOO_MUCH.format(name=name)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert found.stdout.split() == [str(devices), str(hosts)], found.stderr

@@ -37,12 +37,8 @@ CHIPS = {
     "v6e": Chip(31.24 * GIB, 918e12, 1640e9, 400e9),
 }
 FLAT = ("v5e", "v6e")  # Their topologies have two numbers, and their types count chips; those of the others cores.
-SHAPES = {
-    "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
-    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
-}
+FLAT_SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SOLID_SHAPES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 EXAMPLES = "v5e:2x4, v6e:2x2, v5p:2x2x1 or v4:2x2x1"
 
 
@@ -54,7 +50,9 @@ def accelerator_type(name: str) -> str:
 
 
 ACCELERATOR_TYPES = {
-    accelerator_type(name): name for name in (f"{kind}:{shape}" for kind, shapes in SHAPES.items() for shape in shapes)
+    accelerator_type(f"{kind}:{shape}"): f"{kind}:{shape}"
+    for kind in CHIPS
+    for shape in (FLAT_SHAPES if kind in FLAT else SOLID_SHAPES)
 }
 """The topologies of Google Cloud's types, in their usual shapes."""
 

@@ -69,8 +69,8 @@ def of_pretraining(command: PretrainCommand) -> Iterator[Planned]:
 
 
 def _evaluation(model: Model, problems: Any, digits: int, temperature: float | None, beside: int) -> Iterator[Planned]:
-    calls = evaluate.planned(model, problems, digits, temperature=temperature)
-    first, _ = next(calls)
+    sampling = evaluate.sampled_at(temperature, model.task.max_answer_length(digits))
+    first, _ = next(evaluate.planned(model, problems, digits, sampling))
     yield Planned(f"evaluation, {digits} digits", first, beside)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ckl_jax.preflight import hlo
+from ckl_jax.preflight import costs, hlo
 from ckl_jax.preflight.chips import GIB, Chip
 from ckl_jax.preflight.programs import Planned
 
@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     fits: bool
     needed: float | None
     memory: dict[str, int]
-    cost: hlo.Cost | None
+    cost: costs.Cost | None
     compile_seconds: float
     has_float64: bool = False
     calls_the_host: bool = False
@@ -61,7 +61,7 @@ def judged(planned: Planned, chip: Chip) -> Verdict:
     seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
-    fits, cost, waits = needed <= chip.memory, hlo.cost(text), hlo.calls_the_host(text)
+    fits, cost, waits = needed <= chip.memory, costs.cost(text), hlo.calls_the_host(text)
     return Verdict(planned.name, fits, needed, memory, cost, seconds, "f64[" in text, waits)
 
 

@@ -1,0 +1,253 @@
+"""What a program computes and moves: products, bytes of main memory, and collectives.
+
+XLA's own cost analysis counts the body of a loop once. Here it counts as often as the loop turns. Where that depends on
+data (answers end early), it is the most turns that the loop's condition allows, or one where it names no number.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from ckl_jax.preflight import hlo
+
+_NUMBERS, _NAMES = ("constant", "iota", "partition-id", "replica-id"), ("parameter", "tuple", "get-tuple-element")
+FREE = (*_NUMBERS, *_NAMES, "bitcast", "after-all")
+SLICES = ("dynamic-slice", "slice", "gather")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+PASSES = {"high": 3, "highest": 6}
+"""Of bfloat16 that a TPU makes for a product of float32 numbers; else one."""
+
+
+class Cost(NamedTuple):
+    """Of one device.
+
+    Attributes:
+      flops: of matrix products and convolutions, two a multiplication.
+      passes: the same times the passes that their precision takes.
+      bytes: read and written in main memory.
+      collectives: bytes of the results by kind of collective.
+      counts: how often each kind runs.
+      guessed: whether a loop's turns depend on data.
+    """
+
+    flops: float = 0.0
+    passes: float = 0.0
+    bytes: float = 0.0
+    collectives: Mapping[str, float] = {}
+    counts: Mapping[str, float] = {}
+    guessed: bool = False
+
+    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
+        return Cost(
+            self.flops + other.flops,
+            self.passes + other.passes,
+            self.bytes + other.bytes,
+            _added(self.collectives, other.collectives),
+            _added(self.counts, other.counts),
+            self.guessed or other.guessed,
+        )
+
+    def times(self, turns: float, guessed: bool) -> "Cost":
+        def scaled(found: Mapping[str, float]) -> dict[str, float]:
+            return {kind: turns * value for kind, value in found.items()}
+
+        flops, passes, moved = (turns * number for number in (self.flops, self.passes, self.bytes))
+        return Cost(flops, passes, moved, scaled(self.collectives), scaled(self.counts), guessed or self.guessed)
+
+
+def _added(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    return {kind: a.get(kind, 0.0) + b.get(kind, 0.0) for kind in {**a, **b}}
+
+
+def cost(text: str) -> Cost:
+    """Of a whole program, from ``compiled.as_text()``."""
+    computations, entry = hlo.parsed(text)
+    known: dict[str, Cost] = {}
+
+    def of(name: str) -> Cost:
+        if name not in known:
+            known[name] = sum((one(x, computations[name]) for x in computations[name].values()), Cost())
+        return known[name]
+
+    def one(instruction: hlo.Instruction, there: hlo.Computation) -> Cost:
+        opcode, called = instruction.opcode, instruction.called()
+        if opcode in FREE or "AllocateBuffer" in instruction.attributes:
+            return Cost()
+        if opcode == "while":
+            turns, guessed = _turns(computations[called["condition"][0]], computations)
+            return (of(called["body"][0]) + of(called["condition"][0])).times(turns, guessed)
+        inside = [of(name) for names in called.values() for name in names] if opcode != "fusion" else []
+        if opcode == "conditional":
+            return max(inside, key=lambda branch: (branch.flops, branch.bytes))
+        if opcode in ("call", "async-start"):
+            return sum(inside, Cost())
+        flops, passes = _products(instruction, there, computations)
+        moved = _moved(instruction, there, computations)
+        kind = next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), None)
+        if kind is None:
+            return Cost(flops, passes, moved)
+        received = float(sum(array.bytes for array in _results(instruction)))
+        return Cost(flops, passes, moved, {kind: received}, {kind: 1.0})
+
+    return of(entry)
+
+
+def _turns(condition: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> tuple[int, bool]:
+    """How often a loop that starts at 0 turns, at most; and whether it may end before."""
+    bounds, others = list[int](), 0
+    for instruction, there in _with_fused(condition, computations):
+        if instruction.opcode == "compare":
+            constants = [_constant(name, there) for name in instruction.operands]
+            bounds += [value for value in constants if value is not None and "direction=LT" in instruction.attributes]
+            others += not any(value is not None for value in constants)
+        others += instruction.opcode in ("and", "or")
+    return (min(bounds), others > 0) if bounds else (1, True)
+
+
+def _with_fused(
+    computation: hlo.Computation, computations: Mapping[str, hlo.Computation]
+) -> Iterator[tuple[hlo.Instruction, hlo.Computation]]:
+    for instruction in computation.values():
+        yield instruction, computation
+        for names in instruction.called().values():
+            for name in names:
+                inside = dict(computations[name])
+                # What a fusion gets from outside stands for its parameters.
+                for number, parameter in hlo.parameters(computations[name]):
+                    given = computation.get(instruction.operands[number])
+                    if given is not None and given.opcode == "constant":
+                        inside[parameter.name] = given
+                yield from _with_fused(inside, computations)
+
+
+def _constant(name: str, there: hlo.Computation) -> int | None:
+    found = there.get(name)
+    number = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.attributes)
+    return int(number.group()) if number else None
+
+
+def _results(instruction: hlo.Instruction) -> tuple[hlo.Array, ...]:
+    """What an operation gives; the start of an asynchronous one also repeats its operands and has a context."""
+    arrays = instruction.arrays
+    if instruction.opcode.endswith("-start") and len(arrays) > 1:
+        return arrays[1 : len(arrays) // 2 + 1] if instruction.opcode != "copy-start" else arrays[:1]
+    return arrays
+
+
+def _moved(instruction: hlo.Instruction, there: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> float:
+    """Bytes read and written in main memory."""
+    opcode = instruction.opcode
+    if opcode.endswith("-done"):
+        return 0.0
+    if opcode == "fusion":
+        return _moved_by_fusion(instruction, computations)
+    far = float(sum(array.bytes for array in _results(instruction) if not array.near))
+    if opcode in SLICES:
+        source = there.get(instruction.operands[0])
+        return far + (instruction.bytes if source is not None and not source.is_near else 0)
+    if opcode in ("dynamic-update-slice", "scatter"):
+        update = there.get(instruction.operands[-1 if opcode == "scatter" else 1])
+        return 0.0 if update is None or instruction.is_near else 2.0 * update.bytes
+    operands = [array for name in instruction.operands if name in there for array in there[name].arrays]
+    return far + sum(array.bytes for array in operands if not array.near)
+
+
+def _moved_by_fusion(fusion: hlo.Instruction, computations: Mapping[str, hlo.Computation]) -> float:
+    """Its parameters, of those only sliced the slices, and its results, of those updated in place the updates."""
+    inside = computations[fusion.called()["calls"][0]]
+    total = sum(_read(x, inside, computations) for _, x in hlo.parameters(inside) if not x.is_near)
+    root = hlo.root(inside)
+    results = [inside[name] for name in root.operands] if root and root.opcode == "tuple" else [root] if root else []
+    for result, array in zip(results, fusion.arrays, strict=False):
+        update = _update(result, inside, computations)
+        total += 0 if array.near else array.bytes if update is None else update
+    return float(total)
+
+
+def _read(parameter: hlo.Instruction, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> int:
+    """Bytes that a fused computation reads of a parameter, at most all."""
+    whole, total = parameter.bytes, 0
+    names = [parameter.name]
+    while names and total < whole:
+        name = names.pop()
+        for user in [x for x in inside.values() if name in x.operands]:
+            if user.opcode == "bitcast":
+                names.append(user.name)
+            elif user.opcode in SLICES and user.operands[0] == name:
+                total += user.bytes
+            elif user.opcode == "fusion":
+                nested = computations[user.called()["calls"][0]]
+                given = [x for number, x in hlo.parameters(nested) if user.operands[number] == name]
+                total += sum(_read(x, nested, computations) for x in given)
+            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+                total += whole
+    return min(total, whole)
+
+
+def _update(
+    result: hlo.Instruction | None, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]
+) -> int | None:
+    """Bytes of an update in place, or None where a whole array is written."""
+    while result is not None and result.opcode in ("bitcast", "convert") and result.operands[0] in inside:
+        result = inside[result.operands[0]]
+    if result is None:
+        return None
+    if result.opcode == "fusion":
+        nested = computations[result.called()["calls"][0]]
+        return _update(hlo.root(nested), nested, computations)
+    if result.opcode != "dynamic-update-slice" or result.operands[1] not in inside:
+        return None
+    return inside[result.operands[1]].bytes
+
+
+def _products(
+    instruction: hlo.Instruction, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]
+) -> tuple[float, float]:
+    """Operations of matrix products, and the same times the passes that their precision takes."""
+    if instruction.opcode == "fusion":
+        nested = computations[instruction.called()["calls"][0]]
+        found = [_products(x, nested, computations) for x in nested.values()]
+        return sum(flops for flops, _ in found), sum(passes for _, passes in found)
+    if instruction.opcode == "dot":
+        left = inside[instruction.operands[0]].arrays[0]
+        contracted = instruction.numbers(r"lhs_contracting_dims=\{([\d,]*)\}")
+        flops = 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(left.shape[axis] for axis in contracted)
+    elif instruction.opcode == "convolution":
+        flops = _convolution_flops(instruction, inside)
+    else:
+        return 0.0, 0.0
+    precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
+    kinds = {inside[name].arrays[0].kind for name in instruction.operands[:2]}
+    passes = PASSES.get(precision.group(1), 1) if precision and kinds == {"f32"} else 1
+    return flops, passes * flops
+
+
+def _convolution_flops(instruction: hlo.Instruction, inside: hlo.Computation) -> float:
+    """Products of an input and a kernel that both lie inside: TPUs write batched products as padded convolutions."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 0.0
+    of_input, of_kernel, of_output = labels.groups()
+    source, kernel = (inside[name].arrays[0].shape for name in instruction.operands[:2])
+    output = instruction.arrays[0].shape
+    spatial = [label for label in of_output if label.isdigit()]
+    total = 2.0 * output[of_output.index("b")] * output[of_output.index("f")] * kernel[of_kernel.index("i")]
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    settings = re.findall(r"(\w+)=([\d_x\-]+)", found.group(1)) if found else []
+    window = {key: values.split("x") for key, values in settings}
+    for index, label in enumerate(spatial):
+
+        def setting(key: str, default: str, index: int = index) -> str:
+            return window[key][index] if key in window else default
+
+        stride, dilated = int(setting("stride", "1")), int(setting("lhs_dilate", "1"))
+        spread, low = int(setting("rhs_dilate", "1")), int(setting("pad", "0_0").split("_")[0])
+        length = (source[of_input.index(label)] - 1) * dilated + 1
+        places = (
+            out * stride - low + at * spread
+            for out in range(output[of_output.index(label)])
+            for at in range(kernel[of_kernel.index(label)])
+        )
+        total *= sum(0 <= place < length and place % dilated == 0 for place in places)
+    return total / math.prod(instruction.numbers(r"batch_group_count=(\d+)"))
