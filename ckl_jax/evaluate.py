@@ -66,37 +66,33 @@ def judge(
       extra_length: characters that an answer may be longer than the longest right one.
       given_BxT: how the answers start, as in ``rollout``; default: with nothing.
     """
-    calls = planned(
-        model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length, given_BxT=given_BxT
-    )
+    require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
+    sampling = sampled_at(temperature, model.task.max_answer_length(digits, extra_length))
+    calls = planned(model, problems, digits, sampling._replace(given_BxT=given_BxT), seed)
     found = [(call.run(), count) for call, count in calls]
     return np.concatenate([sharding.to_host(rewards)[:count] for rewards, count in found])
 
 
+def sampled_at(temperature: float | None, max_length: int) -> Sampling:
+    """Answers of up to ``max_length`` characters at a temperature, or of the likeliest ones."""
+    return Sampling(max_length, 1.0 if temperature is None else temperature, greedy=temperature is None)
+
+
 def planned(
-    model: Model,
-    problems: Sequence[tasks.Problem],
-    digits: int,
-    *,
-    temperature: float | None = None,
-    seed: int = 0,
-    extra_length: int = tasks.EXTRA_LENGTH,
-    given_BxT: np.ndarray | None = None,
+    model: Model, problems: Sequence[tasks.Problem], digits: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[tuple[Call, int]]:
     """What ``judge`` computes for a group of problems after another, and how many there are in each."""
     packed = problems_lib.pack(model.task, problems, digits, model.max_pretrain_digits)
     require(is_integer(seed) and 0 <= seed <= MOST_SEED, "seed", seed, f"0..{MOST_SEED}")
-    require(is_integer(extra_length) and extra_length >= 0, "extra_length", extra_length, "0 or more")
-    length = model.task.max_answer_length(digits, extra_length)
-    greedy, temperature = temperature is None, 1.0 if temperature is None else temperature
-    require_possible(model.config, packed, Sampling(length, temperature, greedy, given_BxT))
+    require_possible(model.config, packed, sampling)
+    max_length, temperature, greedy, given_BxT = sampling
     for start in range(0, len(problems), BATCH):
         group = problems_lib.rows(packed, start, BATCH), None if given_BxT is None else given_BxT[start : start + BATCH]
         count = len(group[0].episodes_B)
         group = sharding.filled_up(group)
         mesh = sharding.make_mesh(1, len(group[0].episodes_B))
         params = sharding.put(model.params, sharding.everywhere(mesh))
-        options = {"max_length": length, "temperature": temperature, "greedy": greedy}
+        options = {"max_length": max_length, "temperature": temperature, "greedy": greedy}
         yield Call(_rewards, mesh, (model.config, params, *group, jax.random.key(seed)), options), count
 
 

@@ -163,10 +163,7 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
 
 def planned_state(config: PretrainConfig, mesh: Mesh) -> tuple[PretrainState, Call]:
     """The shapes of the state on the mesh, and what makes the first one there."""
-    create = functools.partial(init_state, config)
-    shapes = jax.eval_shape(create)
-    shardings = sharding.state_shardings(mesh, shapes, config.shard_state)
-    return sharding.placed(shapes, shardings), Call(jax.jit(create, out_shardings=shardings), mesh, ())
+    return sharding.planned(functools.partial(init_state, config), (), mesh, config.shard_state)
 
 
 def make_mesh(config: PretrainConfig) -> Mesh:

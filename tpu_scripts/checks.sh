@@ -41,6 +41,9 @@ check_command() {
   done
 }
 
+# here_python: the path of this checkout's python, or of another that may have its packages.
+here_python() { if [[ -x $here/../.venv/bin/python ]]; then echo "$here/../.venv/bin/python"; else echo python3; fi; }
+
 # check_arguments MODULE ARG...: ends with code 2 where this checkout has no such module, or, as far as a python with its
 # packages is at hand, the module refuses the arguments.
 check_arguments() {
@@ -49,8 +52,7 @@ check_arguments() {
   file=$root/${1//.//}
   if [[ -f $file.py ]]; then file=$file.py; else file=$file/__main__.py; fi
   if [[ ! -f $file ]]; then fail 2 "MODULE: got $1; this checkout has no ${file#"$root/"}"; fi
-  python=$root/.venv/bin/python
-  if [[ ! -x $python ]]; then python=python3; fi
+  python=$(here_python)
   if ! grep -q 'cli\.run(' "$file"; then return; fi
   answer=$(export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" &&
     bounded "$python" "$here/parse.py" "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
@@ -61,8 +63,7 @@ check_arguments() {
 # commands that ckl_jax.preflight knows, and only where a python with its extra is at hand.
 check_fits() {
   local root=$here/.. python name=${1#ckl_jax.} code=0
-  python=$root/.venv/bin/python
-  if [[ ! -x $python ]]; then python=python3; fi
+  python=$(here_python)
   if [[ ! -e $root/ckl_jax/preflight/__main__.py || ! $1 =~ ^ckl_jax\.(pretrain|finetune|evaluate)$ ]]; then return; fi
   if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("libtpu", "jax"))))'; then
     say "not compiled beforehand: the extra preflight is not installed"

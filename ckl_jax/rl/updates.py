@@ -125,10 +125,7 @@ def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper)
       ref_params, hypers: where they are to be; the latter with a leading axis of runs R.
     """
     create = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))
-    shapes = jax.eval_shape(create, ref_params, hypers)
-    shardings = sharding.state_shardings(mesh, shapes, program.config.shard_state, sharding.RUN_AXIS)
-    make = jax.jit(create, out_shardings=shardings)
-    return sharding.placed(shapes, shardings), Call(make, mesh, (ref_params, hypers))
+    return sharding.planned(create, (ref_params, hypers), mesh, program.config.shard_state, sharding.RUN_AXIS)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

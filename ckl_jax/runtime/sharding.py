@@ -97,6 +97,18 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(one, shapes, shardings)
 
 
+def planned(
+    create: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh, split: bool, *leading: str
+) -> tuple[Any, targets.Call]:
+    """The shapes of the train state ``create(*arguments)`` on the mesh, and what makes it there.
+
+    ``split`` and ``leading`` are those of ``state_shardings``.
+    """
+    shapes = jax.eval_shape(create, *arguments)
+    shardings = state_shardings(mesh, shapes, split, *leading)
+    return placed(shapes, shardings), targets.Call(jax.jit(create, out_shardings=shardings), mesh, arguments)
+
+
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         if x.sharding.device_set == sharding.device_set:
