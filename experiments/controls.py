@@ -174,15 +174,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         panel.legend(loc="upper left", fontsize=9)
     panels[0, 0].set_ylabel(f"accuracy on each round's {digits}-digit problems (%)")
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])
-    after = [100 * arms_lib.after(results, arm) for arm in names]
-    comparison.rows(panels[1, 0], after, names, [colors[arm] for arm in names])
-    panels[1, 0].set_xlabel(f"accuracy on {digits} digits after RL (%)")
-    pairs = results["pairs"]
-    differences = [100 * np.array(found["differences"]) for found in pairs]
-    labels = [f"{found['arm']} - {found['control']}" for found in pairs]
-    comparison.rows(panels[1, 1], differences, labels, [colors[found["control"]] for found in pairs])
-    panels[1, 1].axvline(0, color=plots.INK, linewidth=1)
-    panels[1, 1].set(xlabel="difference after RL, paired by seed (points)")
+    comparison.after_panel(panels[1, 0], results, colors, digits)
+    comparison.pairs_panel(panels[1, 1], results["pairs"], colors)
     figure.suptitle(f"RL on {digits} digits, {len(results['seeds'])} seeds")
     return figure
 

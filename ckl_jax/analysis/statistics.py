@@ -1,4 +1,4 @@
-"""Intervals: over seeds by Student's t, over problems by the bootstrap, of shares by Wilson's score."""
+"""Intervals: over seeds by Student's t, over problems by the bootstrap, of shares by Wilson's score; p-values."""
 
 from __future__ import annotations
 
@@ -65,6 +65,34 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     intervals = [mean_interval(column[~np.isnan(column)]).within(0, 1) for column in values.T]
     mean, low, high = (np.array(part) for part in zip(*intervals, strict=True))
     return mean, low, high
+
+
+def paired_p(differences: np.ndarray) -> float:
+    """Two-sided p-value of Student's t test that the mean of ``differences`` [n] over seeds is 0.
+
+    NaN for less than two; differences that are all the same have 0, or 1 if they are 0.
+    """
+    differences = np.asarray(differences, np.float64)
+    count = len(differences)
+    if count < 2:
+        return float("nan")
+    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(count)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * special.stdtr(count - 1, -abs(mean / error)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of one family of tests, corrected for their number by Holm's step-down method (Holm 1979).
+
+    The smallest is multiplied by their number n, the next by n - 1 and so on; none falls below a smaller one's, none
+    exceeds 1. The chance that any true null hypothesis has one below 0.05 is at most 5%. NaN stays, and counts.
+    """
+    order = np.argsort(p_values, kind="stable")
+    steps = np.arange(len(p_values), 0, -1) * np.asarray(p_values, np.float64)[order]
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return corrected.tolist()
 
 
 def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> tuple[float, float]:

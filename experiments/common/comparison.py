@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import Side, mean_interval, percent
+from ckl_jax.analysis.statistics import Side, holm, mean_interval, paired_p, percent
 from ckl_jax.runs.records import critical_probability
 from ckl_jax.tasks.task import Task
 from experiments.common import arms as arms_lib
@@ -60,6 +60,16 @@ def pair(results: Mapping[str, Any], arm: str, control: str) -> dict[str, Any]:
     }
 
 
+def corrected(pairs: Sequence[Mapping[str, Any]], level: float = 0.05) -> list[dict[str, Any]]:
+    """Pairs of one family with p-values corrected for their number, and verdicts by these instead of the intervals."""
+    p = holm([paired_p(np.array(found["differences"])) for found in pairs])
+    judged = []
+    for found, value in zip(pairs, p, strict=True):
+        side: Side = "undecided" if not value < level else "above" if found["target"][0] > 0 else "below"
+        judged.append({**found, "p_holm": value, "verdict": JUDGED[side]})
+    return judged
+
+
 def beats_all(pairs: Sequence[Mapping[str, Any]]) -> str:
     """Whether one arm is better than all its controls, with their names.
 
@@ -72,12 +82,13 @@ def beats_all(pairs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
-    """A line per pair, in percentage points, as Markdown."""
-    rows = []
+    """A line per pair, in percentage points, as Markdown; with corrected p-values where they are."""
+    rows, of_family = [], ["p (Holm)"] * any("p_holm" in found for found in pairs)
     for found in pairs:
         target, old = (percent(found[name], "+") for name in ("target", "old"))
-        rows.append([f"{found['arm']} - {found['control']}", target, found["verdict"], old])
-    return markdown(["difference, paired", f"{digits} digits", "", "old lengths"], rows)
+        p = [f"{found['p_holm']:.3g}"] if of_family else []
+        rows.append([f"{found['arm']} - {found['control']}", target, *p, found["verdict"], old])
+    return markdown(["difference, paired", f"{digits} digits", *of_family, "", "old lengths"], rows)
 
 
 def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:
@@ -92,3 +103,19 @@ def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
+
+
+def after_panel(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, Any], digits: int) -> None:
+    """A row per arm: its accuracy after training."""
+    arms = list(results["arms"])
+    rows(axes, [100 * arms_lib.after(results, arm) for arm in arms], arms, [colors[arm] for arm in arms])
+    axes.set_xlabel(f"accuracy on {digits} digits after RL (%)")
+
+
+def pairs_panel(axes: Axes, pairs: Sequence[Mapping[str, Any]], colors: Mapping[str, Any]) -> None:
+    """A row per pair, in the color of its control."""
+    labels = [f"{found['arm']} - {found['control']}" for found in pairs]
+    differences = [100 * np.array(found["differences"]) for found in pairs]
+    rows(axes, differences, labels, [colors[found["control"]] for found in pairs])
+    axes.axvline(0, color=plots.INK, linewidth=1)
+    axes.set_xlabel("difference after RL, paired by seed (points)")
