@@ -1,63 +1,23 @@
-"""GPT-2 in Flax Linen with a key-value cache that is a plain pytree, and the value head.
+"""GPT-2 in Flax Linen, and the value head.
 
 Tensor names carry their shape: B batch, T new positions, S cached positions, H heads, K width per head, D width,
 V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ckl_jax.attention import fused, plain
+from ckl_jax.attention.cache import Cache, LayerCache, append, append_to_layer
 from ckl_jax.config import ModelConfig
-from ckl_jax.runtime import targets
+from ckl_jax.runtime import sharding, targets
 
 LAYER_NORM_EPSILON = 1e-5
 EMBEDDING_STDDEV = 0.02
-MASKED = -1e30
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions seen so far.
-
-    Attributes:
-      keys_BxHxSxK, values_BxHxSxK: one array per layer; where layers are scanned, one array [L, B, H, S, K] of all.
-      segments_BxS: int32 segment of each cached position.
-      length: int32, how many of the S slots are filled: [], or [B] where each row has its own.
-    """
-
-    keys_BxHxSxK: tuple[jax.Array, ...]
-    values_BxHxSxK: tuple[jax.Array, ...]
-    segments_BxS: jax.Array
-    length: jax.Array
-
-    def of_layers(self, change: Callable[[jax.Array], jax.Array]) -> "Cache":
-        """The cache with its keys and values changed."""
-        keys, values = (tuple(map(change, of_layers)) for of_layers in (self.keys_BxHxSxK, self.values_BxHxSxK))
-        return self._replace(keys_BxHxSxK=keys, values_BxHxSxK=values)
-
-    def grown(self, slots: int) -> "Cache":
-        """With room for as many positions, none fewer than before."""
-        extra = slots - self.segments_BxS.shape[1]
-        grown = self.of_layers(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]))
-        return grown._replace(segments_BxS=jnp.pad(self.segments_BxS, ((0, 0), (0, extra))))
-
-    def rows(self, index: jax.Array) -> "Cache":
-        """Those rows of the batch; ``length`` is [B]."""
-        kept = self.of_layers(lambda x: jnp.take(x, index, axis=x.ndim - 4))
-        return kept._replace(segments_BxS=self.segments_BxS[index], length=self.length[index])
-
-
-class LayerCache(NamedTuple):
-    """What a layer appends to: its own keys and values, or those of all layers and which of them it is."""
-
-    keys: jax.Array
-    values: jax.Array
-    length: jax.Array
-    layer: jax.Array | None
 
 
 class Output(NamedTuple):
@@ -76,65 +36,18 @@ def scans_layers(config: ModelConfig) -> bool:
     return config.layers == "scanned" or (config.layers == "auto" and targets.platform() != "cpu")
 
 
+def fuses_attention(config: ModelConfig) -> bool:
+    """Whether causal attention is one kernel; on other devices than a TPU that is emulated."""
+    chosen = targets.platform() == "tpu" and config.dtype == "bfloat16" and config.can_fuse_attention
+    return config.attention == "fused" or (config.attention == "auto" and chosen)
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for ``batch`` rows of up to ``slots`` positions."""
     shape = (batch, config.num_heads, slots, config.width // config.num_heads)
     shapes = [(config.num_layers, *shape)] if scans_layers(config) else [shape] * config.num_layers
     layers = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
     return Cache(layers, layers, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout, precision):
-    scores = jnp.where(mask_Bx1xTxS, scores_BxHxTxS.astype(jnp.float32), MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)
-    weights = dropout(weights).astype(values_BxHxSxK.dtype)
-    attended = jnp.einsum("bhts,bhsk->bhtk", weights, values_BxHxSxK, precision=precision)
-    return attended / total.astype(values_BxHxSxK.dtype)
-
-
-def _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
-    """Causal attention inside segments, a chunk of queries at a time against the keys up to the chunk's end.
-
-    The queries may be those of the last positions only.
-    """
-    num_positions = k_BxHxTxK.shape[2]
-    first = num_positions - q_BxHxTxK.shape[2]
-    outputs = []
-    for start in range(first, num_positions, config.attention_chunk):
-        end = min(start + config.attention_chunk, num_positions)
-        q, k, v = q_BxHxTxK[:, :, start - first : end - first], k_BxHxTxK[:, :, :end], v_BxHxTxK[:, :, :end]
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=config.precision)
-        causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        same_segment = segments_BxT[:, start:end, None] == segments_BxT[:, None, :end]
-        mask = (causal[None] & same_segment)[:, None]
-        outputs.append(_softmax_values(scores, mask, v, dropout, config.precision))
-    return jnp.concatenate(outputs, axis=2)
-
-
-def _cached_attention(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropout, config):
-    scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK, precision=config.precision)
-    return _softmax_values(scores, mask_BxTxS[:, None], values_BxHxSxK, dropout, config.precision)
-
-
-def _append(buffer_BxHxSxK: jax.Array, new_BxHxTxK: jax.Array, length: jax.Array) -> jax.Array:
-    if length.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(buffer_BxHxSxK, new_BxHxTxK, length, axis=2)
-    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))(buffer_BxHxSxK, new_BxHxTxK, length)
-
-
-def _append_to_layer(buffer: jax.Array, new_BxHxTxK: jax.Array, cache: LayerCache) -> tuple[jax.Array, jax.Array]:
-    """The buffer with the new positions, and that layer's part [B, H, S, K] of it."""
-    layer, length = cache.layer, cache.length
-    if layer is None:
-        appended = _append(buffer, new_BxHxTxK, length)
-        return appended, appended
-    if length.ndim == 0:  # In place: what the loop over layers carries is not copied.
-        buffer = jax.lax.dynamic_update_slice(buffer, new_BxHxTxK[None], (layer, 0, 0, length, 0))
-    else:
-        appended = _append(jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False), new_BxHxTxK, length)
-        buffer = jax.lax.dynamic_update_index_in_dim(buffer, appended, layer, axis=0)
-    return buffer, jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
 
 
 def _starts(cache: Cache, batch: int) -> jax.Array:
@@ -169,26 +82,47 @@ class Block(nn.Module):
             return nn.Dropout(config.dropout)(x, deterministic=deterministic)
 
         h_BTxD = _layer_norm(config, "ln_1")(x_BTxD)
-        qkv = dense(3 * config.width, "c_attn")(h_BTxD)
-        heads = (batch, num_positions, 3, config.num_heads, config.width // config.num_heads)
-        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv.reshape(heads).transpose(2, 0, 3, 1, 4)
-        q_BxHxTxK = q_BxHxTxK[:, :, num_positions - num_outputs :] * (config.width // config.num_heads) ** -0.5
-        if layer_cache is None:
-            attended = _causal_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
+        qkv_BTx3D = dense(3 * config.width, "c_attn")(h_BTxD)
+        if layer_cache is None and fuses_attention(config):
+            rate = 0.0 if deterministic else config.dropout
+            key = self.make_rng("dropout") if rate else None
+            attended_BxTxD = _fused(config, rate, qkv_BTx3D.reshape(batch, num_positions, -1), segments_BxT, key)
+            attended_BTxD = attended_BxTxD[:, num_positions - num_outputs :].reshape(-1, config.width)
         else:
-            all_keys, keys = _append_to_layer(layer_cache.keys, k_BxHxTxK, layer_cache)
-            all_values, values = _append_to_layer(layer_cache.values, v_BxHxTxK, layer_cache)
-            layer_cache = layer_cache._replace(keys=all_keys, values=all_values)
-            mask_BxTxS = mask_BxTxS[:, num_positions - num_outputs :]
-            attended = _cached_attention(q_BxHxTxK, keys, values, mask_BxTxS, dropout, config)
-        attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_outputs, config.width)
+            heads = (batch, num_positions, 3, config.num_heads, config.width // config.num_heads)
+            q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv_BTx3D.reshape(heads).transpose(2, 0, 3, 1, 4)
+            q_BxHxTxK = q_BxHxTxK[:, :, num_positions - num_outputs :] * (config.width // config.num_heads) ** -0.5
+            if layer_cache is None:
+                attended = plain.causal(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
+            else:
+                all_keys, keys = append_to_layer(layer_cache.keys, k_BxHxTxK, layer_cache)
+                all_values, values = append_to_layer(layer_cache.values, v_BxHxTxK, layer_cache)
+                layer_cache = layer_cache._replace(keys=all_keys, values=all_values)
+                mask_BxTxS = mask_BxTxS[:, num_positions - num_outputs :]
+                attended = plain.cached(q_BxHxTxK, keys, values, mask_BxTxS, dropout, config)
+            attended_BTxD = attended.transpose(0, 2, 1, 3).reshape(batch * num_outputs, config.width)
         x_BxTxD = x_BTxD.reshape(batch, num_positions, config.width)[:, num_positions - num_outputs :]
         x_BTxD = x_BxTxD.reshape(batch * num_outputs, config.width)
         x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
         h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)
-        h_BTx4D = nn.gelu(dense(4 * config.width, "c_fc")(h_BTxD), approximate=config.activation == "gelu_tanh")
+        gelu = functools.partial(nn.gelu, approximate=config.activation == "gelu_tanh")
+        if scans_layers(config):  # Keeps its input for the backward pass, and not all that it computes of it.
+            gelu = jax.checkpoint(gelu, prevent_cse=False)
+        h_BTx4D = gelu(dense(4 * config.width, "c_fc")(h_BTxD))
         x_BTxD = x_BTxD + dropout(dense(config.width, "mlp_c_proj", scale)(h_BTx4D))
         return x_BTxD, layer_cache
+
+
+def _fused(config: ModelConfig, rate: float, qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, key: Any) -> jax.Array:
+    """The kernel's attention [B, T, D], every device on its own rows."""
+    shape = qkv_BxTx3D.shape[0], config.num_heads
+    seeds_BxH = jnp.zeros(shape, jnp.int32)
+    if key is not None:
+        seeds_BxH = jax.lax.bitcast_convert_type(jax.random.bits(key, shape), jnp.int32)
+    interpret = targets.platform() != "tpu"
+    settings = fused.Settings(config.num_heads, rate, jax.lax.Precision[config.precision.upper()], interpret)
+    rows = qkv_BxTx3D, segments_BxT, seeds_BxH
+    return cast(jax.Array, sharding.over_rows(lambda _, rows: fused.attention(*rows, settings), None, rows))
 
 
 def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
@@ -238,7 +172,7 @@ class GPT2(nn.Module):
         mask_BxTxS = None
         if cache is not None:
             slots = jnp.arange(cache.segments_BxS.shape[1])
-            segments_BxS = _append(cache.segments_BxS[:, None, :, None], segments_BxT[:, None, :, None], cache.length)
+            segments_BxS = append(cache.segments_BxS[:, None, :, None], segments_BxT[:, None, :, None], cache.length)
             segments_BxS = segments_BxS[:, 0, :, 0]
             causal_BxTxS = (
                 slots[None, None] <= (_starts(cache, batch)[:, None] + jnp.arange(num_positions)[None])[..., None]

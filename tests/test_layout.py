@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "ckl_jax"
 ROOMS = (
     *("errors", "fields", "runtime", "checks", "overflow", "resuming"),
     *("certainty", "token_weights", "advantages", "losses"),
-    *("tasks", "config", "presets", "model", "rollout", "checkpoint", "datasets"),
+    *("tasks", "config", "presets", "attention", "model", "rollout", "checkpoint", "datasets"),
     *("next_character", "rl", "runs", "analysis"),
     *("evaluate", "pretrain", "finetune", "convert", "models", "check_xla", "preflight"),
 )

@@ -143,13 +143,14 @@ def _moved(instruction: hlo.Instruction, there: hlo.Computation, computations: M
     if opcode == "fusion":
         return _moved_by_fusion(instruction, computations)
     far = float(sum(array.bytes for array in _results(instruction) if not array.near))
-    if opcode in SLICES:
-        source = there.get(instruction.operands[0])
-        return far + (instruction.bytes if source is not None and not source.is_near else 0)
+    if opcode.removesuffix("-start") in SLICES:
+        source, read = there.get(instruction.operands[0]), sum(array.bytes for array in _results(instruction))
+        return far + (read if source is not None and not source.is_near else 0)
     if opcode in ("dynamic-update-slice", "scatter"):
         update = there.get(instruction.operands[-1 if opcode == "scatter" else 1])
         return 0.0 if update is None or instruction.is_near else 2.0 * update.bytes
-    operands = [array for name in instruction.operands if name in there for array in there[name].arrays]
+    # A kernel that is given an array several times reads parts of it.
+    operands = [array for name in dict.fromkeys(instruction.operands) if name in there for array in there[name].arrays]
     return far + sum(array.bytes for array in operands if not array.near)
 
 
@@ -165,6 +166,11 @@ def _moved_by_fusion(fusion: hlo.Instruction, computations: Mapping[str, hlo.Com
     return float(total)
 
 
+def _is_view(instruction: hlo.Instruction) -> bool:
+    """Whether it is its operand in another shape or tiling, and nothing moves."""
+    return instruction.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in instruction.attributes
+
+
 def _read(parameter: hlo.Instruction, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> int:
     """Bytes that a fused computation reads of a parameter, at most all."""
     whole, total = parameter.bytes, 0
@@ -172,7 +178,7 @@ def _read(parameter: hlo.Instruction, inside: hlo.Computation, computations: Map
     while names and total < whole:
         name = names.pop()
         for user in [x for x in inside.values() if name in x.operands]:
-            if user.opcode == "bitcast":
+            if _is_view(user):
                 names.append(user.name)
             elif user.opcode in SLICES and user.operands[0] == name:
                 total += user.bytes
@@ -209,6 +215,9 @@ def _products(
         nested = computations[instruction.called()["calls"][0]]
         found = [_products(x, nested, computations) for x in nested.values()]
         return sum(flops for flops, _ in found), sum(passes for _, passes in found)
+    if instruction.opcode == "custom-call":
+        flops = float(sum(instruction.numbers(r'"cost_estimate":\{"flops":"(\d+)"')))  # As the kernel's author says.
+        return flops, flops
     if instruction.opcode == "dot":
         left = inside[instruction.operands[0]].arrays[0]
         contracted = instruction.numbers(r"lhs_contracting_dims=\{([\d,]*)\}")

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import tasks
+from ckl_jax.attention.cache import Cache
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require
-from ckl_jax.model import Cache, Output, forward, init_cache
+from ckl_jax.model import Output, forward, init_cache
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, gumbel_noise, judged, layout, require_possible
 from ckl_jax.runtime.sharding import largest_divisor
 from ckl_jax.tasks import alphabet

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ckl_jax.attention.cache import Cache
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require
-from ckl_jax.model import Cache, forward, init_cache
+from ckl_jax.model import forward, init_cache
 from ckl_jax.rollout.drafts import draft
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, answer_mask, gumbel_noise, judged, require_possible
 from ckl_jax.runtime import targets

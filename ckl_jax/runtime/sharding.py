@@ -160,8 +160,9 @@ def _state_spec(shape: tuple[int, ...], num_data: int, *leading: str) -> Partiti
 
 
 def num_shares() -> int:
-    """Devices that share the rows in the program that is being traced; 1 outside of any mesh."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(DATA_AXIS, 1)
+    """Devices that share the rows in the program that is being traced; 1 outside of any mesh and in ``over_rows``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if DATA_AXIS in mesh.manual_axes else dict(mesh.shape).get(DATA_AXIS, 1)
 
 
 def share_rows(batch: Any) -> Any:
@@ -197,7 +198,10 @@ def over_rows(call: Callable[[Any, Any], Any], whole: Any, rows: Any, *, total: 
 
     specs = (ALL, BY_ROW)
     out = ALL if total else BY_ROW
-    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names={DATA_AXIS}, check_vma=False)(whole, rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    # With the axes of one device: a kernel must not be left to XLA to divide, not even over them.
+    axes = {axis for axis, size in mesh.shape.items() if size == 1 or axis == DATA_AXIS} - set(mesh.manual_axes)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False)(whole, rows)
 
 
 def over_runs(mesh: Mesh, call: Callable[..., Any], whole: Any, *of_runs: Any) -> Any:
