@@ -5,6 +5,7 @@ V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -105,6 +106,7 @@ class Block(nn.Module):
         x_BTxD = x_BxTxD.reshape(batch * num_outputs, config.width)
         x_BTxD = x_BTxD + dropout(dense(config.width, "c_proj", scale)(attended_BTxD))
         h_BTxD = _layer_norm(config, "ln_2")(x_BTxD)
+        gelu: Callable[[jax.Array], jax.Array]
         gelu = functools.partial(nn.gelu, approximate=config.activation == "gelu_tanh")
         if scans_layers(config):  # Keeps its input for the backward pass, and not all that it computes of it.
             gelu = jax.checkpoint(gelu, prevent_cse=False)
@@ -122,7 +124,7 @@ def _fused(config: ModelConfig, rate: float, qkv_BxTx3D: jax.Array, segments_BxT
     interpret = targets.platform() != "tpu"
     settings = fused.Settings(config.num_heads, rate, jax.lax.Precision[config.precision.upper()], interpret)
     rows = qkv_BxTx3D, segments_BxT, seeds_BxH
-    return cast(jax.Array, sharding.over_rows(lambda _, rows: fused.attention(*rows, settings), None, rows))
+    return cast(jax.Array, sharding.by_device(lambda *rows: fused.attention(*rows, settings), *rows))
 
 
 def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:

@@ -131,7 +131,7 @@ def test_devices_that_share_the_rows_compute_the_same_without_a_word_between_the
         rows = sharding.share_rows((qkv, segments, seeds, d_out))
 
         def shared(qkv):
-            return sharding.over_rows(lambda _, x: fused.attention(*x, settings), None, (qkv, *rows[1:3]))
+            return sharding.by_device(lambda *x: fused.attention(*x, settings), qkv, *rows[1:3])
 
         return with_gradient(shared, rows[0], rows[3])
 

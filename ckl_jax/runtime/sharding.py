@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -198,10 +198,18 @@ def over_rows(call: Callable[[Any, Any], Any], whole: Any, rows: Any, *, total: 
 
     specs = (ALL, BY_ROW)
     out = ALL if total else BY_ROW
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names={DATA_AXIS}, check_vma=False)(whole, rows)
+
+
+def by_device(kernel: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
+    """``kernel(*rows)`` with each device on its own rows: a kernel that XLA must not divide, not even over one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    # With the axes of one device: a kernel must not be left to XLA to divide, not even over them.
-    axes = {axis for axis, size in mesh.shape.items() if size == 1 or axis == DATA_AXIS} - set(mesh.manual_axes)
-    return jax.shard_map(on_device, in_specs=specs, out_specs=out, axis_names=axes, check_vma=False)(whole, rows)
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not axes:
+        return kernel(*rows)
+    spec = BY_ROW if DATA_AXIS in axes else ALL
+    shared = jax.shard_map(kernel, in_specs=(spec,) * len(rows), out_specs=spec, axis_names=axes, check_vma=False)
+    return cast(jax.Array, shared(*rows))
 
 
 def over_runs(mesh: Mesh, call: Callable[..., Any], whole: Any, *of_runs: Any) -> Any:
