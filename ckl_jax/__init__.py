@@ -27,6 +27,8 @@ say what lives there and what may be imported.
   `problems` makes arrays of them, with reward and critical tokens on the device.
 - `ckl_jax.datasets`: the text of pre-training. `scratchpads` is a TFDS dataset (without TensorFlow), `prepared` its
   files on disk, `stream` the token stream that is sampled on the device.
+- `ckl_jax.attention`: how positions see each other. `plain` is for XLA to compile, `fused` one kernel of a TPU, `cache`
+  the keys and values of a decoder.
 - `ckl_jax.rollout`: policy, problems and key become answers. `trajectory` is an episode as arrays, `decoding` writes it
   step by step, `speculative` by verifying drafts a window at a time, and `generation` chooses between the two. `drafts`
   says how an episode goes on if it calculates faithfully from its own text, line by line (`scratchpad_lines`).
@@ -51,12 +53,11 @@ say what lives there and what may be imported.
   `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
 
 Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
-products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 with a key-value cache, and the value
-head), a step of pre-training (`next_character`), the settings (`config`: `shape` of the model, `pretraining`,
-`finetuning`; `presets` are what they start from, `fields` says what they may hold, `resuming` which of them may change
-when a run goes on), what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`,
-`convert`, `models`, which lists those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's
-default fusions and without).
+products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 and the value head), a step of
+pre-training (`next_character`), the settings (`config`: `shape` of the model, `pretraining`, `finetuning`; `presets`
+are what they start from, `fields` says what they may hold, `resuming` which of them may change when a run goes on),
+what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which
+lists those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

@@ -88,6 +88,52 @@ def test_a_branch_counts_as_the_costliest():
     assert _cost(either, _array(16, 16), _array(16, 16), _array(dtype=jnp.bool_)).flops == 2 * 2 * 16**3
 
 
+KERNEL = """HloModule made
+
+ENTRY %main (x: bf16[4,96]) -> bf16[4,32] {
+  %x = bf16[4,96]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %out = bf16[4,32]{1,0:T(8,128)(2,1)} custom-call(%x, %x, %x), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"Zm9v","cost_estimate":{"flops":"7000","transcendentals":"3"}}}
+}
+"""
+
+
+def test_a_kernel_counts_what_its_author_says_and_reads_once_what_it_is_given_several_times():
+    found = costs.cost(KERNEL)
+    assert found.flops == found.passes == 7000
+    assert found.bytes == 2 * (4 * 96 + 4 * 32)
+
+
+SLICES = """HloModule made
+
+%view (u: bf16[12,8,16]) -> bf16[12,8,16] {
+  %u = bf16[12,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %c = bf16[12,8,16]{2,1,0:T(8,128)} copy(%u)
+}
+
+%layer (w: bf16[12,8,16], i: s32[]) -> bf16[1,8,16] {
+  %w = bf16[12,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %v = bf16[12,8,16]{2,1,0:T(8,128)} fusion(%w), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = bf16[1,8,16]{2,1,0:T(8,128)} dynamic-slice(%v, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+ENTRY %main (ws: bf16[12,8,16], at: s32[]) -> bf16[1,8,16] {
+  %ws = bf16[12,8,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %at = s32[] parameter(1)
+  %early = ((bf16[12,8,16]), bf16[3,8,16]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%ws), slice={[9:12], [0:8], [0:16]}
+  %done = bf16[3,8,16]{2,1,0:S(1)} slice-done(%early)
+  ROOT %l = bf16[1,8,16]{2,1,0:T(8,128)} fusion(%ws, %at), kind=kLoop, calls=%layer
+}
+"""
+
+
+def test_a_slice_that_starts_early_and_one_of_a_view_are_slices():
+    early, of_view = 3 * 8 * 16, 2 * 8 * 16
+    assert costs.cost(SLICES).bytes == 2 * (early + of_view) + 4  # The index.
+
+
 TPU = """HloModule made
 
 %body (p: (s32[], f32[8,16], f32[5,16,16])) -> (s32[], f32[8,16], f32[5,16,16]) {
@@ -272,6 +318,10 @@ FEW = ["--episodes=8", "--minibatch-episodes=4", "--rounds=2", "--test-every=2",
 FEW += ["--diagnostic-episodes=2", "--precision=default", "--rollout=plain"]
 WHOLE = {
     "pretrain": ["pretrain", "--model.precision=default", *SMALL],
+    "pretrain, fused": [
+        *("pretrain", "--model.dtype=bfloat16", "--model.precision=default", "--model.dropout=0.1", *SMALL),
+        "--model.width=128",
+    ],
     "a2c": ["finetune", "--seeds=2", *FEW],
     "grpo": ["finetune", "--algorithm=grpo", "--group-size=4", "--kl=k3", *FEW],
     "transitions": ["finetune", "--minibatch=transitions", "--transition-batch=8", *FEW],
@@ -292,7 +342,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, checkpoint, tmp_path):
     """The golden file says which programs there are, how many collectives they run and what is aliased."""
-    model = [] if name == "pretrain" else ["--checkpoint", checkpoint]
+    model = [] if "pretrain" in name else ["--checkpoint", checkpoint]
     found = _preflight("--topology", "v5e:2x2", "--json", tmp_path / "found.json", *WHOLE[name], *model)
     assert found.returncode == 0, found.stderr
     facts = {}
@@ -301,7 +351,8 @@ def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, check
         assert not program["has_float64"]
         assert not program["calls_the_host"]
         donated = program["memory"]["aliased"] > 0
-        facts[program["name"]] = {"collectives": program["cost"]["counts"], "state is aliased": donated}
+        counted = {"collectives": program["cost"]["counts"], "kernels": program["kernels"]}
+        facts[program["name"]] = counted | {"state is aliased": donated}
     assert facts == json.loads(GOLDEN.read_text())[name]
 
 

@@ -18,6 +18,7 @@ class Verdict(NamedTuple):
       needed: memory at the peak, the command's other arrays included; None where the compiler did not say.
       memory: by kind, as the compiler counts it; empty where the program does not fit.
       cost: what it computes and moves; None where it does not fit.
+      kernels: calls of Pallas kernels in its text, each as often as its loop turns in the cost.
       has_float64, calls_the_host: what a TPU is slow at; neither should be there.
       compile_seconds: of this machine, lowering included.
     """
@@ -28,6 +29,7 @@ class Verdict(NamedTuple):
     memory: dict[str, int]
     cost: costs.Cost | None
     compile_seconds: float
+    kernels: int = 0
     has_float64: bool = False
     calls_the_host: bool = False
 
@@ -61,8 +63,8 @@ def judged(planned: Planned, chip: Chip) -> Verdict:
     seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
-    fits, cost, waits = needed <= chip.memory, costs.cost(text), hlo.calls_the_host(text)
-    return Verdict(planned.name, fits, needed, memory, cost, seconds, "f64[" in text, waits)
+    fits, cost, kernels = needed <= chip.memory, costs.cost(text), text.count('"tpu_custom_call"')
+    return Verdict(planned.name, fits, needed, memory, cost, seconds, kernels, "f64[" in text, hlo.calls_the_host(text))
 
 
 def _memory(compiled: Any) -> dict[str, int]:

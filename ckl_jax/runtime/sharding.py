@@ -202,7 +202,7 @@ def over_rows(call: Callable[[Any, Any], Any], whole: Any, rows: Any, *, total: 
 
 
 def by_device(kernel: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
-    """``kernel(*rows)`` with each device on its own rows: a kernel that XLA must not divide, not even over one device."""
+    """``kernel(*rows)`` with each device on its own rows, also where it is one: XLA must not divide a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names) - set(mesh.manual_axes)
     if not axes:
