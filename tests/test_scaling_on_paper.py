@@ -1,0 +1,82 @@
+"""Scaling on paper from made answers of preflight: what is asked, resumed, told and drawn."""
+
+import itertools
+import json
+
+import pytest
+
+from ckl_jax.errors import ConfigError
+from ckl_jax.preflight import chips
+from experiments import scaling_on_paper as scaling
+
+TOPOLOGIES = ("v5e:1x1", "v5e:2x4")
+
+
+class Done:
+    stderr = "warning\nerror: model: got nothing"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What preflight was asked; its answers have two of whatever there are chips of, and no cost with split ones."""
+    calls = []
+
+    def answer(words, **_):
+        calls.append(words)
+        options = dict(itertools.pairwise(words))
+        number = scaling.chips_of(options["--topology"])
+        split = "--shard-state" in words
+        seconds = {"arithmetic": 0.01, "memory": 0.02, "links": 0.001 * number}
+        cost = None if split else {"collectives": {"all-reduce": 2e8} if number > 1 else {}}
+        program = {"name": "training step", "fits": not split, "needed": 2 * 2**30, "cost": cost}
+        program |= {"seconds": seconds, "share_of_peak": 0.5}
+        with open(options["--json"], "w") as file:
+            json.dump({"programs": [program]}, file)
+        return Done
+
+    monkeypatch.setattr(scaling.subprocess, "run", answer)
+    monkeypatch.setattr(scaling, "topology", lambda name: chips.Topology(name, chips.CHIPS["v5e"], ()))
+    return calls
+
+
+def test_every_topology_is_asked_once_with_as_many_windows_a_chip(asked, tmp_path, capsys):
+    command = scaling.ScalingCommand(topologies=TOPOLOGIES, windows=3, out=tmp_path / "out")
+    scaling.main(command)
+    said = [" ".join(words[words.index("pretrain") :]) for words in asked]
+    one, eight = "pretrain --scale gpt2 --batch-size 3", "pretrain --scale gpt2 --batch-size 24"
+    assert said == [one, f"{one} --shard-state", eight, f"{eight} --shard-state"]
+    printed = capsys.readouterr().out
+    assert "| 8 | whole | 2.00 | 10 | 20 | 8 | memory | 50% | all-reduce 0.2 |" in printed
+    assert "| 1 | whole | 2.00 | 10 | 20 | 1 | memory | 50% | none |" in printed
+    assert printed.count("| does not fit |") == 2
+    assert (tmp_path / "out" / "scaling_on_paper.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_call_asks_for_what_is_missing_alone(asked, tmp_path):
+    command = scaling.ScalingCommand(topologies=TOPOLOGIES, out=tmp_path / "out")
+    scaling.main(command)
+    (tmp_path / "out" / "v5e_2x4_whole.json").unlink()
+    asked.clear()
+    scaling.main(command)
+    assert [words[words.index("--topology") + 1] for words in asked] == ["v5e:2x4"]
+    asked.clear()
+    scaling.main(scaling.ScalingCommand(out=tmp_path / "out", plot_only=True))
+    assert not asked
+
+
+def test_other_settings_in_the_same_directory_are_refused(asked, tmp_path):
+    scaling.main(scaling.ScalingCommand(topologies=TOPOLOGIES, out=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="windows"):
+        scaling.main(scaling.ScalingCommand(topologies=TOPOLOGIES, windows=1, out=tmp_path / "out"))
+
+
+def test_a_preflight_that_fails_is_named_with_its_last_word(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: Done)
+    with pytest.raises(ConfigError, match=r"^topologies: preflight failed for v5e:1x1: error: model: got nothing"):
+        scaling.main(scaling.ScalingCommand(topologies=TOPOLOGIES, out=tmp_path / "out"))
+
+
+def test_an_unknown_topology_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match=r"^topology: got 'h100:1x1'"):
+        scaling.main(scaling.ScalingCommand(topologies=("h100:1x1",), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
