@@ -18,6 +18,7 @@ not decay (``--no-learning-rate-decay``). A second process in the same directory
 | 1 | a file cannot be written or read; one line names it |
 | 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
 | 3 | a loss or parameter is not finite; the line names run, round and term |
+| 8 | of `ckl_jax.preflight` alone: a program does not fit the TPU |
 | 75 | SIGTERM came, the work is saved, and the same command goes on |
 | 130 | ctrl-C |
 """

@@ -2,7 +2,6 @@
 
     python -m experiments.controls
     python -m experiments.controls --seeds 10     # two seeds decide nothing
-    python -m experiments.controls --more inverted critical_free critical_held    # sharper ones, on the same seeds
 
 J^beta lowers the KL's total pressure, makes it uneven, and lowers it on chosen tokens. Each arm keeps some of that:
 
@@ -16,14 +15,6 @@ J^beta lowers the KL's total pressure, makes it uneven, and lowers it on chosen 
 | standard_0.1x, ... | 1, the coefficient times ``--grid`` | the share | is it only a coefficient that was too large? |
 | no_kl | 0 | 0 | is any KL needed here? |
 
-``--more`` adds an arm for each further word of ``kl_weights``. Three of them are sharper controls:
-
-| arm | weight of a token's KL | its pressure | it answers |
-|---|---|---|---|
-| inverted | 1 - J^beta, scaled | mean J^beta | or that and unevenness, in the opposite order? |
-| critical_free | 0 at the critical tokens that the task knows, else 1 | nearly 1 | is it enough to spare them? |
-| critical_held | 1 at the critical tokens, else J^beta | more than mean J^beta | does it help without sparing them? |
-
 All arms are one program: the same problems, first episodes and budget. Four times Figure 4's runs, so about 22
 minutes on 2 CPU cores (extrapolated, not timed). Settings were chosen on the prioritized arm more often than on the
 standard one (results/tiny/figure4/tries.md); the grid makes up for that in the coefficient alone.
@@ -36,9 +27,8 @@ mean J^150 of a round was 0.91 to 0.95 (over seeds), so matched and standard dif
 What is compared: accuracy on N + 1 digits after the last round, on common test problems, paired by seed; the mean
 difference over seeds with Student's 95% interval. A pair's verdict: better if the interval is above 0, worse if below,
 else undecided. The answer: yes if prioritized is better than every arm but renormalized (which prioritizes too); no if
-it is worse than one of them; else undecided. The arms of ``--more`` have pairs and verdicts too, but no part in the
-answer. A yes needs every interval, so it needs no correction for their number; a single pair's verdict, and a no, have
-none. All else that is reported decides nothing: the old lengths, the mean weight
+it is worse than one of them; else undecided. A yes needs every interval, so it needs no correction for their number; a
+single pair's verdict, and a no, have none. All else that is reported decides nothing: the old lengths, the mean weight
 (over the rounds), and of the last round (its episodes, the policy before its last update) the exact KL to the
 pre-trained model and the probability of the critical comma of step 1 / operand 2.
 
@@ -50,7 +40,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -60,7 +50,6 @@ from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
-from ckl_jax.token_weights import KLWeights
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.figure import Results, markdown
@@ -68,11 +57,7 @@ from experiments.common.figure import Results, markdown
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")
 SAME_WEIGHTS = ("standard", "prioritized", "matched", "shuffled", "renormalized")
-FURTHER = tuple(word for word in get_args(KLWeights) if word not in ("uniform", *SAME_WEIGHTS))
-PALETTE = (
-    *("#55a868", "#c44e52", "#8172b3", "#8c8c8c", "#64b5cd", "#937860"),
-    *("#da8bc3", "#ccb974", "#1b9e9e", "#e7298a", "#666600", "#3b3b6d"),
-)
+PALETTE = ("#55a868", "#c44e52", "#8172b3", "#8c8c8c", "#64b5cd", "#937860", "#da8bc3", "#ccb974")
 
 
 @dataclass(frozen=True)
@@ -83,8 +68,6 @@ class ControlsCommand(arms_lib.ArmsCommand):
     """Directory of the run: new, empty, or of the same command interrupted."""
     grid: tuple[float, ...] = (0.1, 0.3)
     """Smaller coefficients of the standard KL, as shares of `kl_coefficient`."""
-    more: tuple[KLWeights, ...] = ()
-    """Further words of `kl_weights`, an arm each, say inverted critical_free critical_held."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,42 +78,33 @@ class ControlsCommand(arms_lib.ArmsCommand):
         require(prioritized, "kl_weights", config.kl_weights, "prioritized, the other arms have the others")
         shares = len({f"{share:g}" for share in self.grid if 0 < share < 1}) == len(self.grid)
         require(shares, "grid", self.grid, "different numbers between 0 and 1, both excluded")
-        new = set(self.more) <= set(FURTHER) and len(set(self.more)) == len(self.more)
-        require(new, "more", self.more, f"different ones of {' | '.join(FURTHER)}; the other words are arms already")
 
 
 preset = ControlsCommand.preset
 
 
-def arms(config: FinetuneConfig, grid: Sequence[float], more: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def arms(config: FinetuneConfig, grid: Sequence[float]) -> dict[str, dict[str, Any]]:
     uniform: dict[str, Any] = {"kl_weights": "uniform"}
     alpha = config.kl_coefficient
     smaller = {f"standard_{share:g}x": uniform | {"kl_coefficient": share * alpha} for share in sorted(grid)}
-    words, further = ({word: {"kl_weights": word} for word in of} for of in (SAME_WEIGHTS[1:], more))
-    return {"standard": uniform, **words, **smaller, "no_kl": uniform | {"kl_coefficient": 0.0}, **further}
+    words = {word: {"kl_weights": word} for word in SAME_WEIGHTS[1:]}
+    return {"standard": uniform, **words, **smaller, "no_kl": uniform | {"kl_coefficient": 0.0}}
 
 
 def summarize(run: arms_lib.Run) -> Results:
     """Per-seed values, means with 95% intervals over seeds, pairs and the answer."""
-    more = run.config.get("more", ())
-    by_name = arms(FinetuneConfig(**run.config["config"]), run.config["grid"], more)
+    by_name = arms(FinetuneConfig(**run.config["config"]), run.config["grid"])
     results = comparison.summarize(run, by_name)
     for arm, values in results["arms"].items():
         values["kl_coefficient"] = by_name[arm].get("kl_coefficient", run.config["config"]["kl_coefficient"])
         values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
     pairs = [comparison.pair(results, "prioritized", arm) for arm in by_name if arm != "prioritized"]
     full = comparison.pair(results, "renormalized", "standard")
-    asked = [found for found in pairs if found["control"] not in more]
-    return {**results, "pairs": [*pairs, full], "answer": answer(asked, full)}
+    return {**results, "pairs": [*pairs, full], "answer": answer(pairs, full)}
 
 
 def answer(pairs: Sequence[Mapping[str, Any]], full: Mapping[str, Any]) -> str:
-    """Does prioritization beat its own controls? In words; see the module's rule.
-
-    Args:
-      pairs: of prioritized and every arm but those of ``--more``.
-      full: of renormalized and standard.
-    """
+    """Does prioritization beat its own controls? In words; see the module's rule."""
     word = comparison.beats_all([found for found in pairs if found["control"] not in PRIORITIZING])
     said = comparison.SAID[full["verdict"]]
     at_full = f"renormalized is {said} standard ({percent(full['target'], '+')} points)"
@@ -163,10 +137,9 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
     before = arms_lib.episodes_before(results)
-    weighted = [arm for arm in names if arm in SAME_WEIGHTS + FURTHER]
-    less = [arm for arm in names if arm in SAME_WEIGHTS[:2] or arm not in weighted]
+    less = tuple(arm for arm in names if arm not in SAME_WEIGHTS[2:])
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
-    titles = {"J^beta and its controls": weighted, "less KL": less}
+    titles = {"J^beta and its controls": SAME_WEIGHTS, "less KL": less}
     for panel, (title, shown) in zip(panels[0], titles.items(), strict=True):
         panel.set_prop_cycle(color=[colors[arm] for arm in shown if arm in others])
         plots.curves(panel, before, {arm: success[arm] for arm in shown}, scale=100)
@@ -181,9 +154,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
 
 
 def main(command: ControlsCommand) -> None:
-    of_run = arms(command.config, command.grid, command.more)
-    named = {"more": command.more} if command.more else {}  # A run of before the option goes on.
-    arms_lib.publish(command, COMMAND, "controls", of_run, summarize, text, draw, grid=command.grid, **named)
+    of_run = arms(command.config, command.grid)
+    arms_lib.publish(command, COMMAND, "controls", of_run, summarize, text, draw, grid=command.grid)
 
 
 if __name__ == "__main__":

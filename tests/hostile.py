@@ -39,6 +39,7 @@ TYPES = {
     "experiments.table1_certainty_gap": "Table1Command",
     "experiments.critical_token_discovery": "DiscoveryCommand",
     "experiments.controls": "ControlsCommand",
+    "experiments.spared_tokens": "SparedTokensCommand",
     "experiments.minibatches": "MinibatchesCommand",
     "experiments.regularizers": "RegularizersCommand",
     "experiments.reproduce": "ReproduceCommand",

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-from typing import get_args
 
 import made_runs
 import numpy as np
@@ -15,7 +14,6 @@ from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
-from ckl_jax.token_weights import KLWeights
 from experiments import controls
 from experiments.common import arms as arms_lib
 
@@ -24,9 +22,7 @@ OPTIONS = (
     "--final-problems 4 --extra-length 5 --rollout plain --beta 2 --kl-coefficient 0.5 --learning-rate 0.01 --seeds 1"
 )
 ARMS = ["standard", "prioritized", "matched", "shuffled", "renormalized", "standard_0.1x", "standard_0.3x", "no_kl"]
-FULL = ("renormalized", "standard")
 PUBLISHED = pathlib.Path(controls.__file__).parent / "results" / "ladder" / "controls_N5"
-MORE = ["inverted", "critical_free", "critical_held"]
 
 
 def command(tmp_path, *extra: str) -> controls.ControlsCommand:
@@ -77,7 +73,7 @@ def test_results_have_every_arm_and_pair(finished):
     results = json.loads((finished / "results.json").read_text())
     assert list(results["arms"]) == ARMS
     found = [(pair["arm"], pair["control"]) for pair in results["pairs"]]
-    assert found == [*(("prioritized", arm) for arm in ARMS if arm != "prioritized"), FULL]
+    assert found == [*(("prioritized", arm) for arm in ARMS if arm != "prioritized"), ("renormalized", "standard")]
     assert results["answer"].startswith("Does prioritization beat its own controls? undecided: not told apart from")
     assert [results["arms"][arm]["kl_coefficient"] for arm in ARMS] == [0.5, 0.5, 0.5, 0.5, 0.5, 0.05, 0.15, 0.0]
     assert (finished / "controls.png").read_bytes().startswith(b"\x89PNG")
@@ -95,36 +91,12 @@ def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
     assert "Does prioritization beat its own controls? " in printed
 
 
-@pytest.mark.parametrize(("field", "options"), [("grid", ["--grid", "0.5"]), ("more", ["--more", "inverted"])])
-def test_other_arms_in_the_same_directory_are_refused(finished, field, options):
-    with pytest.raises(ConfigError, match=rf"differing: .*\b{field}\b"):
-        controls.main(command(finished.parent, *options))
+def test_another_grid_in_the_same_directory_is_refused(finished):
+    with pytest.raises(ConfigError, match="grid"):
+        controls.main(command(finished.parent, "--grid", "0.5"))
 
 
-def test_a_run_of_before_the_option_goes_on_without_further_arms(finished):
-    assert "more" not in json.loads((finished / "config.json").read_text())
-    controls.main(command(finished.parent))
-
-
-def test_further_words_are_arms_after_the_others(finished, monkeypatch, capsys):
-    monkeypatch.setattr(finetune, "finetune", made_runs.finetune)
-    out = finished.parent / "more"
-    for options in (["--more", *MORE], ["--plot-only"]):
-        controls.main(command(finished.parent, "--out", str(out), *options))
-        results = json.loads((out / "results.json").read_text())
-        assert list(results["arms"]) == ARMS + MORE
-        printed = capsys.readouterr().out
-        assert all(f"| prioritized - {arm} |" in printed for arm in MORE)
-        assert (out / "controls.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_all_further_words_have_colors_of_their_own():
-    of_run = controls.arms(FinetuneConfig(), controls.ControlsCommand().grid, controls.FURTHER)
-    assert len(of_run) - 2 <= len(set(controls.PALETTE))
-    assert {arm["kl_weights"] for arm in of_run.values()} == set(get_args(KLWeights))
-
-
-def test_published_controls_have_no_further_arms_and_the_same_answer():
+def test_the_published_controls_have_the_same_arms_and_the_same_answer():
     published = json.loads((PUBLISHED / "results.json").read_text())
     lines = (PUBLISHED / "metrics.jsonl").read_text().splitlines()
     run = arms_lib.Run(published["config"], [json.loads(line) for line in lines], {}, 6)
@@ -153,13 +125,12 @@ def measured(arm, seed, step):
     return {"kl_weight": 0.9 + 0.02 * step, **made_runs.commas(comma, count)}
 
 
-def summarized(after, **described):
+def summarized(after):
     def old(arm, seed, step):
         return {"test_old": 1 - after[arm][seed]} if step == 2 else {"test_old": 0.8}
 
     records = made_runs.records(after, test=old, round_=measured)
     config = {"config": dataclasses.asdict(FinetuneConfig()), "grid": [0.1, 0.3], "seeds": len(after["standard"])}
-    config |= described
     return controls.summarize(arms_lib.Run(config, records, {}, 2))
 
 
@@ -222,22 +193,6 @@ def test_renormalized_prioritizes_too_and_does_not_count(renormalized):
     assert "controls? yes:" in results["answer"]
 
 
-@pytest.mark.parametrize("free", [(0.2, 0.3, 0.25), (0.9, 0.8, 0.95)])
-def test_further_arms_are_compared_and_have_no_part_in_the_answer(summary, free):
-    after = AFTER | {"inverted": (0.3, 0.3, 0.4), "critical_free": free}
-    results = summarized(after, more=["inverted", "critical_free"])
-    assert results["answer"] == summary["answer"]
-    found = {(pair["arm"], pair["control"]): pair for pair in results["pairs"]}
-    added = [("prioritized", "inverted"), ("prioritized", "critical_free")]
-    assert list(found) == [*(("prioritized", arm) for arm in ARMS if arm != "prioritized"), *added, FULL]
-    expected = [mine - theirs for mine, theirs in zip(AFTER["prioritized"], free, strict=True)]
-    assert found[added[1]]["differences"] == pytest.approx(expected)
-    assert found[added[1]]["verdict"] == ("better" if free[0] < 0.5 else "worse")
-    assert results["arms"]["critical_free"]["kl_coefficient"] == FinetuneConfig().kl_coefficient
-    for pair in summary["pairs"]:
-        assert found[pair["arm"], pair["control"]] == pair
-
-
 @pytest.mark.parametrize(
     ("field", "options"),
     [
@@ -247,9 +202,6 @@ def test_further_arms_are_compared_and_have_no_part_in_the_answer(summary, free)
         ("grid", ["--grid", "0.1", "1"]),
         ("grid", ["--grid", "0.1", "0.1"]),
         ("grid", ["--grid", "0"]),
-        ("more", ["--more", "inverted", "inverted"]),
-        ("more", ["--more", "uniform"]),
-        ("more", ["--more", "matched", "inverted"]),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
@@ -259,7 +211,6 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
 
 def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
+    results = summarized(after)
     run = arms_lib.Run({}, [], {}, 2)
-    for more in ((), controls.FURTHER):
-        results = summarized(after | dict.fromkeys(more, after["matched"]), more=more)
-        controls.draw(results, run).savefig(tmp_path / "controls.png")
+    controls.draw(results, run).savefig(tmp_path / "controls.png")

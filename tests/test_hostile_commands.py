@@ -26,7 +26,7 @@ WITH_CHECKPOINT = [
     if name.rpartition(".")[2].split("_")[0] in ("finetune", "evaluate", "figure1", "figure4", "figure5", "figure6")
 ] + [
     f"experiments.{name}"
-    for name in ("critical_token_discovery", "controls", "minibatches", "regularizers", "reproduce")
+    for name in ("critical_token_discovery", "controls", "spared_tokens", "minibatches", "regularizers", "reproduce")
 ]
 PLOT_ONLY = [f"experiments.figure{name}" for name in ("1_scratchpad", "2_pretraining", "3_pretraining_levels")]
 PLOT_ONLY += [f"experiments.{name}" for name in ("figure7_critical_tokens", "critical_token_discovery", "regularizers")]
@@ -189,6 +189,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.critical_token_discovery", "--answers 0", r"answers: got 0, allowed is at least 1"),
         ("experiments.controls", "--seeds -1", r"seeds: got -1, allowed is at least 1, at most 1000"),
         ("experiments.controls", "--grid nan", r"grid: got nan, allowed is .*"),
+        ("experiments.spared_tokens", "--beta 0", r"beta: got 0\.0, allowed is above 0"),
         ("experiments.regularizers", "--methods k4", r"methods: got \['k4'\], allowed is standard \| prioritized .*"),
         ("experiments.regularizers", "--grid -1", r"grid: got \(-1\.0,\), allowed is .*"),
         ("experiments.regularizers", "--leaders 20", r"leaders: got 20, allowed is 0 to 19, .*"),

@@ -11,7 +11,7 @@ from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import pretrain_preset
-from experiments import controls, minibatches
+from experiments import controls, minibatches, spared_tokens
 from experiments import figure4_prioritized_kl as figure4
 from experiments import figure6_beta_sweep as figure6
 from experiments.common import models
@@ -89,13 +89,13 @@ def test_the_ladders_models_ship(tmp_path, monkeypatch):
     assert [path.name for path in found] == ["N5", "N7", "N9"]
 
 
-@pytest.mark.parametrize("module", [finetune, figure4, figure6, controls, regularizers, minibatches])
+@pytest.mark.parametrize("module", [finetune, figure4, figure6, controls, spared_tokens, regularizers, minibatches])
 def test_what_fine_tunes_starts_from_the_model_of_its_scale(module):
     started = [module.preset(scale).checkpoint.name for scale in ("tiny", "ladder", "small")]
     assert started == ["tiny", "N5", "tiny"]
 
 
-@pytest.mark.parametrize("module", [figure4, figure6, controls, minibatches])
+@pytest.mark.parametrize("module", [figure4, figure6, controls, spared_tokens, minibatches])
 def test_another_task_starts_from_its_own_model_at_the_ladder_too(module):
     assert module.preset("ladder", task="subtraction").checkpoint.name == "tiny_subtraction"
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from policies import untrained
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight import chips, costs, hlo, programs
-from ckl_jax.preflight.__main__ import _cells, split
+from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
-from ckl_jax.preflight.verdict import Verdict, _said, judged
+from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.columns import ADDITION
 
@@ -234,15 +236,57 @@ def test_what_the_compiler_says_of_too_much_memory_is_read(message, size):
     assert _said(message) == size
 
 
-def test_memory_is_what_the_program_needs_and_what_the_command_keeps_beside_it():
+def _doubled(beside):
+    """A program for this machine that needs 2 GiB."""
     device = jax.devices()[0]
-    there = SingleDeviceSharding(device)
-    x = jax.ShapeDtypeStruct((GIB // 4096, 1024), jnp.float32, sharding=there)
+    x = jax.ShapeDtypeStruct((GIB // 4096, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
     call = Call(jax.jit(lambda x: 2 * x), jax.sharding.Mesh([device], ("data",)), (x,))
-    found = judged(programs.Planned("doubled", call, beside=3 * GIB), CHIP)
+    return programs.Planned("doubled", call, beside)
+
+
+def test_memory_is_what_the_program_needs_and_what_the_command_keeps_beside_it():
+    found = judged(_doubled(beside=3 * GIB), CHIP)
     assert found.fits
     assert found.needed == pytest.approx(5 * GIB, rel=1e-3)
-    assert not judged(programs.Planned("doubled", call, beside=15 * GIB), CHIP).fits
+    assert not judged(_doubled(beside=15 * GIB), CHIP).fits
+
+
+@pytest.fixture
+def preflight_of(monkeypatch):
+    """Runs the command for this machine's device as a v5e, with those for the programs of `evaluate`."""
+    monkeypatch.setattr(preflight, "topology", lambda name: chips.Topology(name, CHIP, (jax.devices()[0],)))
+    keeps = jax.config.jax_enable_compilation_cache
+
+    def run(*planned):
+        command = programs.COMMANDS["evaluate"]._replace(programs=lambda options: iter(planned))
+        monkeypatch.setitem(programs.COMMANDS, "evaluate", command)
+        preflight.main("evaluate", [], PreflightCommand())
+
+    yield run
+    jax.config.update("jax_enable_compilation_cache", keeps)
+
+
+def test_one_program_that_does_not_fit_is_enough_for_an_exit_code_of_its_own(preflight_of, capsys):
+    preflight_of(_doubled(beside=3 * GIB))
+    assert "TOO MUCH" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        preflight_of(_doubled(beside=15 * GIB), _doubled(beside=3 * GIB))
+    assert stop.value.code == EXIT_CODE
+    assert "17.00 GiB TOO MUCH" in capsys.readouterr().out
+
+
+def test_only_a_compiler_out_of_memory_says_that_a_program_does_not_fit(preflight_of):
+    def ending(message):
+        def compile_():
+            raise jax.errors.JaxRuntimeError(message)
+
+        return programs.Planned("step", SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile_)))
+
+    with pytest.raises(SystemExit) as stop:
+        preflight_of(ending("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."))
+    assert stop.value.code == EXIT_CODE
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        preflight_of(ending("INTERNAL: Mosaic failed to compile"))
 
 
 @pytest.mark.parametrize(
@@ -382,13 +426,13 @@ def test_chips_have_the_memory_that_their_compiler_allows_and_one_device_each(li
 
 
 @pytest.mark.slow
-def test_a_program_that_does_not_fit_ends_with_code_1_and_what_makes_it_smaller(libtpu, tmp_path):
+def test_a_program_that_does_not_fit_ends_with_its_code_and_what_makes_it_smaller(libtpu, tmp_path):
     large = ["--max-digits", "2", "--batch-size", "64", "--eval-problems", "8", "--packing", "stream"]
     shape = ["--model.num-layers", "4", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "2048"]
     found = _preflight(
         "--topology", "v5e:1x1", "--json", tmp_path / "found.json", "--only", "step", "pretrain", *large, *shape
     )
-    assert found.returncode == 1, found.stderr
+    assert found.returncode == EXIT_CODE, found.stderr
     assert "training step does not fit. With --shard-state it does not fit either" in found.stdout
     advice = json.loads((tmp_path / "found.json").read_text())["advice"]["training step"]
     assert [line for line in advice if "it fits" in line] == advice[-1:]

@@ -1,10 +1,10 @@
-"""Intervals: the side that they are on, and how they are shown."""
+"""Intervals: the side that they are on, and how they are shown; p-values and their correction."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
+from ckl_jax.analysis.statistics import Interval, holm, mean_interval, paired_p, percent, share_interval
 
 NAN = float("nan")
 
@@ -59,3 +59,44 @@ def test_the_interval_of_a_mean_is_students(count):
     values = np.random.default_rng(count).normal(size=count)
     expected = stats.t.interval(0.9, count - 1, values.mean(), stats.sem(values))
     np.testing.assert_allclose(mean_interval(values, 0.9)[1:], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        # One degree of freedom: p = 1 - 2 atan(t) / pi; here t = 2.
+        ((1, 3), 0.2951672),
+        ((-3, -1), 0.2951672),
+        # Two: p = 1 - t / sqrt(2 + t^2); here t = 2 sqrt(3).
+        ((1, 2, 3), 0.0741799),
+        ((-1, 1), 1),
+        ((0.5, 0.5, 0.5), 0),
+        ((0, 0, 0), 1),
+        ((0.5,), NAN),
+        ((), NAN),
+    ],
+)
+def test_a_paired_p_is_that_of_students_test_by_hand(differences, p):
+    assert paired_p(np.array(differences)) == pytest.approx(p, abs=1e-7, nan_ok=True)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_paired_p_is_scipys(count):
+    differences = np.random.default_rng(count).normal(0.5, size=count)
+    assert paired_p(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        # Times 4, 3, 2 and 1 from the smallest on, and none below a smaller one's.
+        ((0.01, 0.04, 0.03, 0.005), (0.03, 0.06, 0.06, 0.02)),
+        ((0.03,), (0.03,)),
+        ((0.02, 0.02), (0.04, 0.04)),
+        ((0.4, 0.7, 0.6), (1, 1, 1)),
+        ((NAN, 0.01, NAN), (NAN, 0.03, NAN)),
+        ((), ()),
+    ],
+)
+def test_p_values_are_corrected_by_holms_method(p_values, corrected):
+    assert holm(p_values) == pytest.approx(list(corrected), nan_ok=True)

@@ -14,6 +14,7 @@ import time
 import pytest
 from cases import first
 
+from ckl_jax.preflight.verdict import EXIT_CODE as DOES_NOT_FIT
 from ckl_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -770,11 +771,13 @@ def test_a_tool_that_is_missing_is_noticed_before_it_is_paid_for(cloud, missing)
     ("options", "installed", "fits", "module", "code", "compiled"),
     [
         ([], 0, 0, "ckl_jax.finetune", 0, True),
+        ([], 0, DOES_NOT_FIT, "ckl_jax.finetune", 2, True),
         ([], 0, 1, "ckl_jax.finetune", 2, True),
-        ([], 0, 2, "ckl_jax.finetune", 0, True),  # It could not be compiled, which says nothing.
-        (["--no-preflight"], 0, 1, "ckl_jax.finetune", 0, False),
-        ([], 1, 1, "ckl_jax.finetune", 0, False),
-        ([], 0, 1, "experiments.figure4_prioritized_kl", 0, False),
+        ([], 0, 2, "ckl_jax.finetune", 2, True),
+        ([], 0, 139, "ckl_jax.finetune", 2, True),
+        (["--no-preflight"], 0, DOES_NOT_FIT, "ckl_jax.finetune", 0, False),
+        ([], 1, DOES_NOT_FIT, "ckl_jax.finetune", 0, False),
+        ([], 0, DOES_NOT_FIT, "experiments.figure4_prioritized_kl", 0, False),
     ],
 )
 def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
@@ -791,12 +794,15 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
     assert bool(cloud.calls()) == (code == 0)
     expected = f"-m ckl_jax.preflight --topology v5litepod-16 {module.removeprefix('ckl_jax.')} --seeds 20\n"
     assert (noted.read_text() if noted.exists() else None) == (expected if compiled else None)
-    assert ("does not fit v5litepod-16" in done.err) == (code == 2)
+    assert ("does not fit v5litepod-16" in done.err) == (code == 2 and fits == DOES_NOT_FIT)
+    failed = f"preflight itself failed (code {fits}, its output is above); --no-preflight goes past it"
+    assert (failed in done.err) == (code == 2 and fits != DOES_NOT_FIT)
 
 
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     ("words", "code"), [("--seeds 2", 0), ("--seeds x", 2), ("--no-such 1", 2), ("--beta -1", 2), ("--quiet", 0)]
 )

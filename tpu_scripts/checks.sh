@@ -59,8 +59,8 @@ check_arguments() {
   if ((code == 2)) && [[ $answer == *error:* && $answer != *"with the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
 }
 
-# check_fits MODULE ARG...: ends with code 2 where the command's programs do not fit the memory of ACCELERATOR_TYPE. It looks at
-# commands that ckl_jax.preflight knows, and only where a python with its extra is at hand.
+# check_fits MODULE ARG...: ends with code 2 where the command's programs do not fit the memory of ACCELERATOR_TYPE (preflight's
+# code 8), or preflight failed. It looks at commands that ckl_jax.preflight knows, and only where a python with its extra is at hand.
 check_fits() {
   local root=$here/.. python name=${1#ckl_jax.} code=0
   python=$(here_python)
@@ -72,6 +72,6 @@ check_fits() {
   say "compiling $1 for $ACCELERATOR_TYPE (--no-preflight skips this)"
   if [[ $dry_run ]]; then return; fi
   (cd "$root" && JAX_PLATFORMS=cpu "$python" -m ckl_jax.preflight --topology "$ACCELERATOR_TYPE" "$name" "${@:2}") >&2 || code=$?
-  if ((code == 1)); then fail 2 "$1 does not fit $ACCELERATOR_TYPE"; fi
-  if ((code)); then say "it could not be compiled here (code $code); going on"; fi
+  if ((code == 8)); then fail 2 "$1 does not fit $ACCELERATOR_TYPE"; fi
+  if ((code)); then fail 2 "preflight itself failed (code $code, its output is above); --no-preflight goes past it"; fi
 }

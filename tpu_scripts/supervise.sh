@@ -4,12 +4,12 @@
 # After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
 # ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
 # taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain, .finetune and
-# .evaluate are compiled here first for that TPU, and refused if they do not fit its memory.
+# .evaluate are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
 #
-# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work (also where the command says so by
-# its code 2); 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES times; 5 preempted,
-# lost or refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not finite (its code 3); 7 THE
-# MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
+# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
+# where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed
+# MAX_FAILURES times; 5 preempted, lost or refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not
+# finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"

@@ -8,8 +8,8 @@ dataset is needed and no TPU, only the extra ``preflight`` (libtpu). For every p
 matrix products and traffic, and the shortest time that arithmetic, memory or links allow, whichever is longest. Where
 loops end early by data, they count with all their turns (marked ``<=``).
 
-A program that does not fit is tried again with what makes it smaller, until something does. Exit code 1 says that one
-did not fit.
+A program that does not fit is tried again with what makes it smaller, until something does. Exit code 8 says that one
+did not fit; any other but 0, that this command itself failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ckl_jax.errors import require
 from ckl_jax.fields import require_fields
 from ckl_jax.preflight.chips import GIB, Chip, topology
 from ckl_jax.preflight.programs import COMMANDS
-from ckl_jax.preflight.verdict import Verdict, judged
+from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, judged
 from ckl_jax.runtime import cli, targets
 
 COLUMNS = ("program", "memory", "temporary", "TFLOP", "GB moved", "GB sent", "at least", "of peak", "compiled in")
@@ -86,7 +86,7 @@ def main(name: str, arguments: list[str], command: PreflightCommand) -> None:
         }
         command.json.write_text(json.dumps(found, indent=1) + "\n")
     if not all(verdict.fits for verdict in verdicts):
-        sys.exit(1)
+        sys.exit(EXIT_CODE)
 
 
 def _tried(planned: Any, options: Any, index: int, chip: Chip) -> list[str]:

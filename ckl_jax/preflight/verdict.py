@@ -10,6 +10,9 @@ from ckl_jax.preflight import costs, hlo
 from ckl_jax.preflight.chips import GIB, Chip
 from ckl_jax.preflight.programs import Planned
 
+EXIT_CODE = 8
+"""A program does not fit; ``tpu_scripts/supervise.sh`` tells it by this code from all that can fail."""
+
 
 class Verdict(NamedTuple):
     """Of one program on one device; bytes, seconds, and shares of 1.

@@ -5,8 +5,8 @@ whatever it lacks, because the run was killed or went on with other logging, com
 
 ``--log-to tensorboard wandb`` (either or both; extra ``logs``) makes the copies in `<out>/tensorboard` and at Weights &
 Biases, which ``WANDB_MODE=offline`` keeps in `<out>/wandb`. It was tested offline alone. TensorBoard needs a local
-``--out``. The commands that train have the option: pretrain, finetune, figures 4 and 6, controls, regularizers and
-minibatches.
+``--out``. The commands that train have the option: pretrain, finetune, figures 4 and 6, controls, spared_tokens,
+regularizers and minibatches.
 """
 
 from __future__ import annotations
