@@ -39,7 +39,7 @@ def scans_layers(config: ModelConfig) -> bool:
 
 def fuses_attention(config: ModelConfig) -> bool:
     """Whether causal attention is one kernel; on other devices than a TPU that is emulated."""
-    chosen = targets.platform() == "tpu" and config.dtype == "bfloat16" and config.can_fuse_attention
+    chosen = targets.platform() == "tpu" and config.can_fuse_attention
     return config.attention == "fused" or (config.attention == "auto" and chosen)
 
 

@@ -44,6 +44,7 @@ TYPES = {
     "experiments.regularizers": "RegularizersCommand",
     "experiments.reproduce": "ReproduceCommand",
     "experiments.benchmark": "BenchmarkCommand",
+    "experiments.scaling_on_paper": "ScalingCommand",
 }
 _refusing: list[bool] = []
 

@@ -240,6 +240,21 @@ def test_what_takes_less_memory_makes_the_same_update(program, model, changes):
     chex.assert_trees_all_close(found.params, expected.params, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_fused_attention_makes_the_same_round(small_model):
+    config = dataclasses.replace(small_model, width=128)
+    wide = Model(config, 1, untrained(config, contrast=4))
+    made = []
+    for attention in ("plain", "fused"):
+        program = make_program(dataclasses.replace(CONFIG, attention=attention), wide)
+        state, episodes, metrics = _collected(program, wide.params)
+        made.append((metrics, *_updated(program, state, episodes)))
+    (plain, state, of_update), (fused, other, of_other) = made
+    assert abs(fused["kl"]) < 1e-8
+    chex.assert_trees_all_close((fused, of_other), (plain, of_update), rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(other.params, state.params, rtol=1e-3, atol=1e-5)
+
+
 def test_arms_of_a_seed_start_with_the_same_episodes_and_seeds_differ(several):
     runs, _, problems, _, metrics = several
     assert [run.name for run in runs[::2]] == ["standard/seed_0", "prioritized/seed_0"]
@@ -591,7 +606,7 @@ def _assert_same_run(path, other, runs):
 OTHER_SPEED = {"runs_at_once": 1, "rollout": "speculative", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
 OTHER_SPEED |= {"episode_batch": 2, "remat": True}
 OF_PRETRAINING = {"attention_chunk", "layers", "microbatches"}
-SAME_PROGRAM = {"transition_batch": 3}
+SAME_PROGRAM = {"transition_batch": 3, "attention": "plain"}
 
 
 @pytest.mark.slow

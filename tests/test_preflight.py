@@ -425,6 +425,39 @@ def test_chips_have_the_memory_that_their_compiler_allows_and_one_device_each(li
     assert float(allowed) == pytest.approx(CHIPS[kind].memory / GIB)
 
 
+KERNEL_FITS = """
+import jax, jax.numpy as jnp
+from ckl_jax.attention import fused
+from ckl_jax.preflight import chips
+there = jax.sharding.SingleDeviceSharding(chips.topology({name!r}).devices[0])
+settings = fused.Settings({heads}, 0.2, jax.lax.Precision.HIGHEST, False)
+def gradient(qkv, segments, seeds):
+    return jax.value_and_grad(lambda x: fused.attention(x, segments, seeds, settings).astype(jnp.float32).sum())(qkv)
+shapes = (({positions}, 384), jnp.{dtype}), (({positions},), jnp.int32), (({heads},), jnp.int32)
+arrays = [jax.ShapeDtypeStruct((1, *shape), dtype, sharding=there) for shape, dtype in shapes]
+print(jax.jit(gradient).lower(*arrays).compile().as_text().count('"tpu_custom_call"'))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "positions", "heads", "dtype"),
+    [
+        ("v5e:1x1", 1024, 2, "float32"),
+        ("v4:2x2x1", 200, 2, "float32"),
+        ("v5p:2x2x1", 200, 4, "bfloat16"),
+        ("v6e:1x1", 256, 1, "bfloat16"),
+    ],
+)
+def test_fused_attention_compiles_for_every_chip_up_to_its_most_positions(libtpu, name, positions, heads, dtype):
+    environment = _environment() | {"JAX_PLATFORMS": "cpu"}
+    script = KERNEL_FITS.format(name=name, positions=positions, heads=heads, dtype=dtype)
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert found.stdout.strip() == "2", found.stderr
+
+
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_ends_with_its_code_and_what_makes_it_smaller(libtpu, tmp_path):
     large = ["--max-digits", "2", "--batch-size", "64", "--eval-problems", "8", "--packing", "stream"]

@@ -65,9 +65,10 @@ def _other(value):
 
 
 SPEED = {
-    FinetuneConfig: "rollout rollout_batch transition_batch episode_batch remat data_devices shard_state runs_at_once",
+    FinetuneConfig: "rollout rollout_batch transition_batch episode_batch attention remat data_devices shard_state "
+    "runs_at_once",
     PretrainConfig: "data_devices microbatches shard_state",
-    ModelConfig: "attention_chunk layers remat",
+    ModelConfig: "attention attention_chunk layers remat",
 }
 
 

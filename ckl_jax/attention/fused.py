@@ -19,8 +19,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 MASKED = -1e30
-MOST_SCORES = 2**18
-"""Of a block of 256 queries; else blocks have 128. In float32 it is 1 MiB, several of which fit."""
 
 
 class Settings(NamedTuple):
@@ -111,8 +109,10 @@ class _Block(NamedTuple):
         return jnp.where(keeps(seed, *self.positions(), rate), weights / (1 - rate), 0.0)
 
     def product(self, a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+        """In float32; bfloat16 has but one precision."""
         axes = ((contracted[:1], contracted[1:]), ((), ()))
-        return jax.lax.dot_general(a, b, axes, precision=self.settings.precision, preferred_element_type=jnp.float32)
+        precision = self.settings.precision if a.dtype == jnp.float32 else None
+        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _blocks(num_positions: int, queries: int, head_width: int, settings: Settings) -> list[_Block]:
@@ -196,7 +196,7 @@ class _Plan(NamedTuple):
 def _planned(batch: int, num_positions: int, width: int, settings: Settings) -> _Plan:
     head_width = width // settings.num_heads
     lanes = max(LANES, head_width)
-    queries = 2 * LANES if num_positions % (2 * LANES) == 0 and 2 * LANES * num_positions <= MOST_SCORES else LANES
+    queries = LANES if num_positions % (2 * LANES) else 2 * LANES
     blocks = _blocks(num_positions, queries, head_width, settings)
     groups = width // lanes
     whole, part = (1, num_positions, lanes), (1, queries, lanes)

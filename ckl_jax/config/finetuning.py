@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from ckl_jax.advantages import AdvantageShaping
 from ckl_jax.certainty import CertaintyKind
 from ckl_jax.config.pretraining import Scale
-from ckl_jax.config.shape import Dtype, Precision
+from ckl_jax.config.shape import Attention, Dtype, Precision
 from ckl_jax.errors import require
 from ckl_jax.fields import (
     AtLeast,
@@ -216,6 +216,8 @@ class Speed(Chapter):
     own length."""
     episode_batch: PositiveInt | None = speed(None)
     """Episodes of a minibatch computed together, at most; default: all. Fewer take less memory."""
+    attention: Attention = speed("auto")
+    """Of passes over whole episodes: one kernel of a TPU, or as XLA compiles it, as in pre-training."""
     remat: bool = speed(False)
     """Compute the activations of a layer again in the backward pass instead of keeping them."""
     data_devices: PositiveInt | None = speed(None)

@@ -12,6 +12,7 @@ from ckl_jax.tasks import alphabet
 
 Activation = Literal["gelu_tanh", "gelu_erf"]
 Dtype = Literal["float32", "bfloat16"]
+Attention = Literal["auto", "plain", "fused"]
 Precision = Literal["default", "high", "highest"]
 MOST_WEIGHTS = 10**10
 
@@ -42,10 +43,10 @@ class ModelConfig:
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
     attention_chunk: PositiveInt = speed(256)
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
-    attention: Literal["auto", "plain", "fused"] = speed("auto")
+    attention: Attention = speed("auto")
     """`fused`: causal attention is one kernel of a TPU, whose scores never reach its main memory; without a TPU it is
-    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU in bfloat16 where the shape allows, else
-    plain. Dropout draws other numbers in the other way. Decoding and reinforcement learning are plain."""
+    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU where shape and precision allow, else plain.
+    Dropout draws other numbers in the other way. Decoding is plain."""
     layers: Literal["auto", "scanned", "unrolled"] = speed("auto")
     """`scanned`: one layer is compiled and looped over. `unrolled`: each is compiled. `auto`: unrolled on CPU, where
     that is faster, else scanned. Dropout draws other numbers in the other way."""
@@ -58,18 +59,20 @@ class ModelConfig:
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of num_heads = {self.num_heads}")
         if self.attention == "fused":
             shape = f"{self.num_heads} heads of width {self.width // self.num_heads}, {self.block_size} positions"
-            allowed = "plain: fused takes heads of width 32, 64 or 128 k in all of 128 k, up to 2,048 positions"
+            shape += f", precision {self.precision}"
+            allowed = "plain: fused takes heads of width 32, 64 or 128 k, a width of 128 k, up to 1,024 positions, and "
+            allowed += "precision default or highest"
             require(self.can_fuse_attention, "attention", f"fused with {shape}", allowed)
-            require(self.precision != "high", "precision", self.precision, "default | highest with fused attention")
         few = self.num_weights <= MOST_WEIGHTS
         sizes = f"{self.num_weights:.3g} weights (num_layers, block_size and vocab_size count too)"
         require(few, "width", self.width, f"what makes at most {MOST_WEIGHTS:.0e} weights, not {sizes}")
 
     @property
     def can_fuse_attention(self) -> bool:
-        """Whether the shape fits the kernel: heads fill blocks of 128 lanes, and scores the fast memory."""
+        """Whether the kernel can compute it: heads fill blocks of 128 lanes, and scores the fast memory."""
         head_width = self.width // self.num_heads
-        return (head_width in (32, 64) or head_width % 128 == 0) and self.width % 128 == 0 and self.block_size <= 2048
+        lanes = (head_width in (32, 64) or head_width % 128 == 0) and self.width % 128 == 0
+        return lanes and self.block_size <= 1024 and self.precision != "high"
 
     @property
     def num_weights(self) -> int:

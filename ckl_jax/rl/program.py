@@ -64,9 +64,8 @@ class Run(NamedTuple):
 
 def make_program(config: FinetuneConfig, model: Model) -> Program:
     """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
-    in_rl = dataclasses.replace(
-        model.config, dtype=config.dtype, precision=config.precision, remat=config.remat, attention="plain"
-    )
+    arithmetic = {name: getattr(config, name) for name in ("dtype", "precision", "attention", "remat")}
+    in_rl = dataclasses.replace(model.config, **arithmetic)
     program = Program(in_rl, config, model.max_pretrain_digits, model.task)
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
