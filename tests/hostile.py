@@ -45,6 +45,7 @@ TYPES = {
     "experiments.reproduce": "ReproduceCommand",
     "experiments.benchmark": "BenchmarkCommand",
     "experiments.scaling_on_paper": "ScalingCommand",
+    "experiments.profile_round": "ProfileCommand",
 }
 _refusing: list[bool] = []
 

@@ -65,17 +65,23 @@ def collect(
             axis_name=axis_name,
         )[:3]
 
-    trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
-    if as_generated:
-        ref_logits_BxTxV, _ = score(model, ref_params, trajectory)
-    else:
-        trajectory, logits_BxTxV, hidden_BxTxD, ref_logits_BxTxV = _scored_alike(
-            program, params["policy"], ref_params, trajectory
+    with jax.named_scope("rollout"):
+        trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
+    with jax.named_scope("reference"):
+        if as_generated:
+            ref_logits_BxTxV, _ = score(model, ref_params, trajectory)
+        else:
+            trajectory, logits_BxTxV, hidden_BxTxD, ref_logits_BxTxV = _scored_alike(
+                program, params["policy"], ref_params, trajectory
+            )
+    with jax.named_scope("advantages"):
+        values_BxT = values(params["value"], hidden_BxTxD)
+        critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
+        episodes = assessed(
+            config, trajectory, critical_BxT, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1]
         )
-    values_BxT = values(params["value"], hidden_BxTxD)
-    critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
-    episodes = assessed(config, trajectory, critical_BxT, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1])
-    return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
+    with jax.named_scope("diagnostics"):
+        return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
 
 
 def _scored_alike(

@@ -19,6 +19,9 @@ from ckl_jax.runtime import sharding
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.problems import Problems
 
+STAGES = ("rollout", "reference", "advantages", "update", "diagnostics")
+"""What a round consists of, in its order but for the diagnostics, which are computed where their numbers are."""
+
 
 class RunState(NamedTuple):
     """What a run carries from round to round: ``params`` has ``policy`` and ``value``; Adam's state lives on.
@@ -102,14 +105,19 @@ def update(
 def train_round(
     program: Program, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
 ) -> tuple[RunState, dict[str, jax.Array]]:
-    """One collect-update round of one run. Its randomness is a function of (seed, round) alone."""
+    """One collect-update round of one run. Its randomness is a function of (seed, round) alone.
+
+    The stages are named in the compiled program: ``STAGES``.
+    """
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
     keys = (rollout_key, weights_key)
     episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name)
-    metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
-    state, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
+    with jax.named_scope("diagnostics"):
+        metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
+    with jax.named_scope("update"):
+        state, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
     if program.config.kl_target is not None:
         adapted = losses.adapted_coefficient(
             hyper.kl_coefficient, metrics["kl"], program.config.kl_target, program.config.kl_gain
