@@ -12,6 +12,7 @@ padding may hold such logits, pass it. Their values there are 0.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import jax
@@ -23,6 +24,7 @@ from ckl_jax.checks import as_mask, require_array, require_integers, require_log
 from ckl_jax.errors import require
 
 KLKind = Literal["k1", "k2", "k3"]
+EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -34,12 +36,16 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def token_log_probs(
-    logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None
+    logits: jax.Array,
+    tokens: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    mask: jax.Array | None = None,
+    clamp: bool = False,
 ) -> jax.Array:
     """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...].
 
     With a ``mask`` [...], tokens outside it may be any number (padding of -100, say). Elsewhere a token that the
-    vocabulary does not have, negative ones included, gives NaN.
+    vocabulary does not have, negative ones included, gives NaN. ``clamp``: as ``clamped``.
     """
     require_logits(logits)
     require_integers(tokens, "tokens")
@@ -47,7 +53,16 @@ def token_log_probs(
     log_p = _log_softmax(logits, temperature, mask)
     tokens = _only(mask, tokens)
     tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
-    return _only(mask, jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0])
+    log_probs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    return _only(mask, clamped(log_probs) if clamp else log_probs)
+
+
+def clamped(log_probs: jax.Array) -> jax.Array:
+    """Log-probs [...] of probabilities clamped to [e, 1 - e], e = 1.19e-7 that of float32: at least -15.942385.
+
+    There is no gradient beyond. So a torch Categorical made of probabilities has them, hence the authors' losses.
+    """
+    return jnp.clip(log_probs, math.log(EPSILON), math.log1p(-EPSILON))
 
 
 def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None) -> jax.Array:

@@ -11,13 +11,13 @@ import optax
 import pytest
 from policies import untrained
 
-from ckl_jax import losses
+from ckl_jax import losses, token_weights
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.collect import assessed
-from ckl_jax.rl.objective import loss_gradient, term_names
+from ckl_jax.rl.objective import loss_gradient, loss_terms, term_names
 from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
 from ckl_jax.rollout.trajectory import Trajectory, score
@@ -41,6 +41,7 @@ CONFIG = FinetuneConfig(
     rollout="plain",
 )
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
+UNIFORM = HYPER._replace(kl_weights=jnp.int32(token_weights.index_of("uniform")))
 PAIRS = {"group_size": 2}
 OPTIONS = {
     "reinforce": {"algorithm": "reinforce", "normalize_advantages": True},
@@ -60,6 +61,7 @@ OPTIONS = {
     "grpo, KL-Cov": {"algorithm": "grpo", **PAIRS, "kl_cov": 1.0},
     "KL in the reward": {"kl_in": "reward", "kl": "k1"},
     "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
+    "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -99,8 +101,13 @@ def answers(model, moved):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _assessed(config, answers):
-    return assessed(config, *answers, HYPER, jax.random.key(4))
+def _assessed(config, answers, hyper=HYPER):
+    return assessed(config, *answers, hyper, jax.random.key(4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _terms(program, params, episodes):
+    return loss_terms(program, HYPER, params, episodes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,6 +224,28 @@ def test_the_kl_in_the_reward_is_not_rescaled_by_normalized_advantages(answers):
         np.testing.assert_allclose(difference, -2.0 * centered, atol=1e-4)
 
 
+def test_clamped_log_probs_bound_every_loss_of_a_token_that_the_reference_excludes(model, moved, answers):
+    """Every token of the answers has a log-prob of about -100 for the reference, hence -15.942385."""
+    trajectory, critical, logits, ref_logits, values = answers
+    ref_logits -= 100.0 * jax.nn.one_hot(trajectory.answers_BxT, 41)
+    excluded, mask = (trajectory, critical, logits, ref_logits, values), np.asarray(trajectory.mask_BxT)
+    floored = trajectory.log_probs_BxT + 15.942385
+
+    def kl_of(**options):
+        config = dataclasses.replace(CONFIG, kl="k2", **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, excluded, UNIFORM))["kl"]
+
+    expected = 2.0 * np.mean(0.5 * np.square(floored)[mask])
+    np.testing.assert_allclose(kl_of(clamp_log_probs=True), expected, rtol=1e-4)
+    assert kl_of() > 20 * expected
+    reward = dataclasses.replace(CONFIG, kl="k1", kl_in="reward", clamp_log_probs=True)
+    found = np.asarray(_assessed(reward, excluded).advantages_BxT)
+    assert np.abs(found).max() < 2.0 * 13 * 16
+    rare = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - 50.0), *excluded[1:])
+    old_log_probs = _assessed(reward, rare).trajectory.log_probs_BxT
+    np.testing.assert_allclose(old_log_probs[mask], -15.942385, rtol=1e-6)
+
+
 def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
     trajectory, *rest = answers
@@ -289,7 +318,9 @@ def test_the_recipes_are_what_the_paper_and_the_authors_code_say():
     assert (authors.reward_wrong, authors.certainty) == (-1.0, "negentropy_max_prob")
     assert (authors.certainty_temperature, authors.entropy_coefficient) == (4.0, 0.001)
     differing = {f.name for f in dataclasses.fields(paper) if getattr(paper, f.name) != getattr(authors, f.name)}
-    assert differing == {"recipe", "reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient"}
+    assert authors.clamp_log_probs
+    of_losses = {"reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient", "clamp_log_probs"}
+    assert differing == {"recipe"} | of_losses
 
 
 @pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])

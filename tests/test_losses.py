@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from absl.testing import parameterized
 
 from ckl_jax import losses
@@ -67,6 +68,39 @@ class HandComputedLossesTest(chex.TestCase):
         np.testing.assert_allclose(self.variant(losses.entropy)(logits), [1.039721, 0.974315], 1e-5)
         np.testing.assert_allclose(self.variant(losses.token_log_probs)(2 * logits, tokens, 2.0)[0], -0.693147, 1e-5)
         np.testing.assert_allclose(self.variant(losses.entropy)(2 * logits, 2.0)[0], 1.039721, 1e-5)
+
+
+def test_clamped_log_probs_have_a_floor_and_a_ceiling_of_float32s_epsilon_and_no_gradient_beyond(debug_nans):
+    """-15.942385 is the logarithm of 2^-23; the last is a probability of 1, which is as near as float32 can be."""
+    value, gradient = jax.vmap(jax.value_and_grad(losses.clamped))(jnp.array([-200.0, -16.0, -15.9, -1.0, 0.0]))
+    np.testing.assert_allclose(value, [-15.942385, -15.942385, -15.9, -1.0, -1.192093e-7], rtol=1e-6)
+    np.testing.assert_array_equal(gradient, [0.0, 0.0, 1.0, 1.0, 0.0])
+    assert losses.clamped(jnp.array(-INF)) == losses.clamped(jnp.array(-16.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_clamped_log_probs_and_their_k2_are_those_of_a_torch_categorical_of_probabilities(temperature):
+    """Tokens that are sure, likely, rare, below the floor and impossible, for the policy and for the reference."""
+    logits = np.array([[60.0, 0, -3], [1, 0, 2], [0, -14, 2], [0, -33, 1], [0, -120, 1]], np.float32) * temperature
+    ref_logits, tokens = logits[::-1].copy(), np.array([0, 0, 1, 1, 1])
+    policy, reference = torch.tensor(logits, requires_grad=True), torch.tensor(ref_logits)
+    of_policy, of_reference = (
+        torch.distributions.Categorical(probs=torch.softmax(x / temperature, -1)).log_prob(torch.tensor(tokens))
+        for x in (policy, reference)
+    )
+    k2 = 0.5 * (of_reference - of_policy) ** 2
+    k2.sum().backward()
+
+    def loss(logits):
+        log_probs, ref = (losses.token_log_probs(x, tokens, temperature, clamp=True) for x in (logits, ref_logits))
+        kl = losses.kl_estimate(log_probs, ref, "k2")
+        return kl.sum(), (log_probs, ref, kl)
+
+    (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    for ours, theirs in zip(found, (of_policy, of_reference, k2), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=2e-5)
+    np.testing.assert_allclose(gradient, policy.grad, rtol=2e-5, atol=1e-6)
+    assert not gradient[3:].any()
 
 
 def test_k3_is_accurate_and_positive_where_the_policy_has_hardly_moved():

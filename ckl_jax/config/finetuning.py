@@ -38,7 +38,8 @@ class Budget(Chapter):
     recipe: Recipe = "ours"
     """`ours`: what learns well here: lambda 1, advantages normalized over the round, minibatches of whole episodes, the
     exact KL. `paper`: what the paper states for section 5.3, else what the authors' code does. `authors`: their code's
-    settings, which differ in reward, certainty and entropy coefficient. Both were made for the 85M model."""
+    settings, which differ in reward, certainty, entropy coefficient and clamped log-probs. Both were made for the 85M
+    model."""
     seed: NonNegativeInt = 0
     """First seed; run k of an experiment has seed + k."""
     extra_digits: Annotated[int, AtLeast(1, 2)] = 1
@@ -200,6 +201,10 @@ class Arithmetic(Chapter):
     """Type of the activations; parameters, logits and losses are float32 always."""
     precision: Precision = "highest"
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
+    clamp_log_probs: bool = False
+    """Clamp the probabilities of tokens to [e, 1 - e], e = 1.19e-7, in all log-probs of the losses, those of the
+    reference too: none is below -15.94, and none has a gradient beyond. The authors' torch distributions do so. Entropy
+    and exact KL are not clamped."""
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def assessed(
       logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
       key: for weights that are shuffled.
     """
+    if config.clamp_log_probs:
+        trajectory = trajectory._replace(log_probs_BxT=losses.clamped(trajectory.log_probs_BxT))
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
     entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
     tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT)
@@ -184,7 +186,9 @@ def _kl_to_go(
 ) -> jax.Array:
     """The weighted k1 of every token and of all after it."""
     mask_BxT = trajectory.mask_BxT
-    ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT)
+    ref_log_probs_BxT = losses.token_log_probs(
+        ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT, clamp=config.clamp_log_probs
+    )
     k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
     return advantages.kl_to_go(overflow.product(weights_BxT, k1_BxT), mask_BxT)
 

@@ -44,7 +44,13 @@ def _terms(
     config, trajectory, advantages_BxT = program.config, episodes.trajectory, episodes.advantages_BxT
     actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
     logits_BxTxV, hidden_BxTxD = outputs
-    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+
+    def of_actions(logits_BxTxV):
+        return losses.token_log_probs(
+            logits_BxTxV, actions_BxT, config.temperature, mask_BxT, clamp=config.clamp_log_probs
+        )
+
+    log_probs_BxT = of_actions(logits_BxTxV)
 
     def policy():
         if config.has_ratio:
@@ -63,8 +69,7 @@ def _terms(
         if config.kl == "exact":
             kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature, mask_BxT)
         else:
-            ref_logits_BxTxV = episodes.ref_logits_BxTxV
-            ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+            ref_log_probs_BxT = of_actions(episodes.ref_logits_BxTxV)
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
             if config.has_ratio:
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
