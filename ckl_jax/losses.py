@@ -194,7 +194,8 @@ def off_policy_kl(
     """A KL estimate of tokens that an older policy sampled: r * kl, with the ratio r of new to old probability.
 
     Its expected gradient over the older policy's tokens is that of KL(pi || ref) for every kind: the ratio takes part
-    in the gradient of k1 and k3, and is a constant for k2, whose own gradient it is. An exact KL needs no ratio.
+    in the gradient of k1 and k3, and is a constant for k2, whose own gradient it is. An exact KL needs no ratio. With
+    k3 it is the estimate of DeepSeek-V3.2 (arXiv 2512.02556).
 
     Args:
       kl: from ``kl_estimate`` of that ``kind``, [...] as all others. ``old_log_probs`` take no gradient.

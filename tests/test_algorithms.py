@@ -61,6 +61,8 @@ OPTIONS = {
     "grpo, KL-Cov": {"algorithm": "grpo", **PAIRS, "kl_cov": 1.0},
     "KL in the reward": {"kl_in": "reward", "kl": "k1"},
     "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
+    "a2c, k1, corrected": {"kl": "k1", "kl_correction": True},
+    "rloo, k3, corrected": {"algorithm": "rloo", **PAIRS, "kl": "k3", "kl_correction": True},
     "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
@@ -246,6 +248,21 @@ def test_clamped_log_probs_bound_every_loss_of_a_token_that_the_reference_exclud
     np.testing.assert_allclose(old_log_probs[mask], -15.942385, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, moved, answers, kind):
+    """The rollout's policy gave every token half the probability that the updated one gives it: a ratio of 2."""
+    trajectory, *rest = answers
+    half = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - jnp.log(2.0)), *rest)
+
+    def kl_of(**options):
+        config = dataclasses.replace(CONFIG, kl=kind, **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, half))["kl"]
+
+    np.testing.assert_allclose(kl_of(kl_correction=True), 2 * kl_of(), rtol=1e-5)
+    np.testing.assert_allclose(kl_of(kl_correction=True), kl_of(algorithm="ppo"), rtol=1e-6)
+    np.testing.assert_allclose(kl_of(kl_correction=True, algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
+
+
 def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
     trajectory, *rest = answers
@@ -294,6 +311,8 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
         ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
         ({"kl_in": "reward"}, "kl"),
+        ({"kl_correction": True}, "kl_correction"),
+        ({"kl_correction": True, "kl": "k1", "kl_in": "reward"}, "kl_correction"),
         ({"kl_in": "advantage"}, "kl_in"),
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),

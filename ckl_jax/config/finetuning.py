@@ -144,6 +144,9 @@ class KL(Chapter):
     """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
     (the paper's is k2). In a loss without ratio k1 has no gradient in expectation; ppo and grpo multiply estimates by
     the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
+    kl_correction: bool = False
+    """Multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
+    2512.02556). Needs kl k1, k2 or k3, in the loss."""
     kl_in: Literal["loss", "reward"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it; needs kl k1."""
     certainty: CertaintyKind = "negentropy"
@@ -246,6 +249,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         least, divisor = 2 if grouped else 1, f"a divisor of episodes = {episodes}"
         divides = self.minibatch == "transitions" or episodes % self.minibatch_episodes == 0
         no_critic = f"with algorithm {self.algorithm}, which has no critic"
+        estimated = self.kl != "exact" and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
@@ -257,6 +261,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in == "loss" or self.kl == "k1", "k1 with kl_in reward"),
+            ("kl_correction", not self.kl_correction or estimated, "False with kl exact, and with kl_in reward"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]
         for name, holds, allowed in rules:

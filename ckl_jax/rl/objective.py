@@ -71,7 +71,7 @@ def _terms(
         else:
             ref_log_probs_BxT = of_actions(episodes.ref_logits_BxTxV)
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
-            if config.has_ratio:
+            if config.has_ratio or config.kl_correction:
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
         return losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
 

@@ -53,6 +53,11 @@ METHODS = (
     Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
     Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
     Method("k3", "ratio - 1 - log-ratio (Schulman 2020)", STANDARD | {"kl": "k3"}),
+    Method(
+        "k3_corrected",
+        "k3 times the ratio to the rollout's policy (2512.02556)",
+        STANDARD | {"kl": "k3", "kl_correction": True},
+    ),
     Method("k1_reward", "log-ratio to go, in the reward", STANDARD | {"kl": "k1", "kl_in": "reward"}),
     Method("prioritized_k2", "J^beta on k2, the paper's loss", {"kl_weights": "prioritized", "kl": "k2"}),
     Method(
