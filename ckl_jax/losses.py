@@ -188,6 +188,23 @@ def clipped_policy_loss(
     return -masked_mean(jnp.minimum(*both), mask)
 
 
+def open_gate(
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+) -> jax.Array:
+    """True on the masked tokens whose policy gradient ``clipped_policy_loss`` does not stop: [...], as all arguments.
+
+    It stops where A > 0 and r > 1 + clip, and where A < 0 and r < 1 - clip. As a factor of the KL this is the gate F1-B
+    of ZCPO (Ding 2026): a token that the policy loss no longer moves, the KL does not move back. Takes no gradient.
+
+    Raises:
+      ConfigError: different shapes, or ``clip`` not above 0.
+    """
+    require(clip > 0, "clip", clip, "above 0")
+    ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
+    stopped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+    return as_mask(mask, log_probs.shape) & ~stopped
+
+
 def off_policy_kl(
     kl: jax.Array, kind: KLKind, log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:

@@ -63,6 +63,9 @@ OPTIONS = {
     "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
     "a2c, k1, corrected": {"kl": "k1", "kl_correction": True},
     "rloo, k3, corrected": {"algorithm": "rloo", **PAIRS, "kl": "k3", "kl_correction": True},
+    "ppo, gate": {"algorithm": "ppo", "epochs": 2, "clip": 0.01, "kl_gate": True},
+    "grpo, k3, gate": {"algorithm": "grpo", **PAIRS, "epochs": 2, "kl": "k3", "kl_gate": True},
+    "ppo, transitions, gate": {"algorithm": "ppo", "minibatch": "transitions", "kl_gate": True},
     "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
@@ -263,6 +266,22 @@ def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, move
     np.testing.assert_allclose(kl_of(kl_correction=True, algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kl", ["exact", "k2"])
+def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(model, moved, answers, kl):
+    """The ratio is 2 everywhere: beyond the clip for the tokens of positive advantage."""
+    trajectory, *rest = answers
+    half = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - jnp.log(2.0)), *rest)
+    config = dataclasses.replace(CONFIG, algorithm="ppo", kl=kl)
+    episodes = _assessed(config, half)
+    left_BxT = np.where(episodes.advantages_BxT > 0, 0.0, episodes.kl_weights_BxT)
+    by_hand = _terms(make_program(config, model), moved.params, episodes._replace(kl_weights_BxT=jnp.asarray(left_BxT)))
+    gated = _terms(make_program(dataclasses.replace(config, kl_gate=True), model), moved.params, episodes)
+    plain = _terms(make_program(config, model), moved.params, episodes)
+    np.testing.assert_allclose(gated["kl"], by_hand["kl"], rtol=1e-6)
+    assert 0 < gated["kl"] < 0.9 * plain["kl"]
+    assert gated["policy"] == plain["policy"]
+
+
 def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
     trajectory, *rest = answers
@@ -314,6 +333,9 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_correction": True}, "kl_correction"),
         ({"kl_correction": True, "kl": "k1", "kl_in": "reward"}, "kl_correction"),
         ({"kl_in": "advantage"}, "kl_in"),
+        ({"kl_gate": True}, "kl_gate"),
+        ({"kl_gate": True, "algorithm": "rloo", "group_size": 2}, "kl_gate"),
+        ({"kl_gate": True, "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
         ({"clip": 0.0}, "clip"),

@@ -285,6 +285,19 @@ def test_the_clipped_loss_stops_where_the_ratio_has_gone_far_enough_in_the_advan
     np.testing.assert_allclose(gradient, [-0.4, 0.0, -0.2, 0.6, 0.0, 0.0], atol=1e-6)
 
 
+def test_the_gate_is_open_where_the_clipped_loss_has_a_gradient():
+    """Ratios 1.5, 1.1, 0.5 and 0.9 with advantages of both signs; then an advantage of 0, and a token outside."""
+    log_probs = jnp.log(jnp.array([1.5, 1.1, 0.5, 0.9, 1.5, 1.1, 0.5, 0.9, 9.0, 1.0]))
+    advantages, mask = jnp.array([2.0] * 4 + [-2.0] * 4 + [0.0, 1.0]), jnp.arange(10) < 9
+    arguments = {"old_log_probs": jnp.zeros(10), "advantages": advantages, "mask": mask, "clip": 0.2}
+    found = losses.open_gate(log_probs, **arguments)
+    np.testing.assert_array_equal(found, [False, True, True, True, True, True, False, True, True, False])
+    gradient = jax.grad(lambda x: losses.clipped_policy_loss(x, **arguments))(log_probs)
+    np.testing.assert_array_equal(found[:8], gradient[:8] != 0)
+    garbage = {"advantages": jnp.where(mask, advantages, NAN), "old_log_probs": jnp.where(mask, 0.0, INF)}
+    chex.assert_trees_all_equal(losses.open_gate(log_probs, **(arguments | garbage)), found)
+
+
 def test_at_the_rollouts_policy_the_clipped_loss_has_the_policy_gradient():
     log_probs, advantages = jnp.array([-0.5, -2.0]), jnp.array([1.5, -0.5])
     mask = jnp.array([True, True])

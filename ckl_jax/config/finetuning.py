@@ -147,6 +147,9 @@ class KL(Chapter):
     kl_correction: bool = False
     """Multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
     2512.02556). Needs kl k1, k2 or k3, in the loss."""
+    kl_gate: bool = False
+    """The KL of a token counts 0 where ppo's and grpo's clip stops its policy gradient (ZCPO's F1-B, Ding 2026): they
+    alone, with the KL in the loss."""
     kl_in: Literal["loss", "reward"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it; needs kl k1."""
     certainty: CertaintyKind = "negentropy"
@@ -250,6 +253,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         divides = self.minibatch == "transitions" or episodes % self.minibatch_episodes == 0
         no_critic = f"with algorithm {self.algorithm}, which has no critic"
         estimated = self.kl != "exact" and self.kl_in == "loss"
+        gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
@@ -262,6 +266,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in == "loss" or self.kl == "k1", "k1 with kl_in reward"),
             ("kl_correction", not self.kl_correction or estimated, "False with kl exact, and with kl_in reward"),
+            ("kl_gate", not self.kl_gate or gated, "False but with algorithm ppo or grpo and kl_in loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]
         for name, holds, allowed in rules:

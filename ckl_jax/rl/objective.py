@@ -73,7 +73,11 @@ def _terms(
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
             if config.has_ratio or config.kl_correction:
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
-        return losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
+        weights_BxT = episodes.kl_weights_BxT
+        if config.kl_gate:
+            gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+            weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
+        return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 
     def kl_cov():
         return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)

@@ -77,6 +77,11 @@ METHODS = (
     Method("entropy_bonus", "entropy in the advantage (2506.14758)", STANDARD | {"advantage_shaping": "entropy_bonus"}),
     Method("reinforce", "reward minus the round's mean, no critic", STANDARD | {"algorithm": "reinforce"}),
     Method("ppo", "clipped ratio (Schulman et al. 2017)", STANDARD | {"algorithm": "ppo"}),
+    Method(
+        "ppo_gate",
+        "ppo, without KL where the clip stops the gradient (F1-B of ZCPO)",
+        STANDARD | {"algorithm": "ppo", "kl_gate": True},
+    ),
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
     Method(
