@@ -67,6 +67,8 @@ OPTIONS = {
     "grpo, k3, gate": {"algorithm": "grpo", **PAIRS, "epochs": 2, "kl": "k3", "kl_gate": True},
     "ppo, transitions, gate": {"algorithm": "ppo", "minibatch": "transitions", "kl_gate": True},
     "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
+    "KL in the advantage": {"kl_in": "advantage", "kl": "k1"},
+    "grpo, k3 in the advantage": {"algorithm": "grpo", **PAIRS, "kl_in": "advantage", "kl": "k3"},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -251,6 +253,28 @@ def test_clamped_log_probs_bound_every_loss_of_a_token_that_the_reference_exclud
     np.testing.assert_allclose(old_log_probs[mask], -15.942385, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("weights", ["uniform", "prioritized"])
+def test_the_kl_in_the_advantage_is_the_weighted_log_ratio_of_a_token_and_the_kl_of_all_after_it(
+    answers, kind, weights
+):
+    """By a plain loop; the normalization of the outcome's advantage does not rescale it."""
+    trajectory, _, _, ref_logits, _ = answers
+    hyper = UNIFORM if weights == "uniform" else HYPER
+    config = dataclasses.replace(CONFIG, normalize_advantages=True)
+    without = _assessed(config, answers, hyper)
+    found = _assessed(dataclasses.replace(config, kl_in="advantage", kl=kind), answers, hyper)
+    mask, w = np.asarray(trajectory.mask_BxT), np.asarray(found.kl_weights_BxT)
+    k1 = np.asarray(trajectory.log_probs_BxT - losses.token_log_probs(ref_logits, trajectory.answers_BxT))
+    later = k1 if kind == "k1" else np.exp(-k1) - 1 + k1
+    expected = np.zeros_like(k1)
+    for b, t in np.argwhere(mask):
+        end = mask[b].sum()
+        expected[b, t] = -2.0 * (w[b, t] * k1[b, t] + (w[b, t + 1 : end] * later[b, t + 1 : end]).sum())
+    np.testing.assert_allclose(found.advantages_BxT - without.advantages_BxT, expected, rtol=1e-4, atol=1e-5)
+    assert (w[mask] < 1).any() == (weights == "prioritized")
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, moved, answers, kind):
     """The rollout's policy gave every token half the probability that the updated one gives it: a ratio of 2."""
@@ -332,7 +356,10 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_in": "reward"}, "kl"),
         ({"kl_correction": True}, "kl_correction"),
         ({"kl_correction": True, "kl": "k1", "kl_in": "reward"}, "kl_correction"),
-        ({"kl_in": "advantage"}, "kl_in"),
+        ({"kl_in": "critic"}, "kl_in"),
+        ({"kl_in": "advantage"}, "kl"),
+        ({"kl_in": "advantage", "kl": "k2"}, "kl"),
+        ({"kl_in": "advantage", "kl": "k3", "kl_correction": True}, "kl_correction"),
         ({"kl_gate": True}, "kl_gate"),
         ({"kl_gate": True, "algorithm": "rloo", "group_size": 2}, "kl_gate"),
         ({"kl_gate": True, "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),

@@ -14,7 +14,7 @@ import torch
 from absl.testing import parameterized
 
 from ckl_jax import losses
-from ckl_jax.advantages import gae, kl_to_go, standardized
+from ckl_jax.advantages import future_kl, gae, kl_to_go, standardized
 from ckl_jax.certainty import certainty
 from ckl_jax.errors import ConfigError
 
@@ -369,6 +369,7 @@ OF_PER_TOKEN_VALUES = {
     "off-policy k1": lambda x, y, z, m: losses.off_policy_kl(z, "k1", x.clip(-1, 1), y.clip(-1, 1), m).sum(),
     "gae": lambda x, y, z, m: (gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
     "KL to go": lambda x, y, z, m: (kl_to_go(x, m) * z.clip(-1, 1)).sum(),
+    "future KL": lambda x, y, z, m: (future_kl(x, y, m) * z.clip(-1, 1)).sum(),
     "standardized": lambda x, y, z, m: (standardized(x, m) * z.clip(-1, 1)).sum(),
 }
 

@@ -150,8 +150,10 @@ class KL(Chapter):
     kl_gate: bool = False
     """The KL of a token counts 0 where ppo's and grpo's clip stops its policy gradient (ZCPO's F1-B, Ding 2026): they
     alone, with the KL in the loss."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it; needs kl k1."""
+    kl_in: Literal["loss", "reward", "advantage"] = "loss"
+    """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
+    that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
+    2601.10201); needs kl k1, or k3 for the tokens after it."""
     certainty: CertaintyKind = "negentropy"
     """J, the reference's certainty of its next token."""
     certainty_temperature: PositiveFloat = 1.0
@@ -264,8 +266,9 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("advantage_shaping", grouped or self.advantage_shaping != "gtpo", "with algorithm grpo or rloo alone"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
-            ("kl", self.kl_in == "loss" or self.kl == "k1", "k1 with kl_in reward"),
-            ("kl_correction", not self.kl_correction or estimated, "False with kl exact, and with kl_in reward"),
+            ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
+            ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),
+            ("kl_correction", not self.kl_correction or estimated, "False but with kl k1, k2 or k3 and kl_in loss"),
             ("kl_gate", not self.kl_gate or gated, "False but with algorithm ppo or grpo and kl_in loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]

@@ -59,6 +59,16 @@ METHODS = (
         STANDARD | {"kl": "k3", "kl_correction": True},
     ),
     Method("k1_reward", "log-ratio to go, in the reward", STANDARD | {"kl": "k1", "kl_in": "reward"}),
+    Method(
+        "future_kl",
+        "log-ratio to go, in the advantage without baseline (2601.10201)",
+        STANDARD | {"kl": "k1", "kl_in": "advantage"},
+    ),
+    Method(
+        "prioritized_future_kl",
+        "J^beta on every log-ratio to go (2601.10201)",
+        {"kl_weights": "prioritized", "kl": "k1", "kl_in": "advantage"},
+    ),
     Method("prioritized_k2", "J^beta on k2, the paper's loss", {"kl_weights": "prioritized", "kl": "k2"}),
     Method(
         "adaptive", "alpha adapted to a target KL (Ziegler et al. 2019)", STANDARD | {"kl_target": 0.02}, "kl_target"
