@@ -70,6 +70,46 @@ def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.A
     return _only(mask, entropy_of(_log_softmax(logits, temperature, mask)))
 
 
+def top_tokens(logits: jax.Array, count: int) -> jax.Array:
+    """True on the ``count`` likeliest tokens of [..., V], and on what ties with the last: bool [..., V].
+
+    Raises ConfigError for a ``count`` outside 1..V.
+    """
+    require_logits(logits)
+    require(1 <= count <= logits.shape[-1], "count", count, f"1 to {logits.shape[-1]}")
+    return logits >= jax.lax.top_k(logits, count)[0][..., -1:]
+
+
+def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.0) -> jax.Array:
+    """True on the fewest likeliest tokens that have ``share`` of the probability together, and on what ties: [..., V].
+
+    Raises ConfigError for a ``share`` outside (0, 1].
+    """
+    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    p = jnp.exp(_log_softmax(logits, temperature, None))
+    falling = -jnp.sort(-p, axis=-1)
+    needed = jnp.cumsum(falling, axis=-1) - falling < share
+    return p >= jnp.where(needed, falling, jnp.inf).min(axis=-1, keepdims=True)
+
+
+def entropy_within(
+    logits: jax.Array, inside: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """Entropy of softmax(logits / temperature) renormalized over the n tokens ``inside``, times log V / log n.
+
+    So its maximum is that of ``entropy``, log V. As a bonus it moves no token outside: TRE (arXiv 2602.03635).
+
+    Args:
+      logits: [..., V]. inside: bool [..., V], from ``top_tokens`` or ``nucleus``. mask: bool [...].
+
+    Returns:
+      float32 [...]; 0 where one token is inside.
+    """
+    size = as_mask(inside, logits.shape, "inside").sum(axis=-1)
+    scale = jnp.log(logits.shape[-1]) / jnp.log(jnp.maximum(size, 2))
+    return _only(mask, scale * entropy(jnp.where(inside, logits, -jnp.inf), temperature, mask))
+
+
 def kl_estimate(
     log_probs: jax.Array, ref_log_probs: jax.Array, kind: KLKind = "k2", mask: jax.Array | None = None
 ) -> jax.Array:

@@ -69,6 +69,8 @@ OPTIONS = {
     "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
     "KL in the advantage": {"kl_in": "advantage", "kl": "k1"},
     "grpo, k3 in the advantage": {"algorithm": "grpo", **PAIRS, "kl_in": "advantage", "kl": "k3"},
+    "entropy of the top": {"entropy_over": "top", "entropy_top": 3},
+    "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -290,6 +292,24 @@ def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, move
     np.testing.assert_allclose(kl_of(kl_correction=True, algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
 
 
+def test_the_entropy_bonus_is_over_the_characters_that_its_words_name(model, moved, answers):
+    trajectory, _, logits, _, _ = answers
+    temperature, mask = 2.0, trajectory.mask_BxT
+
+    def loss(**options):
+        config = dataclasses.replace(CONFIG, entropy_coefficient=1.0, temperature=temperature, **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, answers))["entropy"]
+
+    sets = {
+        "top": (losses.top_tokens(logits, 3), {"entropy_top": 3}),
+        "nucleus": (losses.nucleus(logits, 0.5, temperature), {"entropy_nucleus": 0.5}),
+    }
+    for word, (inside, options) in sets.items():
+        expected = -losses.masked_mean(losses.entropy_within(logits, inside, temperature), mask)
+        np.testing.assert_allclose(loss(entropy_over=word, **options), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(entropy_over="nucleus", entropy_nucleus=1.0), loss(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kl", ["exact", "k2"])
 def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(model, moved, answers, kl):
     """The ratio is 2 everywhere: beyond the clip for the tokens of positive advantage."""
@@ -370,6 +390,10 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_cov_share": 0.0}, "kl_cov_share"),
         ({"entropy_quantile": 1.5}, "entropy_quantile"),
         ({"gtpo_share": 2.0}, "gtpo_share"),
+        ({"entropy_over": "some"}, "entropy_over"),
+        ({"entropy_top": 1}, "entropy_top"),
+        ({"entropy_top": 42}, "entropy_top"),
+        ({"entropy_nucleus": 0.0}, "entropy_nucleus"),
         ({"test_temperature": 0.0}, "test_temperature"),
     ],
 )

@@ -103,6 +103,43 @@ def test_clamped_log_probs_and_their_k2_are_those_of_a_torch_categorical_of_prob
     assert not gradient[3:].any()
 
 
+P_2x4 = jnp.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.7, 0.15, 0.05]])
+
+
+def test_the_likeliest_tokens_by_number_and_by_probability():
+    logits = jnp.log(P_2x4)
+    np.testing.assert_array_equal(losses.top_tokens(logits, 2), [[1, 1, 0, 0], [0, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.top_tokens(logits, 3), [[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.4), [[1, 0, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.6), [[1, 1, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.9), [[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 1.0), np.ones((2, 4)))
+    # At temperature 2 the second distribution is 0.179, 0.474, 0.220 and 0.127.
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.6, 2.0)[1], [0, 1, 1, 0])
+    for call in (lambda: losses.top_tokens(logits, 5), lambda: losses.top_tokens(logits, 0)):
+        with pytest.raises(ConfigError, match=r"^count: got"):
+            call()
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=r"^share: got"):
+            losses.nucleus(logits, share)
+
+
+def test_the_entropy_within_a_set_is_scaled_to_the_range_of_all_and_moves_no_token_outside(debug_nans):
+    """Of 2/3 and 1/3: 0.636514 nats, times log 4 / log 2; of 1/2, 1/4, 1/8 and 1/8 all of 1.213008; of one token 0."""
+    logits = jnp.log(P_2x4)
+    inside = jnp.array([[True, True, False, False], [False, True, False, False]])
+    np.testing.assert_allclose(losses.entropy_within(logits, inside), [2 * 0.636514, 0.0], atol=1e-5)
+    found = losses.entropy_within(logits, jnp.ones((2, 4), bool))
+    np.testing.assert_allclose(found, losses.entropy(logits), rtol=1e-6)
+    np.testing.assert_allclose(found[0], 1.213008, rtol=1e-6)
+    gradient = jax.grad(lambda x: losses.entropy_within(x, inside).sum())(logits)
+    # -2 p (log p + H) of p = 2/3 and 1/3.
+    np.testing.assert_allclose(gradient[0], [-0.308065, 0.308065, 0.0, 0.0], atol=1e-5)
+    np.testing.assert_array_equal(gradient[1], np.zeros(4))
+    uniform = losses.entropy_within(jnp.zeros((1, 4)), inside[:1])
+    np.testing.assert_allclose(uniform, np.log(4), rtol=1e-6)
+
+
 def test_k3_is_accurate_and_positive_where_the_policy_has_hardly_moved():
     log_ratio = jnp.array([1e-5, -1e-4, 1e-3])
     found = losses.kl_estimate(log_ratio, jnp.zeros(3), "k3")
@@ -354,6 +391,8 @@ WITH_MASK = {
     "k3": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k3", m),
     "exact": lambda x, y, m: losses.exact_kl(x, y, 2.0, m),
     "entropy": lambda x, y, m: losses.entropy(x, 2.0, m),
+    "entropy of the top": lambda x, y, m: losses.entropy_within(x, losses.top_tokens(x, 2), 2.0, m),
+    "entropy of the nucleus": lambda x, y, m: losses.entropy_within(x, losses.nucleus(x, 0.9), 2.0, m),
     "log-probs": lambda x, y, m: losses.token_log_probs(x, TOKENS_3x4, 2.0, m),
     "k2 of logits": lambda x, y, m: losses.kl_estimate(
         losses.token_log_probs(x, TOKENS_3x4, 2.0, m), losses.token_log_probs(y, TOKENS_3x4, 2.0, m), "k2", m

@@ -22,6 +22,7 @@ from ckl_jax.fields import (
     require_fields,
 )
 from ckl_jax.resuming import end, speed
+from ckl_jax.tasks.alphabet import VOCAB_SIZE
 from ckl_jax.token_weights import KLWeights
 
 Recipe = Literal["ours", "paper", "authors"]
@@ -130,6 +131,13 @@ class Optimizer(Chapter):
     """Keep the value loss's gradient out of the trunk."""
     entropy_coefficient: NonNegativeFloat = 0.0005
     """Of the entropy bonus."""
+    entropy_over: Literal["all", "top", "nucleus"] = "all"
+    """Characters that share in the entropy bonus: all, or the likeliest alone, their entropy scaled to the range that
+    all have (TRE, arXiv 2602.03635)."""
+    entropy_top: Annotated[int, AtLeast(2, VOCAB_SIZE)] = 2
+    """Number of likeliest characters with entropy_over top."""
+    entropy_nucleus: PositiveShare = 0.99
+    """Probability that the likeliest characters have together with entropy_over nucleus."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,16 @@ def _terms(
         return losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
 
     def entropy():
-        return -losses.masked_mean(losses.entropy(logits_BxTxV, config.temperature, mask_BxT), mask_BxT)
+        within = {
+            "all": lambda: losses.entropy(logits_BxTxV, config.temperature, mask_BxT),
+            "top": lambda: of_inside(losses.top_tokens(logits_BxTxV, config.entropy_top)),
+            "nucleus": lambda: of_inside(losses.nucleus(logits_BxTxV, config.entropy_nucleus, config.temperature)),
+        }
+
+        def of_inside(inside_BxTxV):
+            return losses.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
+
+        return -losses.masked_mean(within[config.entropy_over](), mask_BxT)
 
     def kl():
         if config.kl == "exact":

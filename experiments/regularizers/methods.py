@@ -85,6 +85,12 @@ METHODS = (
         STANDARD | {"advantage_shaping": "top_entropy"},
     ),
     Method("entropy_bonus", "entropy in the advantage (2506.14758)", STANDARD | {"advantage_shaping": "entropy_bonus"}),
+    Method(
+        "nucleus_entropy",
+        "entropy bonus over the likeliest 99% alone (2602.03635)",
+        STANDARD | {"entropy_over": "nucleus", "entropy_coefficient": 0.001},
+        "entropy_coefficient",
+    ),
     Method("reinforce", "reward minus the round's mean, no critic", STANDARD | {"algorithm": "reinforce"}),
     Method("ppo", "clipped ratio (Schulman et al. 2017)", STANDARD | {"algorithm": "ppo"}),
     Method(
