@@ -114,13 +114,27 @@ def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """
     mask_BxT = as_mask(mask_BxT, kl_BxT.shape)
     kl_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, kl_BxT.astype(jnp.float32), 0.0))
-    to_go_BxT = jnp.where(mask_BxT, jnp.flip(jnp.cumsum(jnp.flip(kl_BxT, 1), axis=1), 1), 0.0)
+    to_go_BxT = jnp.where(mask_BxT, _summed_from(kl_BxT), 0.0)
     # Above the least of their column: equal ones are then no advantage, whatever their sum is rounded to.
     least_T = jnp.where(mask_BxT, to_go_BxT, jnp.inf).min(axis=0)
     above_BxT = jnp.where(mask_BxT, to_go_BxT - least_T[None], 0.0)
     counts_T = mask_BxT.sum(axis=0)
     others_BxT = (above_BxT.sum(axis=0)[None] - above_BxT) / jnp.maximum(counts_T - 1, 1)[None]
     return jnp.where(mask_BxT, jnp.where(counts_T[None] > 1, above_BxT - others_BxT, to_go_BxT), 0.0)
+
+
+def future_kl(kl_BxT: jax.Array, later_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """``kl_BxT`` of a token plus the sum of ``later_BxT`` over all after it: FRPO (arXiv 2601.10201).
+
+    -alpha times this joins the advantage after its normalization. As ``kl_to_go``, but without baseline. ``kl_BxT`` has
+    to be k1; ``later_BxT`` may be that or k3, which has the same mean on the policy's tokens, and is never negative.
+
+    Returns:
+      float32 [B, T], 0 outside the mask.
+    """
+    mask_BxT, kl_BxT, later_BxT = _finite(mask_BxT, kl_BxT, later_BxT)
+    after_BxT = jnp.pad(_summed_from(later_BxT)[:, 1:], ((0, 0), (0, 1)))
+    return jnp.where(mask_BxT, kl_BxT + after_BxT, 0.0)
 
 
 def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
@@ -206,6 +220,11 @@ def _finite(mask_BxT: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
         mask_BxT = as_mask(mask_BxT, value.shape)
     cleaned = (jnp.where(mask_BxT, jax.lax.stop_gradient(x.astype(jnp.float32)), 0.0) for x in values)
     return mask_BxT, *cleaned
+
+
+def _summed_from(values_BxT: jax.Array) -> jax.Array:
+    """The sum over every token and all after it."""
+    return jnp.flip(jnp.cumsum(jnp.flip(values_BxT, 1), axis=1), 1)
 
 
 def _groups(rewards_B: jax.Array, group_size: int) -> jax.Array:

@@ -12,6 +12,7 @@ padding may hold such logits, pass it. Their values there are 0.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import jax
@@ -23,6 +24,7 @@ from ckl_jax.checks import as_mask, require_array, require_integers, require_log
 from ckl_jax.errors import require
 
 KLKind = Literal["k1", "k2", "k3"]
+EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -34,12 +36,16 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def token_log_probs(
-    logits: jax.Array, tokens: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None
+    logits: jax.Array,
+    tokens: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    mask: jax.Array | None = None,
+    clamp: bool = False,
 ) -> jax.Array:
     """log softmax(logits / temperature)[token]: logits [..., V], tokens [...] -> float32 [...].
 
     With a ``mask`` [...], tokens outside it may be any number (padding of -100, say). Elsewhere a token that the
-    vocabulary does not have, negative ones included, gives NaN.
+    vocabulary does not have, negative ones included, gives NaN. ``clamp``: as ``clamped``.
     """
     require_logits(logits)
     require_integers(tokens, "tokens")
@@ -47,12 +53,61 @@ def token_log_probs(
     log_p = _log_softmax(logits, temperature, mask)
     tokens = _only(mask, tokens)
     tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
-    return _only(mask, jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0])
+    log_probs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    return _only(mask, clamped(log_probs) if clamp else log_probs)
+
+
+def clamped(log_probs: jax.Array) -> jax.Array:
+    """Log-probs [...] of probabilities clamped to [e, 1 - e], e = 1.19e-7 that of float32: at least -15.942385.
+
+    There is no gradient beyond. So a torch Categorical made of probabilities has them, hence the authors' losses.
+    """
+    return jnp.clip(log_probs, math.log(EPSILON), math.log1p(-EPSILON))
 
 
 def entropy(logits: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None) -> jax.Array:
     """Entropy of softmax(logits / temperature) in nats: [..., V], mask [...] -> float32 [...]."""
     return _only(mask, entropy_of(_log_softmax(logits, temperature, mask)))
+
+
+def top_tokens(logits: jax.Array, count: int) -> jax.Array:
+    """True on the ``count`` likeliest tokens of [..., V], and on what ties with the last: bool [..., V].
+
+    Raises ConfigError for a ``count`` outside 1..V.
+    """
+    require_logits(logits)
+    require(1 <= count <= logits.shape[-1], "count", count, f"1 to {logits.shape[-1]}")
+    return logits >= jax.lax.top_k(logits, count)[0][..., -1:]
+
+
+def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.0) -> jax.Array:
+    """True on the fewest likeliest tokens that have ``share`` of the probability together, and on what ties: [..., V].
+
+    Raises ConfigError for a ``share`` outside (0, 1].
+    """
+    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    p = jnp.exp(_log_softmax(logits, temperature, None))
+    falling = -jnp.sort(-p, axis=-1)
+    needed = jnp.cumsum(falling, axis=-1) - falling < share
+    return p >= jnp.where(needed, falling, jnp.inf).min(axis=-1, keepdims=True)
+
+
+def entropy_within(
+    logits: jax.Array, inside: jax.Array, temperature: float | jax.Array = 1.0, mask: jax.Array | None = None
+) -> jax.Array:
+    """Entropy of softmax(logits / temperature) renormalized over the n tokens ``inside``, times log V / log n.
+
+    So its maximum is that of ``entropy``, log V. As a bonus it moves no token outside: TRE (arXiv 2602.03635).
+
+    Args:
+      logits: [..., V]. inside: bool [..., V], from ``top_tokens`` or ``nucleus``. mask: bool [...].
+
+    Returns:
+      float32 [...]; 0 where one token is inside.
+    """
+    size = as_mask(inside, logits.shape, "inside").sum(axis=-1)
+    scale = jnp.log(logits.shape[-1]) / jnp.log(jnp.maximum(size, 2))
+    return _only(mask, scale * entropy(jnp.where(inside, logits, -jnp.inf), temperature, mask))
 
 
 def kl_estimate(
@@ -173,13 +228,31 @@ def clipped_policy_loss(
     return -masked_mean(jnp.minimum(*both), mask)
 
 
+def open_gate(
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+) -> jax.Array:
+    """True on the masked tokens whose policy gradient ``clipped_policy_loss`` does not stop: [...], as all arguments.
+
+    It stops where A > 0 and r > 1 + clip, and where A < 0 and r < 1 - clip. As a factor of the KL this is the gate F1-B
+    of ZCPO (Ding 2026): a token that the policy loss no longer moves, the KL does not move back. Takes no gradient.
+
+    Raises:
+      ConfigError: different shapes, or ``clip`` not above 0.
+    """
+    require(clip > 0, "clip", clip, "above 0")
+    ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
+    stopped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+    return as_mask(mask, log_probs.shape) & ~stopped
+
+
 def off_policy_kl(
     kl: jax.Array, kind: KLKind, log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
     """A KL estimate of tokens that an older policy sampled: r * kl, with the ratio r of new to old probability.
 
     Its expected gradient over the older policy's tokens is that of KL(pi || ref) for every kind: the ratio takes part
-    in the gradient of k1 and k3, and is a constant for k2, whose own gradient it is. An exact KL needs no ratio.
+    in the gradient of k1 and k3, and is a constant for k2, whose own gradient it is. An exact KL needs no ratio. With
+    k3 it is the estimate of DeepSeek-V3.2 (arXiv 2512.02556).
 
     Args:
       kl: from ``kl_estimate`` of that ``kind``, [...] as all others. ``old_log_probs`` take no gradient.

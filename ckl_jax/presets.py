@@ -32,6 +32,7 @@ _AUTHORS = _PAPER | {
     "entropy_coefficient": 0.001,
     "certainty": "negentropy_max_prob",
     "certainty_temperature": 4.0,
+    "clamp_log_probs": True,
 }
 _TINY = {"extra_length": 20, "kl_coefficient": 0.5}
 _TINY_SPEED = {"rollout_batch": 16, "transition_batch": 1}

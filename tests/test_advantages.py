@@ -153,6 +153,14 @@ def test_kl_to_go_sums_what_follows_and_subtracts_the_others_mean():
     np.testing.assert_allclose(found, [[7 - 4.5, 6 - 1, 4], [4 - 6, 1 - 6, 0], [5 - 5.5, 0, 0]], atol=1e-6)
 
 
+def test_future_kl_is_a_tokens_own_kl_and_the_later_ones_of_all_after_it():
+    kl = jnp.array([[1.0, 2.0, 4.0], [3.0, 1.0, NAN], [5.0, NAN, NAN]])
+    later = jnp.array([[99.0, 0.5, 0.25], [99.0, 8.0, NAN], [99.0, NAN, NAN]])
+    mask = jnp.array([[True, True, True], [True, True, False], [True, False, False]])
+    found = advantages.future_kl(kl, later, mask)
+    np.testing.assert_allclose(found, [[1.75, 2.25, 4], [3 + 8, 1, 0], [5, 0, 0]], atol=1e-6)
+
+
 FIRST_3 = jnp.log(jnp.array([0.5, 0.3, 0.2]))
 SECOND_3x3 = jnp.log(jnp.array([[0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [0.7, 0.1, 0.2]]))
 REF_FIRST_3 = jnp.log(jnp.array([0.2, 0.5, 0.3]))
@@ -194,6 +202,27 @@ def test_kl_to_go_has_the_gradient_of_the_kl_between_whole_answers(debug_nans):
     def less_kl(pair, log_probs_2x2):
         k1_2x2 = losses.kl_estimate(log_probs_2x2, ref_9x2[pair], "k1")
         return -advantages.kl_to_go(k1_2x2, jnp.ones((2, 2), bool))
+
+    logits = (FIRST_3, SECOND_3x3)
+    chex.assert_trees_all_close(expected_policy_gradient(logits, less_kl), jax.grad(total_kl)(logits), atol=1e-6)
+
+
+WEIGHTS_4 = jnp.array([0.9, 0.2, 0.5, 0.7])
+"""Of a KL before the first token, and before the second after each first one."""
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_future_kl_has_the_gradient_of_the_weighted_kl_with_each_tokens_effect_on_later_states(kind, debug_nans):
+    ref_9x2 = sequence_log_probs((REF_FIRST_3, REF_SECOND_3x3))
+    weights_9x2 = jnp.stack([jnp.full(9, WEIGHTS_4[0]), WEIGHTS_4[1 + ANSWERS_9x2[:, 0]]], axis=1)
+
+    def total_kl(logits):
+        log_probs_9x2 = sequence_log_probs(logits)
+        return (jnp.exp(log_probs_9x2.sum(axis=1)) * (weights_9x2 * (log_probs_9x2 - ref_9x2)).sum(axis=1)).sum()
+
+    def less_kl(pair, log_probs_2x2):
+        kl, later = (weights_9x2[pair] * losses.kl_estimate(log_probs_2x2, ref_9x2[pair], k) for k in ("k1", kind))
+        return -advantages.future_kl(kl, later, jnp.ones((2, 2), bool))
 
     logits = (FIRST_3, SECOND_3x3)
     chex.assert_trees_all_close(expected_policy_gradient(logits, less_kl), jax.grad(total_kl)(logits), atol=1e-6)
@@ -288,6 +317,7 @@ def test_shapes_and_shares_that_cannot_be_are_refused_by_name(field, call):
         lambda x: shaping.gtpo(jnp.array([1.0, 0.0]), x, MASK, 2, 0.5),
         lambda x: shaping.covariance(ADVANTAGES, x, MASK),
         lambda x: advantages.kl_to_go(x, MASK),
+        lambda x: advantages.future_kl(x, x, MASK),
         lambda x: advantages.leave_one_out(x[:, 0], 2),
     ],
 )

@@ -11,13 +11,13 @@ import optax
 import pytest
 from policies import untrained
 
-from ckl_jax import losses
+from ckl_jax import losses, token_weights
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.collect import assessed
-from ckl_jax.rl.objective import loss_gradient, term_names
+from ckl_jax.rl.objective import loss_gradient, loss_terms, term_names
 from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
 from ckl_jax.rollout.trajectory import Trajectory, score
@@ -41,6 +41,7 @@ CONFIG = FinetuneConfig(
     rollout="plain",
 )
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
+UNIFORM = HYPER._replace(kl_weights=jnp.int32(token_weights.index_of("uniform")))
 PAIRS = {"group_size": 2}
 OPTIONS = {
     "reinforce": {"algorithm": "reinforce", "normalize_advantages": True},
@@ -60,6 +61,16 @@ OPTIONS = {
     "grpo, KL-Cov": {"algorithm": "grpo", **PAIRS, "kl_cov": 1.0},
     "KL in the reward": {"kl_in": "reward", "kl": "k1"},
     "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
+    "a2c, k1, corrected": {"kl": "k1", "kl_correction": True},
+    "rloo, k3, corrected": {"algorithm": "rloo", **PAIRS, "kl": "k3", "kl_correction": True},
+    "ppo, gate": {"algorithm": "ppo", "epochs": 2, "clip": 0.01, "kl_gate": True},
+    "grpo, k3, gate": {"algorithm": "grpo", **PAIRS, "epochs": 2, "kl": "k3", "kl_gate": True},
+    "ppo, transitions, gate": {"algorithm": "ppo", "minibatch": "transitions", "kl_gate": True},
+    "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
+    "KL in the advantage": {"kl_in": "advantage", "kl": "k1"},
+    "grpo, k3 in the advantage": {"algorithm": "grpo", **PAIRS, "kl_in": "advantage", "kl": "k3"},
+    "entropy of the top": {"entropy_over": "top", "entropy_top": 3},
+    "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -99,8 +110,13 @@ def answers(model, moved):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _assessed(config, answers):
-    return assessed(config, *answers, HYPER, jax.random.key(4))
+def _assessed(config, answers, hyper=HYPER):
+    return assessed(config, *answers, hyper, jax.random.key(4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _terms(program, params, episodes):
+    return loss_terms(program, HYPER, params, episodes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,6 +233,99 @@ def test_the_kl_in_the_reward_is_not_rescaled_by_normalized_advantages(answers):
         np.testing.assert_allclose(difference, -2.0 * centered, atol=1e-4)
 
 
+def test_clamped_log_probs_bound_every_loss_of_a_token_that_the_reference_excludes(model, moved, answers):
+    """Every token of the answers has a log-prob of about -100 for the reference, hence -15.942385."""
+    trajectory, critical, logits, ref_logits, values = answers
+    ref_logits -= 100.0 * jax.nn.one_hot(trajectory.answers_BxT, 41)
+    excluded, mask = (trajectory, critical, logits, ref_logits, values), np.asarray(trajectory.mask_BxT)
+    floored = trajectory.log_probs_BxT + 15.942385
+
+    def kl_of(**options):
+        config = dataclasses.replace(CONFIG, kl="k2", **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, excluded, UNIFORM))["kl"]
+
+    expected = 2.0 * np.mean(0.5 * np.square(floored)[mask])
+    np.testing.assert_allclose(kl_of(clamp_log_probs=True), expected, rtol=1e-4)
+    assert kl_of() > 20 * expected
+    reward = dataclasses.replace(CONFIG, kl="k1", kl_in="reward", clamp_log_probs=True)
+    found = np.asarray(_assessed(reward, excluded).advantages_BxT)
+    assert np.abs(found).max() < 2.0 * 13 * 16
+    rare = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - 50.0), *excluded[1:])
+    old_log_probs = _assessed(reward, rare).trajectory.log_probs_BxT
+    np.testing.assert_allclose(old_log_probs[mask], -15.942385, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+@pytest.mark.parametrize("weights", ["uniform", "prioritized"])
+def test_the_kl_in_the_advantage_is_the_weighted_log_ratio_of_a_token_and_the_kl_of_all_after_it(
+    answers, kind, weights
+):
+    """By a plain loop; the normalization of the outcome's advantage does not rescale it."""
+    trajectory, _, _, ref_logits, _ = answers
+    hyper = UNIFORM if weights == "uniform" else HYPER
+    config = dataclasses.replace(CONFIG, normalize_advantages=True)
+    without = _assessed(config, answers, hyper)
+    found = _assessed(dataclasses.replace(config, kl_in="advantage", kl=kind), answers, hyper)
+    mask, w = np.asarray(trajectory.mask_BxT), np.asarray(found.kl_weights_BxT)
+    k1 = np.asarray(trajectory.log_probs_BxT - losses.token_log_probs(ref_logits, trajectory.answers_BxT))
+    later = k1 if kind == "k1" else np.exp(-k1) - 1 + k1
+    expected = np.zeros_like(k1)
+    for b, t in np.argwhere(mask):
+        end = mask[b].sum()
+        expected[b, t] = -2.0 * (w[b, t] * k1[b, t] + (w[b, t + 1 : end] * later[b, t + 1 : end]).sum())
+    np.testing.assert_allclose(found.advantages_BxT - without.advantages_BxT, expected, rtol=1e-4, atol=1e-5)
+    assert (w[mask] < 1).any() == (weights == "prioritized")
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, moved, answers, kind):
+    """The rollout's policy gave every token half the probability that the updated one gives it: a ratio of 2."""
+    trajectory, *rest = answers
+    half = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - jnp.log(2.0)), *rest)
+
+    def kl_of(**options):
+        config = dataclasses.replace(CONFIG, kl=kind, **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, half))["kl"]
+
+    np.testing.assert_allclose(kl_of(kl_correction=True), 2 * kl_of(), rtol=1e-5)
+    np.testing.assert_allclose(kl_of(kl_correction=True), kl_of(algorithm="ppo"), rtol=1e-6)
+    np.testing.assert_allclose(kl_of(kl_correction=True, algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
+
+
+def test_the_entropy_bonus_is_over_the_characters_that_its_words_name(model, moved, answers):
+    trajectory, _, logits, _, _ = answers
+    temperature, mask = 2.0, trajectory.mask_BxT
+
+    def loss(**options):
+        config = dataclasses.replace(CONFIG, entropy_coefficient=1.0, temperature=temperature, **options)
+        return _terms(make_program(config, model), moved.params, _assessed(config, answers))["entropy"]
+
+    sets = {
+        "top": (losses.top_tokens(logits, 3), {"entropy_top": 3}),
+        "nucleus": (losses.nucleus(logits, 0.5, temperature), {"entropy_nucleus": 0.5}),
+    }
+    for word, (inside, options) in sets.items():
+        expected = -losses.masked_mean(losses.entropy_within(logits, inside, temperature), mask)
+        np.testing.assert_allclose(loss(entropy_over=word, **options), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(entropy_over="nucleus", entropy_nucleus=1.0), loss(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl", ["exact", "k2"])
+def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(model, moved, answers, kl):
+    """The ratio is 2 everywhere: beyond the clip for the tokens of positive advantage."""
+    trajectory, *rest = answers
+    half = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT - jnp.log(2.0)), *rest)
+    config = dataclasses.replace(CONFIG, algorithm="ppo", kl=kl)
+    episodes = _assessed(config, half)
+    left_BxT = np.where(episodes.advantages_BxT > 0, 0.0, episodes.kl_weights_BxT)
+    by_hand = _terms(make_program(config, model), moved.params, episodes._replace(kl_weights_BxT=jnp.asarray(left_BxT)))
+    gated = _terms(make_program(dataclasses.replace(config, kl_gate=True), model), moved.params, episodes)
+    plain = _terms(make_program(config, model), moved.params, episodes)
+    np.testing.assert_allclose(gated["kl"], by_hand["kl"], rtol=1e-6)
+    assert 0 < gated["kl"] < 0.9 * plain["kl"]
+    assert gated["policy"] == plain["policy"]
+
+
 def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
     trajectory, *rest = answers
@@ -265,7 +374,15 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
         ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
         ({"kl_in": "reward"}, "kl"),
-        ({"kl_in": "advantage"}, "kl_in"),
+        ({"kl_correction": True}, "kl_correction"),
+        ({"kl_correction": True, "kl": "k1", "kl_in": "reward"}, "kl_correction"),
+        ({"kl_in": "critic"}, "kl_in"),
+        ({"kl_in": "advantage"}, "kl"),
+        ({"kl_in": "advantage", "kl": "k2"}, "kl"),
+        ({"kl_in": "advantage", "kl": "k3", "kl_correction": True}, "kl_correction"),
+        ({"kl_gate": True}, "kl_gate"),
+        ({"kl_gate": True, "algorithm": "rloo", "group_size": 2}, "kl_gate"),
+        ({"kl_gate": True, "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
         ({"clip": 0.0}, "clip"),
@@ -273,6 +390,10 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_cov_share": 0.0}, "kl_cov_share"),
         ({"entropy_quantile": 1.5}, "entropy_quantile"),
         ({"gtpo_share": 2.0}, "gtpo_share"),
+        ({"entropy_over": "some"}, "entropy_over"),
+        ({"entropy_top": 1}, "entropy_top"),
+        ({"entropy_top": 42}, "entropy_top"),
+        ({"entropy_nucleus": 0.0}, "entropy_nucleus"),
         ({"test_temperature": 0.0}, "test_temperature"),
     ],
 )
@@ -289,7 +410,9 @@ def test_the_recipes_are_what_the_paper_and_the_authors_code_say():
     assert (authors.reward_wrong, authors.certainty) == (-1.0, "negentropy_max_prob")
     assert (authors.certainty_temperature, authors.entropy_coefficient) == (4.0, 0.001)
     differing = {f.name for f in dataclasses.fields(paper) if getattr(paper, f.name) != getattr(authors, f.name)}
-    assert differing == {"recipe", "reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient"}
+    assert authors.clamp_log_probs
+    of_losses = {"reward_wrong", "certainty", "certainty_temperature", "entropy_coefficient", "clamp_log_probs"}
+    assert differing == {"recipe"} | of_losses
 
 
 @pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])

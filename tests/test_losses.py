@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from absl.testing import parameterized
 
 from ckl_jax import losses
-from ckl_jax.advantages import gae, kl_to_go, standardized
+from ckl_jax.advantages import future_kl, gae, kl_to_go, standardized
 from ckl_jax.certainty import certainty
 from ckl_jax.errors import ConfigError
 
@@ -67,6 +68,76 @@ class HandComputedLossesTest(chex.TestCase):
         np.testing.assert_allclose(self.variant(losses.entropy)(logits), [1.039721, 0.974315], 1e-5)
         np.testing.assert_allclose(self.variant(losses.token_log_probs)(2 * logits, tokens, 2.0)[0], -0.693147, 1e-5)
         np.testing.assert_allclose(self.variant(losses.entropy)(2 * logits, 2.0)[0], 1.039721, 1e-5)
+
+
+def test_clamped_log_probs_have_a_floor_and_a_ceiling_of_float32s_epsilon_and_no_gradient_beyond(debug_nans):
+    """-15.942385 is the logarithm of 2^-23; the last is a probability of 1, which is as near as float32 can be."""
+    value, gradient = jax.vmap(jax.value_and_grad(losses.clamped))(jnp.array([-200.0, -16.0, -15.9, -1.0, 0.0]))
+    np.testing.assert_allclose(value, [-15.942385, -15.942385, -15.9, -1.0, -1.192093e-7], rtol=1e-6)
+    np.testing.assert_array_equal(gradient, [0.0, 0.0, 1.0, 1.0, 0.0])
+    assert losses.clamped(jnp.array(-INF)) == losses.clamped(jnp.array(-16.0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_clamped_log_probs_and_their_k2_are_those_of_a_torch_categorical_of_probabilities(temperature):
+    """Tokens that are sure, likely, rare, below the floor and impossible, for the policy and for the reference."""
+    logits = np.array([[60.0, 0, -3], [1, 0, 2], [0, -14, 2], [0, -33, 1], [0, -120, 1]], np.float32) * temperature
+    ref_logits, tokens = logits[::-1].copy(), np.array([0, 0, 1, 1, 1])
+    policy, reference = torch.tensor(logits, requires_grad=True), torch.tensor(ref_logits)
+    of_policy, of_reference = (
+        torch.distributions.Categorical(probs=torch.softmax(x / temperature, -1)).log_prob(torch.tensor(tokens))
+        for x in (policy, reference)
+    )
+    k2 = 0.5 * (of_reference - of_policy) ** 2
+    k2.sum().backward()
+
+    def loss(logits):
+        log_probs, ref = (losses.token_log_probs(x, tokens, temperature, clamp=True) for x in (logits, ref_logits))
+        kl = losses.kl_estimate(log_probs, ref, "k2")
+        return kl.sum(), (log_probs, ref, kl)
+
+    (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    for ours, theirs in zip(found, (of_policy, of_reference, k2), strict=True):
+        np.testing.assert_allclose(ours, theirs.detach(), rtol=2e-5)
+    np.testing.assert_allclose(gradient, policy.grad, rtol=2e-5, atol=1e-6)
+    assert not gradient[3:].any()
+
+
+P_2x4 = jnp.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.7, 0.15, 0.05]])
+
+
+def test_the_likeliest_tokens_by_number_and_by_probability():
+    logits = jnp.log(P_2x4)
+    np.testing.assert_array_equal(losses.top_tokens(logits, 2), [[1, 1, 0, 0], [0, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.top_tokens(logits, 3), [[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.4), [[1, 0, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.6), [[1, 1, 0, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.9), [[1, 1, 1, 1], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(losses.nucleus(logits, 1.0), np.ones((2, 4)))
+    # At temperature 2 the second distribution is 0.179, 0.474, 0.220 and 0.127.
+    np.testing.assert_array_equal(losses.nucleus(logits, 0.6, 2.0)[1], [0, 1, 1, 0])
+    for call in (lambda: losses.top_tokens(logits, 5), lambda: losses.top_tokens(logits, 0)):
+        with pytest.raises(ConfigError, match=r"^count: got"):
+            call()
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match=r"^share: got"):
+            losses.nucleus(logits, share)
+
+
+def test_the_entropy_within_a_set_is_scaled_to_the_range_of_all_and_moves_no_token_outside(debug_nans):
+    """Of 2/3 and 1/3: 0.636514 nats, times log 4 / log 2; of 1/2, 1/4, 1/8 and 1/8 all of 1.213008; of one token 0."""
+    logits = jnp.log(P_2x4)
+    inside = jnp.array([[True, True, False, False], [False, True, False, False]])
+    np.testing.assert_allclose(losses.entropy_within(logits, inside), [2 * 0.636514, 0.0], atol=1e-5)
+    found = losses.entropy_within(logits, jnp.ones((2, 4), bool))
+    np.testing.assert_allclose(found, losses.entropy(logits), rtol=1e-6)
+    np.testing.assert_allclose(found[0], 1.213008, rtol=1e-6)
+    gradient = jax.grad(lambda x: losses.entropy_within(x, inside).sum())(logits)
+    # -2 p (log p + H) of p = 2/3 and 1/3.
+    np.testing.assert_allclose(gradient[0], [-0.308065, 0.308065, 0.0, 0.0], atol=1e-5)
+    np.testing.assert_array_equal(gradient[1], np.zeros(4))
+    uniform = losses.entropy_within(jnp.zeros((1, 4)), inside[:1])
+    np.testing.assert_allclose(uniform, np.log(4), rtol=1e-6)
 
 
 def test_k3_is_accurate_and_positive_where_the_policy_has_hardly_moved():
@@ -251,6 +322,19 @@ def test_the_clipped_loss_stops_where_the_ratio_has_gone_far_enough_in_the_advan
     np.testing.assert_allclose(gradient, [-0.4, 0.0, -0.2, 0.6, 0.0, 0.0], atol=1e-6)
 
 
+def test_the_gate_is_open_where_the_clipped_loss_has_a_gradient():
+    """Ratios 1.5, 1.1, 0.5 and 0.9 with advantages of both signs; then an advantage of 0, and a token outside."""
+    log_probs = jnp.log(jnp.array([1.5, 1.1, 0.5, 0.9, 1.5, 1.1, 0.5, 0.9, 9.0, 1.0]))
+    advantages, mask = jnp.array([2.0] * 4 + [-2.0] * 4 + [0.0, 1.0]), jnp.arange(10) < 9
+    arguments = {"old_log_probs": jnp.zeros(10), "advantages": advantages, "mask": mask, "clip": 0.2}
+    found = losses.open_gate(log_probs, **arguments)
+    np.testing.assert_array_equal(found, [False, True, True, True, True, True, False, True, True, False])
+    gradient = jax.grad(lambda x: losses.clipped_policy_loss(x, **arguments))(log_probs)
+    np.testing.assert_array_equal(found[:8], gradient[:8] != 0)
+    garbage = {"advantages": jnp.where(mask, advantages, NAN), "old_log_probs": jnp.where(mask, 0.0, INF)}
+    chex.assert_trees_all_equal(losses.open_gate(log_probs, **(arguments | garbage)), found)
+
+
 def test_at_the_rollouts_policy_the_clipped_loss_has_the_policy_gradient():
     log_probs, advantages = jnp.array([-0.5, -2.0]), jnp.array([1.5, -0.5])
     mask = jnp.array([True, True])
@@ -307,6 +391,8 @@ WITH_MASK = {
     "k3": lambda x, y, m: losses.kl_estimate(x[..., 0], y[..., 0], "k3", m),
     "exact": lambda x, y, m: losses.exact_kl(x, y, 2.0, m),
     "entropy": lambda x, y, m: losses.entropy(x, 2.0, m),
+    "entropy of the top": lambda x, y, m: losses.entropy_within(x, losses.top_tokens(x, 2), 2.0, m),
+    "entropy of the nucleus": lambda x, y, m: losses.entropy_within(x, losses.nucleus(x, 0.9), 2.0, m),
     "log-probs": lambda x, y, m: losses.token_log_probs(x, TOKENS_3x4, 2.0, m),
     "k2 of logits": lambda x, y, m: losses.kl_estimate(
         losses.token_log_probs(x, TOKENS_3x4, 2.0, m), losses.token_log_probs(y, TOKENS_3x4, 2.0, m), "k2", m
@@ -322,6 +408,7 @@ OF_PER_TOKEN_VALUES = {
     "off-policy k1": lambda x, y, z, m: losses.off_policy_kl(z, "k1", x.clip(-1, 1), y.clip(-1, 1), m).sum(),
     "gae": lambda x, y, z, m: (gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
     "KL to go": lambda x, y, z, m: (kl_to_go(x, m) * z.clip(-1, 1)).sum(),
+    "future KL": lambda x, y, z, m: (future_kl(x, y, m) * z.clip(-1, 1)).sum(),
     "standardized": lambda x, y, z, m: (standardized(x, m) * z.clip(-1, 1)).sum(),
 }
 

@@ -22,6 +22,7 @@ from ckl_jax.fields import (
     require_fields,
 )
 from ckl_jax.resuming import end, speed
+from ckl_jax.tasks.alphabet import VOCAB_SIZE
 from ckl_jax.token_weights import KLWeights
 
 Recipe = Literal["ours", "paper", "authors"]
@@ -38,7 +39,8 @@ class Budget(Chapter):
     recipe: Recipe = "ours"
     """`ours`: what learns well here: lambda 1, advantages normalized over the round, minibatches of whole episodes, the
     exact KL. `paper`: what the paper states for section 5.3, else what the authors' code does. `authors`: their code's
-    settings, which differ in reward, certainty and entropy coefficient. Both were made for the 85M model."""
+    settings, which differ in reward, certainty, entropy coefficient and clamped log-probs. Both were made for the 85M
+    model."""
     seed: NonNegativeInt = 0
     """First seed; run k of an experiment has seed + k."""
     extra_digits: Annotated[int, AtLeast(1, 2)] = 1
@@ -129,6 +131,13 @@ class Optimizer(Chapter):
     """Keep the value loss's gradient out of the trunk."""
     entropy_coefficient: NonNegativeFloat = 0.0005
     """Of the entropy bonus."""
+    entropy_over: Literal["all", "top", "nucleus"] = "all"
+    """Characters that share in the entropy bonus: all, or the likeliest alone, their entropy scaled to the range that
+    all have (TRE, arXiv 2602.03635)."""
+    entropy_top: Annotated[int, AtLeast(2, VOCAB_SIZE)] = 2
+    """Number of likeliest characters with entropy_over top."""
+    entropy_nucleus: PositiveShare = 0.99
+    """Probability that the likeliest characters have together with entropy_over nucleus."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +152,16 @@ class KL(Chapter):
     """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
     (the paper's is k2). In a loss without ratio k1 has no gradient in expectation; ppo and grpo multiply estimates by
     the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
-    kl_in: Literal["loss", "reward"] = "loss"
-    """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it; needs kl k1."""
+    kl_correction: bool = False
+    """Multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
+    2512.02556). Needs kl k1, k2 or k3, in the loss."""
+    kl_gate: bool = False
+    """The KL of a token counts 0 where ppo's and grpo's clip stops its policy gradient (ZCPO's F1-B, Ding 2026): they
+    alone, with the KL in the loss."""
+    kl_in: Literal["loss", "reward", "advantage"] = "loss"
+    """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
+    that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
+    2601.10201); needs kl k1, or k3 for the tokens after it."""
     certainty: CertaintyKind = "negentropy"
     """J, the reference's certainty of its next token."""
     certainty_temperature: PositiveFloat = 1.0
@@ -200,6 +217,10 @@ class Arithmetic(Chapter):
     """Type of the activations; parameters, logits and losses are float32 always."""
     precision: Precision = "highest"
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
+    clamp_log_probs: bool = False
+    """Clamp the probabilities of tokens to [e, 1 - e], e = 1.19e-7, in all log-probs of the losses, those of the
+    reference too: none is below -15.94, and none has a gradient beyond. The authors' torch distributions do so. Entropy
+    and exact KL are not clamped."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +262,8 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         least, divisor = 2 if grouped else 1, f"a divisor of episodes = {episodes}"
         divides = self.minibatch == "transitions" or episodes % self.minibatch_episodes == 0
         no_critic = f"with algorithm {self.algorithm}, which has no critic"
+        estimated = self.kl != "exact" and self.kl_in == "loss"
+        gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
@@ -251,7 +274,10 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("advantage_shaping", grouped or self.advantage_shaping != "gtpo", "with algorithm grpo or rloo alone"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
-            ("kl", self.kl_in == "loss" or self.kl == "k1", "k1 with kl_in reward"),
+            ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
+            ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),
+            ("kl_correction", not self.kl_correction or estimated, "False but with kl k1, k2 or k3 and kl_in loss"),
+            ("kl_gate", not self.kl_gate or gated, "False but with algorithm ppo or grpo and kl_in loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]
         for name, holds, allowed in rules:

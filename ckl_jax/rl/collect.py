@@ -118,13 +118,15 @@ def assessed(
       logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
       key: for weights that are shuffled.
     """
+    if config.clamp_log_probs:
+        trajectory = trajectory._replace(log_probs_BxT=losses.clamped(trajectory.log_probs_BxT))
     sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
     entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
     tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT)
     weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
     advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)
-    if config.kl_in == "reward":  # After the normalization, which would rescale alpha.
+    if config.kl_in != "loss":  # After the normalization, which would rescale alpha.
         to_go_BxT = _kl_to_go(config, trajectory, ref_logits_BxTxV, weights_BxT)
         advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
     held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
@@ -188,11 +190,19 @@ def _shaped(
 def _kl_to_go(
     config: FinetuneConfig, trajectory: Trajectory, ref_logits_BxTxV: jax.Array, weights_BxT: jax.Array
 ) -> jax.Array:
-    """The weighted k1 of every token and of all after it."""
+    """The weighted KL of every token and of all after it."""
     mask_BxT = trajectory.mask_BxT
-    ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT)
-    k1_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, "k1", mask_BxT)
-    return advantages.kl_to_go(overflow.product(weights_BxT, k1_BxT), mask_BxT)
+    ref_log_probs_BxT = losses.token_log_probs(
+        ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT, clamp=config.clamp_log_probs
+    )
+
+    def weighted(kind):
+        kl_BxT = losses.kl_estimate(trajectory.log_probs_BxT, ref_log_probs_BxT, kind, mask_BxT)
+        return overflow.product(weights_BxT, kl_BxT)
+
+    if config.kl_in == "reward":
+        return advantages.kl_to_go(weighted("k1"), mask_BxT)
+    return advantages.future_kl(weighted("k1"), weighted(config.kl), mask_BxT)
 
 
 def _held_by_kl_cov(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: jax.Array) -> jax.Array:

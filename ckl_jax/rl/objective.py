@@ -44,7 +44,13 @@ def _terms(
     config, trajectory, advantages_BxT = program.config, episodes.trajectory, episodes.advantages_BxT
     actions_BxT, mask_BxT, old_log_probs_BxT = trajectory.answers_BxT, trajectory.mask_BxT, trajectory.log_probs_BxT
     logits_BxTxV, hidden_BxTxD = outputs
-    log_probs_BxT = losses.token_log_probs(logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+
+    def of_actions(logits_BxTxV):
+        return losses.token_log_probs(
+            logits_BxTxV, actions_BxT, config.temperature, mask_BxT, clamp=config.clamp_log_probs
+        )
+
+    log_probs_BxT = of_actions(logits_BxTxV)
 
     def policy():
         if config.has_ratio:
@@ -57,18 +63,30 @@ def _terms(
         return losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
 
     def entropy():
-        return -losses.masked_mean(losses.entropy(logits_BxTxV, config.temperature, mask_BxT), mask_BxT)
+        within = {
+            "all": lambda: losses.entropy(logits_BxTxV, config.temperature, mask_BxT),
+            "top": lambda: of_inside(losses.top_tokens(logits_BxTxV, config.entropy_top)),
+            "nucleus": lambda: of_inside(losses.nucleus(logits_BxTxV, config.entropy_nucleus, config.temperature)),
+        }
+
+        def of_inside(inside_BxTxV):
+            return losses.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
+
+        return -losses.masked_mean(within[config.entropy_over](), mask_BxT)
 
     def kl():
         if config.kl == "exact":
             kl_BxT = losses.exact_kl(logits_BxTxV, episodes.ref_logits_BxTxV, config.temperature, mask_BxT)
         else:
-            ref_logits_BxTxV = episodes.ref_logits_BxTxV
-            ref_log_probs_BxT = losses.token_log_probs(ref_logits_BxTxV, actions_BxT, config.temperature, mask_BxT)
+            ref_log_probs_BxT = of_actions(episodes.ref_logits_BxTxV)
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
-            if config.has_ratio:
+            if config.has_ratio or config.kl_correction:
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
-        return losses.weighted_kl(kl_BxT, episodes.kl_weights_BxT, mask_BxT)
+        weights_BxT = episodes.kl_weights_BxT
+        if config.kl_gate:
+            gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+            weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
+        return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 
     def kl_cov():
         return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)

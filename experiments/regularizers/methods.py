@@ -53,7 +53,22 @@ METHODS = (
     Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
     Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
     Method("k3", "ratio - 1 - log-ratio (Schulman 2020)", STANDARD | {"kl": "k3"}),
+    Method(
+        "k3_corrected",
+        "k3 times the ratio to the rollout's policy (2512.02556)",
+        STANDARD | {"kl": "k3", "kl_correction": True},
+    ),
     Method("k1_reward", "log-ratio to go, in the reward", STANDARD | {"kl": "k1", "kl_in": "reward"}),
+    Method(
+        "future_kl",
+        "log-ratio to go, in the advantage without baseline (2601.10201)",
+        STANDARD | {"kl": "k1", "kl_in": "advantage"},
+    ),
+    Method(
+        "prioritized_future_kl",
+        "J^beta on every log-ratio to go (2601.10201)",
+        {"kl_weights": "prioritized", "kl": "k1", "kl_in": "advantage"},
+    ),
     Method("prioritized_k2", "J^beta on k2, the paper's loss", {"kl_weights": "prioritized", "kl": "k2"}),
     Method(
         "adaptive", "alpha adapted to a target KL (Ziegler et al. 2019)", STANDARD | {"kl_target": 0.02}, "kl_target"
@@ -70,8 +85,19 @@ METHODS = (
         STANDARD | {"advantage_shaping": "top_entropy"},
     ),
     Method("entropy_bonus", "entropy in the advantage (2506.14758)", STANDARD | {"advantage_shaping": "entropy_bonus"}),
+    Method(
+        "nucleus_entropy",
+        "entropy bonus over the likeliest 99% alone (2602.03635)",
+        STANDARD | {"entropy_over": "nucleus", "entropy_coefficient": 0.001},
+        "entropy_coefficient",
+    ),
     Method("reinforce", "reward minus the round's mean, no critic", STANDARD | {"algorithm": "reinforce"}),
     Method("ppo", "clipped ratio (Schulman et al. 2017)", STANDARD | {"algorithm": "ppo"}),
+    Method(
+        "ppo_gate",
+        "ppo, without KL where the clip stops the gradient (F1-B of ZCPO)",
+        STANDARD | {"algorithm": "ppo", "kl_gate": True},
+    ),
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
     Method(
