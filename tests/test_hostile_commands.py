@@ -26,7 +26,10 @@ WITH_CHECKPOINT = [
     if name.rpartition(".")[2].split("_")[0] in ("finetune", "evaluate", "figure1", "figure4", "figure5", "figure6")
 ] + [
     f"experiments.{name}"
-    for name in ("critical_token_discovery", "controls", "spared_tokens", "minibatches", "regularizers", "reproduce")
+    for name in (
+        *("critical_token_discovery", "controls", "spared_tokens", "minibatches", "regularizers", "reproduce"),
+        "profile_round",
+    )
 ]
 PLOT_ONLY = [f"experiments.figure{name}" for name in ("1_scratchpad", "2_pretraining", "3_pretraining_levels")]
 PLOT_ONLY += [f"experiments.{name}" for name in ("figure7_critical_tokens", "critical_token_discovery", "regularizers")]
@@ -192,7 +195,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.spared_tokens", "--beta 0", r"beta: got 0\.0, allowed is above 0"),
         ("experiments.regularizers", "--methods k4", r"methods: got \['k4'\], allowed is standard \| prioritized .*"),
         ("experiments.regularizers", "--grid -1", r"grid: got \(-1\.0,\), allowed is .*"),
-        ("experiments.regularizers", "--leaders 20", r"leaders: got 20, allowed is 0 to 19, .*"),
+        ("experiments.regularizers", "--leaders 200", r"leaders: got 200, allowed is 0 to \d+, .*"),
         ("experiments.reproduce", "--items figure9", r"items: got \['figure9'\], allowed is figure1 \| .*"),
         (
             "experiments.reproduce",
