@@ -137,13 +137,16 @@ def test_dropout_follows_the_key_and_leaves_the_mean():
     assert jnp.abs(logits(keys[0]) - logits(keys[1])).max() > 1e-3
 
 
-def test_devices_that_share_the_rows_compute_the_same_without_a_word_between_them():
-    qkv, segments, seeds, d_out = drawn(8, 128, 2, 64)
+@pytest.mark.parametrize("batch", [8, 3])
+def test_devices_compute_the_same_without_a_word_between_them(batch):
+    """Each its own rows, or where these are not shared evenly all."""
+    qkv, segments, seeds, d_out = drawn(batch, 128, 2, 64)
     settings = fused.Settings(2, 0.3, HIGHEST, interpret=True)
 
     @jax.jit
     def both(qkv, segments, seeds, d_out):
-        rows = sharding.share_rows((qkv, segments, seeds, d_out))
+        rows = qkv, segments, seeds, d_out
+        rows = sharding.share_rows(rows) if batch == 8 else rows
 
         def shared(qkv):
             return sharding.by_device(lambda *x: fused.attention(*x, settings), qkv, *rows[1:3])

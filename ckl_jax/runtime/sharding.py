@@ -202,12 +202,15 @@ def over_rows(call: Callable[[Any, Any], Any], whole: Any, rows: Any, *, total: 
 
 
 def by_device(kernel: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
-    """``kernel(*rows)`` with each device on its own rows, also where it is one: XLA must not divide a kernel."""
+    """``kernel(*rows)`` with each device on its own rows, also where it is one: XLA must not divide a kernel.
+
+    Rows that the devices do not share evenly are computed by each.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = set(mesh.axis_names) - set(mesh.manual_axes)
     if not axes:
         return kernel(*rows)
-    spec = BY_ROW if DATA_AXIS in axes else ALL
+    spec = BY_ROW if DATA_AXIS in axes and rows[0].shape[0] % num_shares() == 0 else ALL
     shared = jax.shard_map(kernel, in_specs=(spec,) * len(rows), out_specs=spec, axis_names=axes, check_vma=False)
     return cast(jax.Array, shared(*rows))
 
