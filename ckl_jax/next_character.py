@@ -152,7 +152,10 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
         windows = sample_documents(
             stream, sample_key, config.batch_size, window, config.model.block_size, config.start_share
         )
-    loss, grads = batch_gradient(config, state.params, windows, dropout_key)
+    whole = sharding.gathered(state.params) if config.shard_state else state.params
+    loss, grads = batch_gradient(config, whole, windows, dropout_key)
+    if config.shard_state:  # Else XLA divides the products that make them, and computes parts twice.
+        grads = sharding.gathered(grads)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = PretrainState(state.step + 1, params, opt_state, _averaged(config, state, params))

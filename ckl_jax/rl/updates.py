@@ -76,7 +76,10 @@ def update(
 
         def step(index, carry):
             params, opt_state, sums, sound = carry
-            grads, terms = gradient(params, index)
+            whole = sharding.gathered(params) if config.shard_state else params
+            grads, terms = gradient(whole, index)
+            if config.shard_state:  # Else XLA divides the products that make them, and computes parts twice.
+                grads = sharding.gathered(grads)
             directions, opt_state = optimizer.update(grads, opt_state, params)
             params = {
                 name: jax.tree.map(lambda p, d, rate=rates[name]: p - rate * d, params[name], directions[name])

@@ -175,6 +175,11 @@ def split_state(state: Any) -> Any:
     return _constrain(state, lambda x: _state_spec(x.shape, num_shares()))
 
 
+def gathered(tree: Any) -> Any:
+    """Inside a program: the same arrays, whole on every device; their gradients come back as the arrays lie."""
+    return _constrain(tree, lambda x: ALL)
+
+
 def _constrain(tree: Any, spec: Callable[[jax.Array], PartitionSpec]) -> Any:
     if num_shares() == 1:
         return tree
