@@ -152,12 +152,12 @@ class KL(Chapter):
     """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
     (the paper's is k2). In a loss without ratio k1 has no gradient in expectation; ppo and grpo multiply estimates by
     the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
-    kl_correction: bool = False
-    """Multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
+    kl_correction: Literal["none", "ratio"] = "none"
+    """`ratio`: multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
     2512.02556). Needs kl k1, k2 or k3, in the loss."""
-    kl_gate: bool = False
-    """The KL of a token counts 0 where ppo's and grpo's clip stops its policy gradient (ZCPO's F1-B, Ding 2026): they
-    alone, with the KL in the loss."""
+    kl_gate: Literal["none", "clip"] = "none"
+    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026).
+    Needs one of them, and the KL in the loss."""
     kl_in: Literal["loss", "reward", "advantage"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
     that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
@@ -276,8 +276,8 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
             ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),
-            ("kl_correction", not self.kl_correction or estimated, "False but with kl k1, k2 or k3 and kl_in loss"),
-            ("kl_gate", not self.kl_gate or gated, "False but with algorithm ppo or grpo and kl_in loss"),
+            ("kl_correction", estimated or self.kl_correction == "none", "none but with k1, k2 or k3 in the loss"),
+            ("kl_gate", gated or self.kl_gate == "none", "none but with ppo or grpo, and the KL in the loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]
         for name, holds, allowed in rules:
