@@ -71,6 +71,8 @@ OPTIONS = {
     "grpo, k3 in the advantage": {"algorithm": "grpo", **PAIRS, "kl_in": "advantage", "kl": "k3"},
     "entropy of the top": {"entropy_over": "top", "entropy_top": 3},
     "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
+    "grpo, KL of the episode": {"algorithm": "grpo", **PAIRS, "kl_in": "episode"},
+    "rloo, KL of the episode": {"algorithm": "rloo", **PAIRS, "kl_in": "episode", "normalize_advantages": True},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -277,6 +279,21 @@ def test_the_kl_in_the_advantage_is_the_weighted_log_ratio_of_a_token_and_the_kl
     assert (w[mask] < 1).any() == (weights == "prioritized")
 
 
+def test_the_kl_of_an_episode_is_its_mean_weighted_exact_kl_against_the_other_answers(answers):
+    """By a plain loop over pairs, of which the first answer is right and the second wrong."""
+    trajectory, _, logits, ref_logits, _ = answers
+    config = dataclasses.replace(CONFIG, algorithm="grpo", group_size=2, kl_in="episode")
+    found = _assessed(config, answers)
+    mask, w = np.asarray(trajectory.mask_BxT), np.asarray(found.kl_weights_BxT)
+    p, q = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (logits, ref_logits))
+    kl = (w * (np.exp(p) * (p - q)).sum(axis=-1) * mask).sum(axis=1) / mask.sum(axis=1)
+    for first in range(0, 8, 2):
+        more = 2.0 * (kl[first] - kl[first + 1]) / 2
+        for row, expected in ((first, 1 - more), (first + 1, -1 + more)):
+            np.testing.assert_allclose(found.advantages_BxT[row], np.where(mask[row], expected, 0.0), rtol=1e-4)
+    assert "kl" not in term_names(config)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, moved, answers, kind):
     """The rollout's policy gave every token half the probability that the updated one gives it: a ratio of 2."""
@@ -374,6 +391,12 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
         ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
         ({"kl_in": "reward"}, "kl"),
+        ({"kl_in": "episode"}, "kl_in"),
+        ({"kl_in": "episode", "algorithm": "grpo", "group_size": 2, "kl": "k1"}, "kl"),
+        (
+            {"kl_in": "episode", "algorithm": "grpo", "group_size": 2, "advantage_shaping": "top_entropy"},
+            "advantage_shaping",
+        ),
         ({"kl_correction": "ratio"}, "kl_correction"),
         ({"kl_correction": "ratio", "kl": "k1", "kl_in": "reward"}, "kl_correction"),
         ({"kl_in": "critic"}, "kl_in"),

@@ -84,7 +84,7 @@ class Advantage(Chapter):
     """GAE's: 1 waits for the reward, 0 trusts the critic's value of the next token. a2c and ppo alone."""
     normalize_advantages: bool = True
     """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0.
-    No effect with grpo, which standardizes within its groups, and gtpo."""
+    No effect with grpo, which standardizes within its groups, gtpo, and kl_in episode."""
     advantage_shaping: AdvantageShaping = "none"
     """What the policy's entropy H at a token does to its advantage A. `top_entropy`: A where H is among the round's top
     `entropy_quantile`, else 0 (80/20, arXiv 2506.01939). `entropy_bonus`: A + min(entropy_scale * H, abs(A) /
@@ -158,10 +158,11 @@ class KL(Chapter):
     kl_gate: Literal["none", "clip"] = "none"
     """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026).
     Needs one of them, and the KL in the loss."""
-    kl_in: Literal["loss", "reward", "advantage"] = "loss"
+    kl_in: Literal["loss", "reward", "advantage", "episode"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
     that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
-    2601.10201); needs kl k1, or k3 for the tokens after it."""
+    2601.10201); needs kl k1, or k3 for the tokens after it. `episode`: an answer's advantage, 1 at most in its group,
+    loses alpha * its mean weighted KL less that of the group (ZCPO, Ding 2026); grpo and rloo alone, needs kl exact."""
     certainty: CertaintyKind = "negentropy"
     """J, the reference's certainty of its next token."""
     certainty_temperature: PositiveFloat = 1.0
@@ -263,6 +264,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         divides = self.minibatch == "transitions" or episodes % self.minibatch_episodes == 0
         no_critic = f"with algorithm {self.algorithm}, which has no critic"
         estimated = self.kl != "exact" and self.kl_in == "loss"
+        of_episode = self.kl_in == "episode"
         gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         rules = [
@@ -276,6 +278,9 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
             ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),
+            ("kl", not of_episode or self.kl == "exact", "exact with kl_in episode"),
+            ("kl_in", not of_episode or grouped, "episode with algorithm grpo or rloo alone"),
+            ("advantage_shaping", not of_episode or self.advantage_shaping == "none", "none with kl_in episode"),
             ("kl_correction", estimated or self.kl_correction == "none", "none but with k1, k2 or k3 in the loss"),
             ("kl_gate", gated or self.kl_gate == "none", "none but with ppo or grpo, and the KL in the loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),

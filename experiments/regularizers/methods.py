@@ -101,6 +101,11 @@ METHODS = (
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
     Method(
+        "zcpo",
+        "8 answers, the KL of each less their mean in the advantage (Ding 2026)",
+        STANDARD | GROUP | {"algorithm": "grpo", "kl_in": "episode"},
+    ),
+    Method(
         "gtpo",
         "grpo with the reward shared out by entropy (2508.04349)",
         STANDARD | GROUP | {"algorithm": "grpo", "advantage_shaping": "gtpo"},
