@@ -137,6 +137,26 @@ def future_kl(kl_BxT: jax.Array, later_BxT: jax.Array, mask_BxT: jax.Array) -> j
     return jnp.where(mask_BxT, kl_BxT + after_BxT, 0.0)
 
 
+def zero_centered(rewards_B: jax.Array, penalties_B: jax.Array, group_size: int) -> jax.Array:
+    """A / max |A| - (D - mean of D) over a group's answers: ZCPO (Ding 2026).
+
+    A is the reward minus the group's mean, D = ``penalties_B`` alpha times an answer's KL to the reference in nats a
+    token. Both parts have mean 0, so the KL only decides among the answers to one problem.
+
+    Returns:
+      float32 [B]; exactly 0 in a group of equal rewards, whatever its KLs are.
+
+    Raises:
+      ConfigError: ``group_size`` is below 2 or does not divide B.
+    """
+    rewards_GxK, penalties_GxK = _groups(rewards_B, group_size), _groups(penalties_B, group_size)
+    everyone = jnp.ones(rewards_GxK.shape, bool)
+    advantages_GxK, excess_GxK = (jax.vmap(centered)(x, everyone) for x in (rewards_GxK, penalties_GxK))
+    largest_Gx1 = jnp.abs(advantages_GxK).max(axis=1, keepdims=True)
+    shares_GxK = advantages_GxK / jnp.where(largest_Gx1 > 0, largest_Gx1, 1.0)
+    return jnp.where(largest_Gx1 > 0, shares_GxK - excess_GxK, 0.0).reshape(-1)
+
+
 def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
     """A where H is among the ``share`` highest of the round, else 0: the 80/20 rule (arXiv 2506.01939).
 

@@ -207,6 +207,19 @@ def test_kl_to_go_has_the_gradient_of_the_kl_between_whole_answers(debug_nans):
     chex.assert_trees_all_close(expected_policy_gradient(logits, less_kl), jax.grad(total_kl)(logits), atol=1e-6)
 
 
+def test_zero_centered_advantages_are_at_most_1_and_lose_what_an_answers_kl_is_above_its_groups():
+    """Rewards of mean 0.25: shares 1 and -1/3. Penalties of mean 0.4. Then equal rewards, and a penalty that outweighs."""
+    rewards = jnp.array([1.0, 0.0, 0.0, 0.0] + [1.0] * 4 + [-1.0, 1.0, 1.0, -1.0])
+    penalties = jnp.array([0.8, 0.2, 0.2, 0.4, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8.0])
+    found = advantages.zero_centered(rewards, penalties, 4)
+    mixed = [1 - 0.4, -1 / 3 + 0.2, -1 / 3 + 0.2, -1 / 3]
+    np.testing.assert_allclose(found, [*mixed, 0, 0, 0, 0, -1 + 2, 1 + 2, 1 + 2, -1 - 6], atol=1e-6)
+    np.testing.assert_allclose(found.reshape(3, 4).sum(axis=1), 0.0, atol=1e-6)
+    np.testing.assert_array_equal(found[4:8], np.zeros(4))
+    gradients = jax.grad(lambda r, d: advantages.zero_centered(r, d, 4)[0], argnums=(0, 1))(rewards, penalties)
+    chex.assert_trees_all_equal(gradients, (jnp.zeros(12), jnp.zeros(12)))
+
+
 WEIGHTS_4 = jnp.array([0.9, 0.2, 0.5, 0.7])
 """Of a KL before the first token, and before the second after each first one."""
 

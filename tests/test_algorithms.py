@@ -61,16 +61,18 @@ OPTIONS = {
     "grpo, KL-Cov": {"algorithm": "grpo", **PAIRS, "kl_cov": 1.0},
     "KL in the reward": {"kl_in": "reward", "kl": "k1"},
     "rloo, KL in the reward": {"algorithm": "rloo", **PAIRS, "kl_in": "reward", "kl": "k1"},
-    "a2c, k1, corrected": {"kl": "k1", "kl_correction": True},
-    "rloo, k3, corrected": {"algorithm": "rloo", **PAIRS, "kl": "k3", "kl_correction": True},
-    "ppo, gate": {"algorithm": "ppo", "epochs": 2, "clip": 0.01, "kl_gate": True},
-    "grpo, k3, gate": {"algorithm": "grpo", **PAIRS, "epochs": 2, "kl": "k3", "kl_gate": True},
-    "ppo, transitions, gate": {"algorithm": "ppo", "minibatch": "transitions", "kl_gate": True},
+    "a2c, k1, corrected": {"kl": "k1", "kl_correction": "ratio"},
+    "rloo, k3, corrected": {"algorithm": "rloo", **PAIRS, "kl": "k3", "kl_correction": "ratio"},
+    "ppo, gate": {"algorithm": "ppo", "epochs": 2, "clip": 0.01, "kl_gate": "clip"},
+    "grpo, k3, gate": {"algorithm": "grpo", **PAIRS, "epochs": 2, "kl": "k3", "kl_gate": "clip"},
+    "ppo, transitions, gate": {"algorithm": "ppo", "minibatch": "transitions", "kl_gate": "clip"},
     "clamped log-probs": {"clamp_log_probs": True, "kl": "k2"},
     "KL in the advantage": {"kl_in": "advantage", "kl": "k1"},
     "grpo, k3 in the advantage": {"algorithm": "grpo", **PAIRS, "kl_in": "advantage", "kl": "k3"},
     "entropy of the top": {"entropy_over": "top", "entropy_top": 3},
     "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
+    "grpo, KL of the episode": {"algorithm": "grpo", **PAIRS, "kl_in": "episode"},
+    "rloo, KL of the episode": {"algorithm": "rloo", **PAIRS, "kl_in": "episode", "normalize_advantages": True},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -277,6 +279,21 @@ def test_the_kl_in_the_advantage_is_the_weighted_log_ratio_of_a_token_and_the_kl
     assert (w[mask] < 1).any() == (weights == "prioritized")
 
 
+def test_the_kl_of_an_episode_is_its_mean_weighted_exact_kl_against_the_other_answers(answers):
+    """By a plain loop over pairs, of which the first answer is right and the second wrong."""
+    trajectory, _, logits, ref_logits, _ = answers
+    config = dataclasses.replace(CONFIG, algorithm="grpo", group_size=2, kl_in="episode")
+    found = _assessed(config, answers)
+    mask, w = np.asarray(trajectory.mask_BxT), np.asarray(found.kl_weights_BxT)
+    p, q = (np.asarray(jax.nn.log_softmax(x), np.float64) for x in (logits, ref_logits))
+    kl = (w * (np.exp(p) * (p - q)).sum(axis=-1) * mask).sum(axis=1) / mask.sum(axis=1)
+    for first in range(0, 8, 2):
+        more = 2.0 * (kl[first] - kl[first + 1]) / 2
+        for row, expected in ((first, 1 - more), (first + 1, -1 + more)):
+            np.testing.assert_allclose(found.advantages_BxT[row], np.where(mask[row], expected, 0.0), rtol=1e-4)
+    assert "kl" not in term_names(config)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, moved, answers, kind):
     """The rollout's policy gave every token half the probability that the updated one gives it: a ratio of 2."""
@@ -287,9 +304,9 @@ def test_a_corrected_estimate_is_multiplied_by_the_ratio_as_with_ppo(model, move
         config = dataclasses.replace(CONFIG, kl=kind, **options)
         return _terms(make_program(config, model), moved.params, _assessed(config, half))["kl"]
 
-    np.testing.assert_allclose(kl_of(kl_correction=True), 2 * kl_of(), rtol=1e-5)
-    np.testing.assert_allclose(kl_of(kl_correction=True), kl_of(algorithm="ppo"), rtol=1e-6)
-    np.testing.assert_allclose(kl_of(kl_correction=True, algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
+    np.testing.assert_allclose(kl_of(kl_correction="ratio"), 2 * kl_of(), rtol=1e-5)
+    np.testing.assert_allclose(kl_of(kl_correction="ratio"), kl_of(algorithm="ppo"), rtol=1e-6)
+    np.testing.assert_allclose(kl_of(kl_correction="ratio", algorithm="ppo"), kl_of(algorithm="ppo"), rtol=1e-6)
 
 
 def test_the_entropy_bonus_is_over_the_characters_that_its_words_name(model, moved, answers):
@@ -319,7 +336,7 @@ def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(m
     episodes = _assessed(config, half)
     left_BxT = np.where(episodes.advantages_BxT > 0, 0.0, episodes.kl_weights_BxT)
     by_hand = _terms(make_program(config, model), moved.params, episodes._replace(kl_weights_BxT=jnp.asarray(left_BxT)))
-    gated = _terms(make_program(dataclasses.replace(config, kl_gate=True), model), moved.params, episodes)
+    gated = _terms(make_program(dataclasses.replace(config, kl_gate="clip"), model), moved.params, episodes)
     plain = _terms(make_program(config, model), moved.params, episodes)
     np.testing.assert_allclose(gated["kl"], by_hand["kl"], rtol=1e-6)
     assert 0 < gated["kl"] < 0.9 * plain["kl"]
@@ -374,15 +391,21 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
         ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
         ({"kl_in": "reward"}, "kl"),
-        ({"kl_correction": True}, "kl_correction"),
-        ({"kl_correction": True, "kl": "k1", "kl_in": "reward"}, "kl_correction"),
+        ({"kl_in": "episode"}, "kl_in"),
+        ({"kl_in": "episode", "algorithm": "grpo", "group_size": 2, "kl": "k1"}, "kl"),
+        (
+            {"kl_in": "episode", "algorithm": "grpo", "group_size": 2, "advantage_shaping": "top_entropy"},
+            "advantage_shaping",
+        ),
+        ({"kl_correction": "ratio"}, "kl_correction"),
+        ({"kl_correction": "ratio", "kl": "k1", "kl_in": "reward"}, "kl_correction"),
         ({"kl_in": "critic"}, "kl_in"),
         ({"kl_in": "advantage"}, "kl"),
         ({"kl_in": "advantage", "kl": "k2"}, "kl"),
-        ({"kl_in": "advantage", "kl": "k3", "kl_correction": True}, "kl_correction"),
-        ({"kl_gate": True}, "kl_gate"),
-        ({"kl_gate": True, "algorithm": "rloo", "group_size": 2}, "kl_gate"),
-        ({"kl_gate": True, "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),
+        ({"kl_in": "advantage", "kl": "k3", "kl_correction": "ratio"}, "kl_correction"),
+        ({"kl_gate": "clip"}, "kl_gate"),
+        ({"kl_gate": "clip", "algorithm": "rloo", "group_size": 2}, "kl_gate"),
+        ({"kl_gate": "clip", "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
         ({"clip": 0.0}, "clip"),

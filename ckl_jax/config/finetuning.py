@@ -84,7 +84,7 @@ class Advantage(Chapter):
     """GAE's: 1 waits for the reward, 0 trusts the critic's value of the next token. a2c and ppo alone."""
     normalize_advantages: bool = True
     """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0.
-    No effect with grpo, which standardizes within its groups, and gtpo."""
+    No effect with grpo, which standardizes within its groups, gtpo, and kl_in episode."""
     advantage_shaping: AdvantageShaping = "none"
     """What the policy's entropy H at a token does to its advantage A. `top_entropy`: A where H is among the round's top
     `entropy_quantile`, else 0 (80/20, arXiv 2506.01939). `entropy_bonus`: A + min(entropy_scale * H, abs(A) /
@@ -152,16 +152,17 @@ class KL(Chapter):
     """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
     (the paper's is k2). In a loss without ratio k1 has no gradient in expectation; ppo and grpo multiply estimates by
     the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
-    kl_correction: bool = False
-    """Multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
+    kl_correction: Literal["none", "ratio"] = "none"
+    """`ratio`: multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
     2512.02556). Needs kl k1, k2 or k3, in the loss."""
-    kl_gate: bool = False
-    """The KL of a token counts 0 where ppo's and grpo's clip stops its policy gradient (ZCPO's F1-B, Ding 2026): they
-    alone, with the KL in the loss."""
-    kl_in: Literal["loss", "reward", "advantage"] = "loss"
+    kl_gate: Literal["none", "clip"] = "none"
+    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026).
+    Needs one of them, and the KL in the loss."""
+    kl_in: Literal["loss", "reward", "advantage", "episode"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
     that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
-    2601.10201); needs kl k1, or k3 for the tokens after it."""
+    2601.10201); needs kl k1, or k3 for the tokens after it. `episode`: an answer's advantage, 1 at most in its group,
+    loses alpha * its mean weighted KL less that of the group (ZCPO, Ding 2026); grpo and rloo alone, needs kl exact."""
     certainty: CertaintyKind = "negentropy"
     """J, the reference's certainty of its next token."""
     certainty_temperature: PositiveFloat = 1.0
@@ -263,6 +264,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         divides = self.minibatch == "transitions" or episodes % self.minibatch_episodes == 0
         no_critic = f"with algorithm {self.algorithm}, which has no critic"
         estimated = self.kl != "exact" and self.kl_in == "loss"
+        of_episode = self.kl_in == "episode"
         gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         rules = [
@@ -276,8 +278,11 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
             ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),
-            ("kl_correction", not self.kl_correction or estimated, "False but with kl k1, k2 or k3 and kl_in loss"),
-            ("kl_gate", not self.kl_gate or gated, "False but with algorithm ppo or grpo and kl_in loss"),
+            ("kl", not of_episode or self.kl == "exact", "exact with kl_in episode"),
+            ("kl_in", not of_episode or grouped, "episode with algorithm grpo or rloo alone"),
+            ("advantage_shaping", not of_episode or self.advantage_shaping == "none", "none with kl_in episode"),
+            ("kl_correction", estimated or self.kl_correction == "none", "none but with k1, k2 or k3 in the loss"),
+            ("kl_gate", gated or self.kl_gate == "none", "none but with ppo or grpo, and the KL in the loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
         ]
         for name, holds, allowed in rules:

@@ -126,7 +126,9 @@ def assessed(
     weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
     advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)
-    if config.kl_in != "loss":  # After the normalization, which would rescale alpha.
+    if config.kl_in == "episode":
+        advantages_BxT = _zero_centered(config, trajectory, logits_BxTxV, ref_logits_BxTxV, weights_BxT, hyper)
+    elif config.kl_in != "loss":  # After the normalization, which would rescale alpha.
         to_go_BxT = _kl_to_go(config, trajectory, ref_logits_BxTxV, weights_BxT)
         advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
     held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
@@ -203,6 +205,23 @@ def _kl_to_go(
     if config.kl_in == "reward":
         return advantages.kl_to_go(weighted("k1"), mask_BxT)
     return advantages.future_kl(weighted("k1"), weighted(config.kl), mask_BxT)
+
+
+def _zero_centered(
+    config: FinetuneConfig,
+    trajectory: Trajectory,
+    logits_BxTxV: jax.Array,
+    ref_logits_BxTxV: jax.Array,
+    weights_BxT: jax.Array,
+    hyper: Hyper,
+) -> jax.Array:
+    """An answer's advantage with its weighted KL in it, at each of its tokens."""
+    mask_BxT = trajectory.mask_BxT
+    kl_BxT = losses.exact_kl(logits_BxTxV, ref_logits_BxTxV, config.temperature, mask_BxT)
+    kl_B = jax.vmap(losses.weighted_kl)(kl_BxT, weights_BxT, mask_BxT)
+    penalties_B = overflow.product(hyper.kl_coefficient, kl_B)
+    of_answers_B = advantages.zero_centered(_final_rewards(config, trajectory), penalties_B, config.group_size)
+    return jnp.where(mask_BxT, of_answers_B[:, None], 0.0)
 
 
 def _held_by_kl_cov(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: jax.Array) -> jax.Array:

@@ -80,10 +80,10 @@ def _terms(
         else:
             ref_log_probs_BxT = of_actions(episodes.ref_logits_BxTxV)
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
-            if config.has_ratio or config.kl_correction:
+            if config.has_ratio or config.kl_correction == "ratio":
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
         weights_BxT = episodes.kl_weights_BxT
-        if config.kl_gate:
+        if config.kl_gate == "clip":
             gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
             weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
         return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)

@@ -56,7 +56,7 @@ METHODS = (
     Method(
         "k3_corrected",
         "k3 times the ratio to the rollout's policy (2512.02556)",
-        STANDARD | {"kl": "k3", "kl_correction": True},
+        STANDARD | {"kl": "k3", "kl_correction": "ratio"},
     ),
     Method("k1_reward", "log-ratio to go, in the reward", STANDARD | {"kl": "k1", "kl_in": "reward"}),
     Method(
@@ -96,10 +96,15 @@ METHODS = (
     Method(
         "ppo_gate",
         "ppo, without KL where the clip stops the gradient (F1-B of ZCPO)",
-        STANDARD | {"algorithm": "ppo", "kl_gate": True},
+        STANDARD | {"algorithm": "ppo", "kl_gate": "clip"},
     ),
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
+    Method(
+        "zcpo",
+        "8 answers, the KL of each less their mean in the advantage (Ding 2026)",
+        STANDARD | GROUP | {"algorithm": "grpo", "kl_in": "episode"},
+    ),
     Method(
         "gtpo",
         "grpo with the reward shared out by entropy (2508.04349)",
