@@ -24,6 +24,7 @@ from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
+from ckl_jax.runtime import cli, targets
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.columns import ADDITION
 
@@ -398,6 +399,25 @@ def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, check
         counted = {"collectives": program["cost"]["counts"], "kernels": program["kernels"]}
         facts[program["name"]] = counted | {"state is aliased": donated}
     assert facts == json.loads(GOLDEN.read_text())[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_program_lowers_for_a_gpu(name, checkpoint, monkeypatch):
+    """To StableHLO, as XLA for CUDA gets it: no kernel of a TPU, no float64, no call to Python."""
+    monkeypatch.setattr(targets, "platform", lambda: "gpu")
+    command, *words = WHOLE[name]
+    planned = programs.COMMANDS[command]
+    model = [] if command == "pretrain" else ["--checkpoint", str(checkpoint)]
+    with targets.compiling_for(jax.devices()[:4]):
+        options = cli.parse(planned.options, planned.preset, [*words, *model])
+        for program in planned.programs(options):
+            call = program.call
+            with jax.set_mesh(call.mesh):
+                lowered = call.function.trace(*call.arguments, **call.options).lower(lowering_platforms=("cuda",))
+            text = lowered.as_text()
+            assert "stablehlo" in text
+            assert not re.findall(r"tpu|f64|callback", text), program.name
 
 
 TOO_MUCH = """
