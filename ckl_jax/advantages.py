@@ -228,6 +228,19 @@ def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: ja
     return centered(advantages_BxT, mask_BxT) * centered(log_probs_BxT, mask_BxT)
 
 
+def unlikely(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+    """True on the ``share`` of least log pi among the tokens with A < 0, at least one, and on what ties with the last.
+
+    Those are the tokens that Lp-Reg looks after (arXiv 2510.03222).
+
+    Raises:
+      ConfigError: different shapes, or ``share`` outside (0, 1].
+    """
+    mask_BxT, log_probs_BxT, advantages_BxT = _finite(mask_BxT, log_probs_BxT, advantages_BxT)
+    losing_BxT = mask_BxT & (advantages_BxT < 0)
+    return lowest_share(log_probs_BxT.reshape(1, -1), losing_BxT.reshape(1, -1), share).reshape(mask_BxT.shape)
+
+
 def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
     """True on the round(share * n) greatest of the mask's n values, at least one, and on what ties with the last."""
     mask_BxT, values_BxT = _finite(mask_BxT, values_BxT)

@@ -210,12 +210,17 @@ def policy_gradient_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.
 
 
 def clipped_policy_loss(
-    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    clip: float,
+    free: jax.Array | None = None,
 ) -> jax.Array:
     """PPO: -mean over the masked tokens of min(r * A, clip(r, 1 - clip, 1 + clip) * A) (Schulman et al. 2017).
 
     r = exp(log_probs - old_log_probs), token by token; ``old_log_probs`` are those at which the tokens were sampled.
-    Old log-probabilities and advantages take no gradient.
+    Old log-probabilities and advantages take no gradient. Tokens that are ``free``, bool, are not clipped.
 
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
@@ -224,6 +229,8 @@ def clipped_policy_loss(
     ratio = _ratio(log_probs, old_log_probs, mask)
     advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
     bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    if free is not None:
+        bounded = jnp.where(as_mask(free, ratio.shape, "free"), ratio, bounded)
     both = overflow.product(ratio, advantages), overflow.product(bounded, advantages)
     return -masked_mean(jnp.minimum(*both), mask)
 
@@ -270,6 +277,39 @@ def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, ma
     """
     chosen = as_mask(chosen, log_probs.shape, "chosen") & as_mask(mask, log_probs.shape)
     return masked_mean(jnp.abs(_log_ratio(log_probs, old_log_probs, chosen)), mask)
+
+
+def proxy_log_probs(
+    logits: jax.Array,
+    tokens: jax.Array,
+    min_p: float,
+    temperature: float | jax.Array = 1.0,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probs of tokens under the policy without its noise: what is below ``min_p`` times the likeliest is left out.
+
+    Args:
+      logits: [..., V]. tokens: [...]. min_p: in (0, 1]. mask: bool [...].
+
+    Returns:
+      float32 [...], without gradient: log pi less the log of the probability that is kept, -inf for a token left out; 0
+      outside the mask.
+    """
+    require(0 < min_p <= 1, "min_p", min_p, "above 0, at most 1")
+    log_p = jax.lax.stop_gradient(_log_softmax(logits, temperature, mask))
+    kept = log_p >= log_p.max(axis=-1, keepdims=True) + math.log(min_p)
+    return token_log_probs(jnp.where(kept, log_p, -jnp.inf), tokens, 1.0, mask)
+
+
+def lp_reg(log_probs: jax.Array, proxy: jax.Array, pulled: jax.Array, mask: jax.Array) -> jax.Array:
+    """Lp-Reg: mean over the masked tokens of k3(pi, proxy) where ``pulled``, else 0 (arXiv 2510.03222).
+
+    Args:
+      log_probs: [...]. proxy: [...], from ``proxy_log_probs``. mask: bool [...].
+      pulled: bool [...], the unlikely tokens of bad answers to which the proxy gives more than the policy does.
+    """
+    pulled = as_mask(pulled, log_probs.shape, "pulled") & as_mask(mask, log_probs.shape)
+    return masked_mean(kl_estimate(log_probs, proxy, "k3", pulled), mask)
 
 
 def adapted_coefficient(

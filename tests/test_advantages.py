@@ -208,7 +208,7 @@ def test_kl_to_go_has_the_gradient_of_the_kl_between_whole_answers(debug_nans):
 
 
 def test_zero_centered_advantages_are_at_most_1_and_lose_what_an_answers_kl_is_above_its_groups():
-    """Rewards of mean 0.25: shares 1 and -1/3. Penalties of mean 0.4. Then equal rewards, and a penalty that outweighs."""
+    """Rewards of mean 0.25, penalties of mean 0.4. Then equal rewards, and a penalty that outweighs."""
     rewards = jnp.array([1.0, 0.0, 0.0, 0.0] + [1.0] * 4 + [-1.0, 1.0, 1.0, -1.0])
     penalties = jnp.array([0.8, 0.2, 0.2, 0.4, 9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8.0])
     found = advantages.zero_centered(rewards, penalties, 4)
@@ -297,6 +297,15 @@ def test_gtpo_blames_the_wrong_answer_that_was_surest_and_leaves_equal_groups_al
     reward = np.array([-2 * 10 / 12.5, -2 * 2.5 / 12.5, 3 * 3 / 6, 3 * 1 / 6, 3 * 2 / 6])
     np.testing.assert_allclose(found[:5], (reward - reward.mean()) / reward.std(), rtol=1e-4)
     np.testing.assert_array_equal(found[5:], 0.0)
+
+
+def test_the_unlikely_tokens_are_those_of_bad_answers_alone():
+    """Of the two tokens with A < 0, log pi is -3 and -1; the least of all, -9, belongs to a good answer."""
+    log_probs = jnp.array([[-9.0, -2.0, -4.0], [-1.0, -3.0, NAN]])
+    found = shaping.unlikely(ADVANTAGES, log_probs, MASK, 0.01)
+    np.testing.assert_array_equal(found, [[0, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(shaping.unlikely(ADVANTAGES, log_probs, MASK, 1.0), [[0, 0, 0], [1, 1, 0]])
+    assert not shaping.unlikely(jnp.abs(ADVANTAGES), log_probs, MASK, 1.0).any()
 
 
 def test_covariance_is_the_product_of_the_centered_values():

@@ -37,6 +37,7 @@ CONFIG = FinetuneConfig(
     diagnostic_episodes=2,
     entropy_quantile=0.3,
     kl_cov_share=0.3,
+    lp_reg_share=0.3,
     normalize_advantages=False,
     rollout="plain",
 )
@@ -73,6 +74,9 @@ OPTIONS = {
     "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
     "grpo, KL of the episode": {"algorithm": "grpo", **PAIRS, "kl_in": "episode"},
     "rloo, KL of the episode": {"algorithm": "rloo", **PAIRS, "kl_in": "episode", "normalize_advantages": True},
+    "Lp-Reg": {"lp_reg": 1.0},
+    "grpo, Lp-Reg": {"algorithm": "grpo", **PAIRS, "epochs": 2, "clip": 0.01, "lp_reg": 1.0},
+    "grpo, transitions, Lp-Reg": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "lp_reg": 1.0},
     "grpo, transitions": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "kl": "k2"},
     "ppo, transitions, KL-Cov": {"algorithm": "ppo", "minibatch": "transitions", "kl_cov": 1.0},
 }
@@ -161,6 +165,8 @@ def test_a_real_update_of_every_option_moves_the_policy_and_is_finite(model, mov
     change = jax.tree.map(lambda new, old: new - old, state.params, moved.params)
     assert optax.tree.norm(change["policy"]) > 1e-3
     assert (optax.tree.norm(change["value"]) > 1e-3) == config.has_critic
+    if config.lp_reg > 0:
+        assert metrics["loss/lp_reg"] > 0
     if config.kl_cov > 0:  # The second minibatch starts where the first has left the rollout's policy.
         assert metrics["loss/kl_cov"] > 0
 
@@ -411,6 +417,9 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"clip": 0.0}, "clip"),
         ({"kl_cov": -1.0}, "kl_cov"),
         ({"kl_cov_share": 0.0}, "kl_cov_share"),
+        ({"lp_reg": -1.0}, "lp_reg"),
+        ({"lp_reg_share": 0.0}, "lp_reg_share"),
+        ({"lp_reg_min_p": 1.5}, "lp_reg_min_p"),
         ({"entropy_quantile": 1.5}, "entropy_quantile"),
         ({"gtpo_share": 2.0}, "gtpo_share"),
         ({"entropy_over": "some"}, "entropy_over"),

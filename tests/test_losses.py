@@ -350,6 +350,31 @@ def test_kl_cov_is_the_distance_to_the_rollouts_policy_on_the_chosen_tokens():
     np.testing.assert_allclose(gradient, [1 / 3, -1 / 3, 0.0, 0.0], rtol=1e-6)
 
 
+def test_lp_reg_pulls_an_unlikely_token_to_its_probability_without_noise_and_leaves_noise_alone(debug_nans):
+    """Of 0.6, 0.3, 0.09 and 0.01 the last is noise below 0.02 * 0.6. The others have 0.99 together."""
+    logits = jnp.log(jnp.array([[0.6, 0.3, 0.09, 0.01]] * 4))
+    tokens, mask = jnp.array([2, 3, 0, 2]), jnp.array([True, True, True, False])
+    proxy = losses.proxy_log_probs(logits, tokens, 0.02, mask=mask)
+    np.testing.assert_allclose(jnp.exp(proxy), [1 / 11, 0.0, 0.6 / 0.99, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(losses.proxy_log_probs(2 * logits, tokens, 0.02, 2.0, mask), proxy, rtol=1e-5)
+    log_probs = losses.token_log_probs(logits, tokens, mask=mask)
+    pulled = jnp.array([True, False, False, True])
+    value, gradient = jax.value_and_grad(losses.lp_reg)(log_probs, proxy, pulled, mask)
+    np.testing.assert_allclose(value, (1 / 0.99 - 1 + np.log(0.99)) / 3, rtol=1e-2)
+    np.testing.assert_allclose(gradient, [(1 - 1 / 0.99) / 3, 0.0, 0.0, 0.0], rtol=1e-4)
+    assert not jax.grad(lambda x: losses.proxy_log_probs(x, tokens, 0.02, mask=mask)[0])(logits).any()
+    with pytest.raises(ConfigError, match=r"^min_p: got"):
+        losses.proxy_log_probs(logits, tokens, 0.0)
+
+
+def test_a_free_token_is_not_clipped():
+    log_probs, mask = jnp.log(jnp.array([0.5, 0.5])), jnp.array([True, True])
+    loss = functools.partial(losses.clipped_policy_loss, free=jnp.array([True, False]))
+    value, gradient = jax.value_and_grad(loss)(log_probs, jnp.zeros(2), jnp.array([-2.0, -2.0]), mask, 0.2)
+    np.testing.assert_allclose(value, (1.0 + 1.6) / 2, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [0.5, 0.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(0.02, 1.0), (0.022, 1.01), (5.0, 1.02), (0.0, 0.98), (0.019, 0.995)])
 def test_the_adapted_coefficient_follows_the_kl_and_never_by_more_than_a_fifth_of_the_gain(kl, factor):
     np.testing.assert_allclose(losses.adapted_coefficient(jnp.float32(5.0), kl, 0.02, 0.1), 5.0 * factor, rtol=1e-6)
@@ -404,6 +429,7 @@ OF_PER_TOKEN_VALUES = {
     "policy gradient": lambda x, y, z, m: losses.policy_gradient_loss(x, y, m),
     "value": lambda x, y, z, m: losses.value_loss(x, y, m),
     "clipped": lambda x, y, z, m: losses.clipped_policy_loss(x.clip(-1, 1), y.clip(-1, 1), z, m, 0.2),
+    "Lp-Reg": lambda x, y, z, m: losses.lp_reg(x.clip(-1, 1), y.clip(-1, 1), z > 0, m),
     "KL-Cov": lambda x, y, z, m: losses.kl_cov(x, y, z > 0, m),
     "off-policy k1": lambda x, y, z, m: losses.off_policy_kl(z, "k1", x.clip(-1, 1), y.clip(-1, 1), m).sum(),
     "gae": lambda x, y, z, m: (gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),

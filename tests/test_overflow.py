@@ -199,7 +199,7 @@ def made_up():
     trajectory = Trajectory(tokens, positions, segments, draw(*SHAPE) - 3, jnp.asarray(~PADDING), jnp.ones(4))
     per_token = draw(*SHAPE), draw(*SHAPE), jnp.abs(draw(*SHAPE))
     held = jnp.asarray(rng.random(SHAPE) < 0.5)
-    episodes = Episodes(trajectory, draw(*SHAPE, VOCABULARY), per_token[2], *per_token, held)
+    episodes = Episodes(trajectory, draw(*SHAPE, VOCABULARY), per_token[2], *per_token, held, ~held)
     return (draw(*SHAPE, VOCABULARY), draw(*SHAPE, WIDTH)), episodes
 
 
@@ -216,6 +216,7 @@ def spoiled(outputs, episodes, of_policy, of_reference):
         trajectory=trajectory,
         ref_logits_BxTxV=logits(episodes.ref_logits_BxTxV, of_reference),
         kl_cov_BxT=episodes.kl_cov_BxT | PADDING,
+        lp_reg_BxT=episodes.lp_reg_BxT | PADDING,
         **per_token,
     )
 
@@ -232,7 +233,8 @@ def as_transitions(outputs, episodes):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_padding_changes_neither_loss_nor_gradient_of_any_recipe(monkeypatch, small_model, algorithm, kl, minibatch):
     monkeypatch.setattr(objective, "score", lambda model, outputs, trajectory: outputs)
-    config = FinetuneConfig(episodes=4, minibatch_episodes=4, algorithm=algorithm, group_size=2, kl=kl, kl_cov=1.0)
+    terms_of_few = {"kl_cov": 1.0, "lp_reg": 1.0}
+    config = FinetuneConfig(episodes=4, minibatch_episodes=4, algorithm=algorithm, group_size=2, kl=kl, **terms_of_few)
     program = make_program(dataclasses.replace(config, extra_length=0), Model(small_model, 1, {}))
     value = jax.tree.map(lambda x: x + 0.1, init_run(program, {}, HYPER).params["value"])
     shape = as_transitions if minibatch == "transitions" else lambda *x: x
@@ -244,7 +246,7 @@ def test_padding_changes_neither_loss_nor_gradient_of_any_recipe(monkeypatch, sm
 
     expected = gradient, terms = found(*made_up())
     chex.assert_tree_all_finite(expected)
-    assert set(terms) == {"policy", "entropy", "kl", "kl_cov"} | ({"value"} if config.has_critic else set())
+    assert set(terms) == {"policy", "entropy", "kl", *terms_of_few} | ({"value"} if config.has_critic else set())
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient["policy"][0]))
     for name, garbage in GARBAGE.items():
         chex.assert_trees_all_equal(found(*spoiled(*made_up(), *garbage)), expected, custom_message=name)

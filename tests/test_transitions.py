@@ -93,7 +93,10 @@ def episodes():
     sure_BxT = certainty(ref_logits_BxTxV)
     weights_BxT = jnp.where(trajectory.mask_BxT, sure_BxT, 0.0)
     held_BxT = trajectory.mask_BxT & (advantages_BxT > 0)
-    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT)
+    unlikely_BxT = trajectory.mask_BxT & (advantages_BxT < 0)
+    return Episodes(
+        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT
+    )
 
 
 @pytest.fixture

@@ -190,6 +190,13 @@ class KL(Chapter):
     covariance of advantage and log-probability, if above 0 (arXiv 2505.22617); 0: none."""
     kl_cov_share: PositiveShare = 0.002
     """Share of the round's tokens that KL-Cov holds."""
+    lp_reg: NonNegativeFloat = 0.0
+    """Coefficient of Lp-Reg: k3 to the policy without its noise, on the round's least likely tokens of negative
+    advantage, if they are no noise; ppo and grpo do not clip these (arXiv 2510.03222). 0: none."""
+    lp_reg_share: PositiveShare = 0.01
+    """Share of the tokens of negative advantage that Lp-Reg looks after."""
+    lp_reg_min_p: PositiveShare = 0.02
+    """What is less likely than this times the likeliest character is noise for Lp-Reg."""
 
 
 @dataclass(frozen=True)

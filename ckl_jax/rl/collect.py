@@ -21,7 +21,7 @@ from ckl_jax.tasks.problems import Problems
 class Episodes(NamedTuple):
     """A round's collect with everything that its updates need; the reference's pass is done once.
 
-    ``kl_cov_BxT`` marks the tokens that KL-Cov holds.
+    ``kl_cov_BxT`` marks the tokens that KL-Cov holds, ``lp_reg_BxT`` those that Lp-Reg looks after.
     """
 
     trajectory: Trajectory
@@ -31,6 +31,7 @@ class Episodes(NamedTuple):
     returns_BxT: jax.Array
     kl_weights_BxT: jax.Array
     kl_cov_BxT: jax.Array
+    lp_reg_BxT: jax.Array
 
 
 def collect(
@@ -132,7 +133,10 @@ def assessed(
         to_go_BxT = _kl_to_go(config, trajectory, ref_logits_BxTxV, weights_BxT)
         advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
     held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
-    return Episodes(trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT)
+    unlikely_BxT = _unlikely(config, trajectory, advantages_BxT)
+    return Episodes(
+        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT
+    )
 
 
 def kl_weights(config: FinetuneConfig, hyper: Hyper, tokens: token_weights.Tokens, key: jax.Array) -> jax.Array:
@@ -231,6 +235,14 @@ def _held_by_kl_cov(config: FinetuneConfig, trajectory: Trajectory, advantages_B
         return jnp.zeros_like(mask_BxT)
     covariance_BxT = advantages.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
     return advantages.top_share(covariance_BxT, mask_BxT, config.kl_cov_share) & (covariance_BxT > 0)
+
+
+def _unlikely(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: jax.Array) -> jax.Array:
+    """True on the tokens of Lp-Reg."""
+    mask_BxT = trajectory.mask_BxT
+    if config.lp_reg == 0:
+        return jnp.zeros_like(mask_BxT)
+    return advantages.unlikely(advantages_BxT, trajectory.log_probs_BxT, mask_BxT, config.lp_reg_share)
 
 
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:

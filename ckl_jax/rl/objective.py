@@ -27,6 +27,7 @@ def term_names(config: FinetuneConfig) -> tuple[str, ...]:
         "entropy": True,
         "kl": config.kl_in == "loss",
         "kl_cov": config.kl_cov > 0,
+        "lp_reg": config.lp_reg > 0,
     }
     return tuple(name for name, present in there.items() if present)
 
@@ -52,9 +53,16 @@ def _terms(
 
     log_probs_BxT = of_actions(logits_BxTxV)
 
+    def pulled():
+        proxy_BxT = losses.proxy_log_probs(logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT)
+        return episodes.lp_reg_BxT & mask_BxT & (log_probs_BxT < proxy_BxT), proxy_BxT
+
     def policy():
         if config.has_ratio:
-            return losses.clipped_policy_loss(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+            free_BxT = pulled()[0] if config.lp_reg > 0 else None
+            return losses.clipped_policy_loss(
+                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip, free_BxT
+            )
         return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
 
     def value():
@@ -91,12 +99,17 @@ def _terms(
     def kl_cov():
         return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
 
+    def lp_reg():
+        pulled_BxT, proxy_BxT = pulled()
+        return losses.lp_reg(log_probs_BxT, proxy_BxT, pulled_BxT, mask_BxT)
+
     weighted = {
         "policy": (1.0, policy),
         "value": (config.value_coefficient, value),
         "entropy": (config.entropy_coefficient, entropy),
         "kl": (hyper.kl_coefficient, kl),
         "kl_cov": (config.kl_cov, kl_cov),
+        "lp_reg": (config.lp_reg, lp_reg),
     }
     there = [(name, *weighted[name]) for name in term_names(config)]
     return {name: overflow.product(jnp.float32(coefficient), term()) for name, coefficient, term in there}

@@ -101,6 +101,12 @@ METHODS = (
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
     Method(
+        "lp_reg",
+        "grpo that looks after unlikely characters which are no noise (2510.03222)",
+        STANDARD | GROUP | {"algorithm": "grpo", "lp_reg": 1.0},
+        "lp_reg",
+    ),
+    Method(
         "zcpo",
         "8 answers, the KL of each less their mean in the advantage (Ding 2026)",
         STANDARD | GROUP | {"algorithm": "grpo", "kl_in": "episode"},
