@@ -46,6 +46,7 @@ TYPES = {
     "experiments.benchmark": "BenchmarkCommand",
     "experiments.scaling_on_paper": "ScalingCommand",
     "experiments.profile_round": "ProfileCommand",
+    "experiments.freed_pressure": "FreedPressureCommand",
 }
 _refusing: list[bool] = []
 

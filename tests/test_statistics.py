@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ckl_jax.analysis.statistics import Interval, holm, mean_interval, paired_p, percent, share_interval
+from ckl_jax.analysis.statistics import (
+    Interval,
+    bootstrap_ratio,
+    holm,
+    mean_interval,
+    paired_p,
+    percent,
+    share_interval,
+)
+from ckl_jax.errors import ConfigError
 
 NAN = float("nan")
 
@@ -100,3 +109,17 @@ def test_a_paired_p_is_scipys(count):
 )
 def test_p_values_are_corrected_by_holms_method(p_values, corrected):
     assert holm(p_values) == pytest.approx(list(corrected), nan_ok=True)
+
+
+def test_a_ratio_of_sums_and_its_bootstrap():
+    parts, wholes = np.array([1.0, 0.0, 3.0]), np.array([2.0, 2.0, 4.0])
+    ratio = bootstrap_ratio(parts, wholes)
+    assert ratio.mean == pytest.approx(0.5)
+    assert (ratio.low, ratio.high) == pytest.approx((0.0, 0.75))
+    assert bootstrap_ratio(0.3 * wholes, wholes) == pytest.approx((0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize(("parts", "wholes"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([float("nan")], [1.0])])
+def test_a_ratio_of_nothing_is_refused(parts, wholes):
+    with pytest.raises(ConfigError, match=r"^parts"):
+        bootstrap_ratio(np.array(parts), np.array(wholes))

@@ -110,6 +110,20 @@ def bootstrap_interval(values: np.ndarray, *, samples: int = 2_000, seed: int = 
     return float(low), float(high)
 
 
+def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray, *, samples: int = 2_000, seed: int = 0) -> Interval:
+    """Sum of ``parts`` [n] over the sum of ``wholes`` [n], with the 95% percentile interval under resampling of pairs.
+
+    Raises:
+      ConfigError: no value, not as many of both, one that is not finite, or wholes that are not positive.
+    """
+    require(0 < len(parts) == len(wholes), "parts", len(parts), f"1 or more, as many as wholes ({len(wholes)})")
+    sound = bool(np.isfinite(parts).all() and np.isfinite(wholes).all() and (np.asarray(wholes) > 0).all())
+    require(sound, "parts and wholes", "others", "finite numbers, and wholes above 0")
+    drawn = np.random.default_rng(seed).integers(0, len(parts), (samples, len(parts)))
+    low, high = np.percentile(parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1), [2.5, 97.5])
+    return Interval(float(parts.sum() / wholes.sum()), float(low), float(high))
+
+
 def share_interval(successes: int, count: int) -> Interval:
     """Share of ``successes`` in ``count`` trials and Wilson's 95% score interval.
 

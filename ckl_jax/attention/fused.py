@@ -115,11 +115,6 @@ class _Block(NamedTuple):
         return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _blocks(num_positions: int, queries: int, head_width: int, settings: Settings) -> list[_Block]:
-    starts = range(0, num_positions, queries)
-    return [_Block(start, start + queries, head_width, settings) for start in starts]
-
-
 def _forward_kernel(blocks, seeds_ref, segments_ref, q_ref, k_ref, v_ref, out_ref):
     seeds = _seeds(seeds_ref, q_ref, blocks[0].head_width)
 
@@ -197,7 +192,7 @@ def _planned(batch: int, num_positions: int, width: int, settings: Settings) -> 
     head_width = width // settings.num_heads
     lanes = max(LANES, head_width)
     queries = LANES if num_positions % (2 * LANES) else 2 * LANES
-    blocks = _blocks(num_positions, queries, head_width, settings)
+    blocks = [_Block(at, at + queries, head_width, settings) for at in range(0, num_positions, queries)]
     groups = width // lanes
     whole, part = (1, num_positions, lanes), (1, queries, lanes)
     specs = {

@@ -1,0 +1,171 @@
+"""Where does J^beta take the KL off? By the part of the scratchpad, and by beta.
+
+    python -m experiments.freed_pressure --checkpoint N5
+    python -m experiments.freed_pressure --plot-only            # table and figure again from results.json
+
+The pre-trained model answers problems of N + 1 digits, as at the start of RL. A token's KL keeps the weight J^beta,
+so 1 - J^beta of it is freed. Shown is which share of all that is freed lies at the known critical tokens, and which
+at the other characters of each part of the scratchpad. Beside it is the mean of J^beta against beta, of all tokens
+and of the critical ones.
+
+Shares are ratios of sums over all answers; their intervals, of 95%, are the bootstrap's over answers. Nothing is
+decided by a rule: the table describes a model. It takes a minute on 2 CPU cores.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from ckl_jax.analysis import critical, plots
+from ckl_jax.analysis.critical import Generations, Measuring
+from ckl_jax.analysis.discovery import part
+from ckl_jax.analysis.statistics import bootstrap_ratio, percent
+from ckl_jax.checkpoint.shipped import SHIPPED_TINY
+from ckl_jax.checkpoint.store import fingerprint, load_model
+from ckl_jax.errors import require
+from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
+from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import require_directory
+from experiments.common.figure import Results, markdown, publish
+
+COMMAND = "experiments.freed_pressure"
+CRITICAL = "known critical tokens"
+
+
+@dataclass(frozen=True)
+class FreedPressureCommand:
+    """Which tokens of a pre-trained model's answers J^beta frees of the KL."""
+
+    checkpoint: pathlib.Path = SHIPPED_TINY
+    """Pre-trained model: a directory with params/ and model.json, or the name of one that ships."""
+    out: pathlib.Path = pathlib.Path("runs/freed_pressure")
+    """Directory that results.json and the figure are written to, over older ones."""
+    answers: PositiveInt = 300
+    """Answers that are sampled."""
+    beta: PositiveFloat = 150.0
+    """Of the table."""
+    betas: tuple[float, ...] = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 1e5, 1e6, 1e7)
+    """Of the curve."""
+    sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
+    plot_only: bool = False
+    """Table and figure again from results.json."""
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+        above = len(self.betas) > 0 and all(0 < beta < float("inf") for beta in self.betas)
+        require(above, "betas", self.betas, "1 or more numbers above 0")
+        require_directory(self.out, "out")
+
+
+def measure(command: FreedPressureCommand) -> Results:
+    """Shares of tokens and of what is freed by part, and the mean weight by beta."""
+    model = load_model(command.checkpoint)
+    base = model.max_pretrain_digits
+    rng = np.random.default_rng([command.sampling.seed, base])
+    problems = model.task.rl_problems(rng, command.answers, base + 1, base)
+    answers = critical.sample(model, problems, base + 1, command.sampling)
+    config = {"command": COMMAND, **asdict(command), "checkpoint": fingerprint(model.params)}
+    for name in ("out", "plot_only"):
+        del config[name]
+    found = {"parts": by_part(answers, command.beta), "curve": curve(answers, command.betas)}
+    return {"digits": base + 1, "tokens": int(answers.mask_BxT.sum()), **found, "config": config}
+
+
+def kept(answers: Generations, beta: float) -> np.ndarray:
+    """J^beta, float64 [B, T]."""
+    return np.clip(answers.certainty_BxT.astype(np.float64), 0, 1) ** beta
+
+
+def kind_of(text: str, place: critical.Place) -> str:
+    """The part of the scratchpad at a place, of whichever step."""
+    return re.sub(r"^step \d+ |(?<=result digit) \d+$", "", part(text, place))
+
+
+def parts_of(answers: Generations) -> np.ndarray:
+    """Of each character the name of its part, "" after the end: [B, T]."""
+    found = np.full(answers.mask_BxT.shape, "", object)
+    for row in range(len(found)):
+        text = answers.text(row)
+        found[row, : len(text)] = [kind_of(text, place) for place in critical.places(text)]
+    found[answers.critical_BxT] = CRITICAL
+    return found
+
+
+def by_part(answers: Generations, beta: float) -> dict[str, Any]:
+    """Of every part: share of the tokens, mean J and weight, and share of what is freed with its interval."""
+    parts, freed = parts_of(answers), np.where(answers.mask_BxT, 1 - kept(answers, beta), 0.0)
+    found = {}
+    for name in sorted({*parts[answers.mask_BxT]}):
+        here = parts == name
+        found[name] = {
+            "tokens": float(here.sum() / answers.mask_BxT.sum()),
+            "certainty": float(answers.certainty_BxT[here].mean()),
+            "weight": float(1 - freed[here].mean()),
+            "freed": bootstrap_ratio(np.where(here, freed, 0.0).sum(axis=1), freed.sum(axis=1)),
+        }
+    return found
+
+
+def curve(answers: Generations, betas: tuple[float, ...]) -> dict[str, list[float]]:
+    """Mean J^beta of all tokens and of the critical ones at each beta; NaN where the answers came to none."""
+    found = {"beta": list(betas)}
+    for name, where in {"all": answers.mask_BxT, "critical": answers.critical_BxT}.items():
+        found[name] = [float(kept(answers, beta)[where].mean()) if where.any() else float("nan") for beta in betas]
+    return found
+
+
+def text(results: Results) -> str:
+    """A line per part, the largest share first, and the curve."""
+    beta, parts = results["config"]["beta"], results["parts"]
+    ordered = sorted(parts, key=lambda name: -parts[name]["freed"][0])
+    rows = []
+    for name in ordered:
+        part = parts[name]
+        numbers = f"{100 * part['tokens']:.1f}", f"{part['certainty']:.4f}", f"{part['weight']:.3f}"
+        rows.append([name, *numbers, percent(part["freed"])])
+    table = markdown(["characters", "% of all", "mean J", f"mean J^{beta:g}", "% of what is freed"], rows)
+    columns = zip(*(results["curve"][name] for name in ("beta", "all", "critical")), strict=True)
+    means = markdown(["beta", "all", "critical"], [[f"{b:g}", f"{x:.3f}", f"{y:.3f}"] for b, x, y in columns])
+    return f"{table}\n\n{means}\n\n{results['tokens']} characters of {results['config']['answers']} answers"
+
+
+def draw(results: Results) -> Figure:
+    figure = Figure(figsize=(11, 4))
+    shares, means = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    parts: Mapping[str, Any] = results["parts"]
+    names = sorted(parts, key=lambda name: -parts[name]["freed"][0])
+    at = np.arange(len(names))
+    freed = 100 * np.array([parts[name]["freed"] for name in names])
+    errors = [freed[:, 0] - freed[:, 1], freed[:, 2] - freed[:, 0]]
+    colors = [plots.COLORS["prioritized"] if name == CRITICAL else plots.COLORS["standard"] for name in names]
+    shares.barh(at, freed[:, 0], 0.6, xerr=errors, color=colors, label="of what is freed")
+    shares.plot(
+        [100 * parts[name]["tokens"] for name in names], at, "|", color=plots.INK, markersize=14, markeredgewidth=2
+    )
+    shares.set_yticks(at, names)
+    shares.invert_yaxis()
+    shares.grid(False, axis="y")
+    title = f"beta = {results['config']['beta']:g} (line: share of all characters)"
+    shares.set(xlabel="share of the KL that J^beta takes off (%)", title=title)
+    for name, color in (("all", plots.COLORS["standard"]), ("critical", plots.COLORS["prioritized"])):
+        means.plot(results["curve"]["beta"], results["curve"][name], "o-", color=color, label=name, markersize=4)
+    means.set(xscale="log", ylim=(0, 1.02), xlabel="beta", title="mean J^beta")
+    means.legend()
+    figure.suptitle(f"answers to {results['digits']} digits before RL", color=plots.INK)
+    return figure
+
+
+def main(command: FreedPressureCommand) -> None:
+    publish(command, COMMAND, "freed_pressure", measure, text, draw)
+
+
+if __name__ == "__main__":
+    cli.run(main, FreedPressureCommand)

@@ -1,0 +1,93 @@
+"""What J^beta frees: parts and shares of answers written by hand, and the command on a small model."""
+
+import json
+
+import numpy as np
+import pytest
+from made_answers import made
+from policies import untrained
+
+from ckl_jax import tasks
+from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import ADDITION
+from experiments import freed_pressure as experiment
+
+PROBLEM = tasks.Problem(123, 45)
+RIGHT = ADDITION.answer_text(PROBLEM)
+COMMA = ADDITION.critical_tokens(PROBLEM, 2)[1].index
+SUM = RIGHT.index("=8") + 1
+
+
+def sure_except(by_index):
+    certainty = np.ones((1, len(RIGHT)))
+    for index, value in by_index.items():
+        certainty[0, index] = value
+    return certainty
+
+
+def test_every_character_has_a_part_of_whichever_step_and_critical_ones_are_apart():
+    parts = experiment.parts_of(made(PROBLEM, [RIGHT]))[0]
+    assert parts[COMMA] == experiment.CRITICAL
+    assert parts[SUM] == "sum"
+    assert parts[RIGHT.index("A->")] == "digit"
+    assert parts[len(RIGHT) - 2] == "result digit"
+    assert {*parts[: len(RIGHT)]} >= {"operand 1 list", "operand 2 list", "result list", "carry in", "carry", "frame"}
+    assert {*parts[len(RIGHT) :]} == {""}
+    assert not [name for name in parts if "step" in name]
+
+
+def test_shares_are_sums_over_all_answers():
+    """Weights J^2: 0.25 at a critical comma frees 0.75, 0.5 at a sum 0.5 and 0.8 at a sum 0.2."""
+    sure = [{COMMA: 0.5}, {SUM: 0.5**0.5}, {SUM: 0.8**0.5}]
+    answers = made(PROBLEM, [RIGHT] * 3, np.concatenate([sure_except(row) for row in sure]))
+    found = experiment.by_part(answers, 2)
+    assert found[experiment.CRITICAL]["freed"][0] == pytest.approx(0.75 / 1.45)
+    assert found["sum"]["freed"][0] == pytest.approx(0.7 / 1.45)
+    assert found["carry"]["freed"] == (0, 0, 0)
+    low, high = found["sum"]["freed"][1:]
+    assert low == pytest.approx(0)
+    assert high == pytest.approx(1)
+    sums = np.sum(experiment.parts_of(answers) == "sum")
+    assert found["sum"]["weight"] == pytest.approx(1 - 0.7 / sums)
+    assert found["sum"]["tokens"] == pytest.approx(sums / (3 * len(RIGHT)))
+    assert sum(part["tokens"] for part in found.values()) == pytest.approx(1)
+    assert sum(part["freed"][0] for part in found.values()) == pytest.approx(1)
+
+
+def test_the_curve_is_the_mean_weight_of_all_and_of_critical_tokens():
+    answers = made(PROBLEM, [RIGHT], sure_except({COMMA: 0.5, SUM: 0.1}))
+    found = experiment.curve(answers, (1, 2))
+    critical = answers.critical_BxT.sum()
+    assert found["critical"] == pytest.approx([1 - 0.5 / critical, 1 - 0.75 / critical])
+    assert found["all"] == pytest.approx([1 - (0.5 + 0.9) / len(RIGHT), 1 - (0.75 + 0.99) / len(RIGHT)])
+
+
+@pytest.fixture
+def command(tmp_path, small_model):
+    save_model(tmp_path / "model", Model(small_model, 1, untrained(small_model)), {})
+    paths = ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+
+    def made(*extra):
+        return cli.parse(experiment.FreedPressureCommand, None, [*paths, "--answers", "4", *extra])
+
+    return made
+
+
+def test_the_command_writes_shares_that_add_up_and_draws_them_again(command, tmp_path, capsys):
+    experiment.main(command("--beta", "2", "--betas", "1", "10"))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["digits"] == 2
+    assert sum(part["freed"][0] for part in results["parts"].values()) == pytest.approx(1)
+    assert 0 < results["curve"]["all"][1] < results["curve"]["all"][0] < 1
+    assert "mean J^2" in capsys.readouterr().out
+    (tmp_path / "out" / "freed_pressure.png").unlink()
+    experiment.main(command("--plot-only"))
+    assert (tmp_path / "out" / "freed_pressure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("options", [["--beta", "0"], ["--betas", "1", "0"], ["--answers", "0"]])
+def test_what_cannot_work_is_refused_by_name(command, options):
+    with pytest.raises(ConfigError, match=rf"^{options[0][2:]}: got"):
+        command(*options)
