@@ -219,6 +219,25 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
     return jnp.where(mixed_Gx1x1, advantages_GxKxT, 0.0).reshape(mask_BxT.shape)
 
 
+def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) -> jax.Array:
+    """h of HAPO (arXiv 2509.16591): log H less its ``pivot``-quantile, over its greatest value, below 0 over its least.
+
+    Returns:
+      float32 [B, T] in [-1, 1], 1 at the least sure token and -1 at the surest one.
+
+    Raises:
+      ConfigError: different shapes, or ``pivot`` outside [0, 1].
+    """
+    require(0 <= pivot <= 1, "pivot", pivot, "0 to 1")
+    mask_BxT, entropy_BxT = _finite(mask_BxT, entropy_BxT)
+    log_BxT = jnp.log(jnp.maximum(entropy_BxT, EPSILON))
+    rank = jnp.round(pivot * jnp.maximum(mask_BxT.sum() - 1, 0)).astype(jnp.int32)
+    middle = jnp.sort(jnp.where(mask_BxT, log_BxT, jnp.inf), axis=None)[rank]
+    off_BxT = jnp.where(mask_BxT, log_BxT - middle, 0.0)
+    span_BxT = jnp.where(off_BxT > 0, off_BxT.max(), -off_BxT.min())
+    return off_BxT / jnp.maximum(span_BxT, EPSILON)
+
+
 def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """(A - mean A) * (log pi - mean log pi), token by token: where it is great, entropy falls (arXiv 2505.22617).
 

@@ -24,6 +24,8 @@ from ckl_jax.checks import as_mask, require_array, require_integers, require_log
 from ckl_jax.errors import require
 
 KLKind = Literal["k1", "k2", "k3"]
+Clip = float | tuple[jax.Array, jax.Array]
+"""How far a ratio counts from 1: the same both ways, or below and above, token by token [...]."""
 EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -214,7 +216,7 @@ def clipped_policy_loss(
     old_log_probs: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
-    clip: float,
+    clip: Clip,
     free: jax.Array | None = None,
 ) -> jax.Array:
     """PPO: -mean over the masked tokens of min(r * A, clip(r, 1 - clip, 1 + clip) * A) (Schulman et al. 2017).
@@ -225,10 +227,10 @@ def clipped_policy_loss(
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
     """
-    require(clip > 0, "clip", clip, "above 0")
+    below, above = _clip(clip)
     ratio = _ratio(log_probs, old_log_probs, mask)
     advantages = jax.lax.stop_gradient(_only(mask, advantages.astype(jnp.float32)))
-    bounded = jnp.clip(ratio, 1 - clip, 1 + clip)
+    bounded = jnp.clip(ratio, 1 - below, 1 + above)
     if free is not None:
         bounded = jnp.where(as_mask(free, ratio.shape, "free"), ratio, bounded)
     both = overflow.product(ratio, advantages), overflow.product(bounded, advantages)
@@ -236,7 +238,7 @@ def clipped_policy_loss(
 
 
 def open_gate(
-    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: float
+    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: Clip
 ) -> jax.Array:
     """True on the masked tokens whose policy gradient ``clipped_policy_loss`` does not stop: [...], as all arguments.
 
@@ -246,10 +248,43 @@ def open_gate(
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
     """
-    require(clip > 0, "clip", clip, "above 0")
+    below, above = _clip(clip)
     ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
-    stopped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+    stopped = ((advantages > 0) & (ratio > 1 + above)) | ((advantages < 0) & (ratio < 1 - below))
     return as_mask(mask, log_probs.shape) & ~stopped
+
+
+def entropy_clip(h: jax.Array, clip: float, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """Below and above 1: ``clip``, times 1 + alpha * |h| below where h < 0 and above where h > 0: HAPO (2509.16591).
+
+    Args:
+      h: [...] from ``advantages.signed_entropy``.
+    """
+    return clip * (1 + alpha * jnp.maximum(-h, 0)), clip * (1 + alpha * jnp.maximum(h, 0))
+
+
+def redistributed(
+    advantages: jax.Array,
+    h: jax.Array,
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    mask: jax.Array,
+    clip: Clip,
+    beta: float,
+) -> jax.Array:
+    """A (1 + beta * h) on the tokens whose signal is clear to HAPO, else A: [...] without gradient (arXiv 2509.16591).
+
+    With h > 0 these have a ratio beyond half the clip, with h < 0 one within it. The work's clip of the loss itself at
+    ten times A is left out.
+
+    Raises:
+      ConfigError: different shapes, or ``clip`` not above 0.
+    """
+    below, above = _clip(clip)
+    ratio = _ratio(log_probs, old_log_probs, mask)
+    within = (ratio > 1 - below / 2) & (ratio < 1 + above / 2)
+    advantages, h = (_only(mask, x.astype(jnp.float32)) for x in (advantages, h))
+    return jax.lax.stop_gradient(advantages * jnp.where((h > 0) != within, 1 + beta * h, 1.0))
 
 
 def off_policy_kl(
@@ -340,6 +375,14 @@ def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array |
     require(same, "old_log_probs", old_log_probs.shape, f"the shape of log_probs, {log_probs.shape}")
     old_log_probs = jax.lax.stop_gradient(_only(mask, old_log_probs.astype(jnp.float32)))
     return _only(mask, log_probs.astype(jnp.float32)) - old_log_probs
+
+
+def _clip(clip: Clip) -> tuple[float | jax.Array, float | jax.Array]:
+    """Below and above 1."""
+    if isinstance(clip, tuple):
+        return clip
+    require(clip > 0, "clip", clip, "above 0")
+    return clip, clip
 
 
 def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:

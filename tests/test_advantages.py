@@ -308,6 +308,19 @@ def test_the_unlikely_tokens_are_those_of_bad_answers_alone():
     assert not shaping.unlikely(jnp.abs(ADVANTAGES), log_probs, MASK, 1.0).any()
 
 
+def test_signed_entropy_is_0_at_its_quantile_1_where_the_policy_is_least_sure_and_minus_1_where_it_is_surest():
+    """Logarithms of 0.01, 0.1, 1, 2 and 8 in a row; the fourth of them is that quantile."""
+    entropy, mask = jnp.array([[0.01, 8.0, 1.0], [2.0, 0.1, NAN]]), MASK
+    found = shaping.signed_entropy(entropy, mask, 0.75)
+    span = np.log(0.01 / 2)
+    np.testing.assert_allclose(found, [[-1, 1, -np.log(0.5) / span], [0, -np.log(0.05) / span, 0]], atol=1e-6)
+    halved = shaping.signed_entropy(entropy, mask, 0.5)
+    np.testing.assert_allclose(halved[0], [-1, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(halved[1, :2], [np.log(2) / np.log(8), -0.5], rtol=1e-5)
+    np.testing.assert_array_equal(shaping.signed_entropy(jnp.ones((2, 3)), mask, 0.8), np.zeros((2, 3)))
+    assert not shaping.signed_entropy(jnp.full((1, 2), NAN), jnp.zeros((1, 2), bool), 0.8).any()
+
+
 def test_covariance_is_the_product_of_the_centered_values():
     log_probs = jnp.array([[-1.0, -2.0, -3.0], [-4.0, -5.0, NAN]])
     found = shaping.covariance(ADVANTAGES, log_probs, MASK)

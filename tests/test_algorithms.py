@@ -74,6 +74,9 @@ OPTIONS = {
     "entropy of the nucleus": {"entropy_over": "nucleus", "entropy_nucleus": 0.5},
     "grpo, KL of the episode": {"algorithm": "grpo", **PAIRS, "kl_in": "episode"},
     "rloo, KL of the episode": {"algorithm": "rloo", **PAIRS, "kl_in": "episode", "normalize_advantages": True},
+    "ppo, by entropy": {"algorithm": "ppo", "epochs": 2, "clip_by": "entropy"},
+    "grpo, by entropy": {"algorithm": "grpo", **PAIRS, "clip_by": "entropy", "kl_gate": "clip", "lp_reg": 1.0},
+    "ppo, transitions, by entropy": {"algorithm": "ppo", "minibatch": "transitions", "clip_by": "entropy"},
     "Lp-Reg": {"lp_reg": 1.0},
     "grpo, Lp-Reg": {"algorithm": "grpo", **PAIRS, "epochs": 2, "clip": 0.01, "lp_reg": 1.0},
     "grpo, transitions, Lp-Reg": {"algorithm": "grpo", **PAIRS, "minibatch": "transitions", "lp_reg": 1.0},
@@ -136,7 +139,7 @@ def _spoiled(episodes, garbage):
     chosen_BxTxV = jax.nn.one_hot(answers_BxT, 41, dtype=bool) & ~mask_BxT[..., None]
     of_tokens = {
         name: jnp.where(mask_BxT, getattr(episodes, name), garbage)
-        for name in ("certainty_BxT", "advantages_BxT", "returns_BxT", "kl_weights_BxT")
+        for name in ("certainty_BxT", "advantages_BxT", "returns_BxT", "kl_weights_BxT", "signed_entropy_BxT")
     }
     old_log_probs_BxT = jnp.where(mask_BxT, episodes.trajectory.log_probs_BxT, garbage)
     return episodes._replace(
@@ -349,6 +352,18 @@ def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(m
     assert gated["policy"] == plain["policy"]
 
 
+def test_the_clip_by_entropy_is_that_of_the_rollouts_entropies(model, moved, answers):
+    """All ratios are 1: the advantage of a token with h < 0 is A (1 + h), and no other changes."""
+    config = dataclasses.replace(CONFIG, algorithm="ppo", clip_by="entropy", hapo_pivot=0.5)
+    plain, found = _assessed(dataclasses.replace(config, clip_by="none"), answers), _assessed(config, answers)
+    h_BxT, mask_BxT = np.asarray(found.signed_entropy_BxT), np.asarray(found.trajectory.mask_BxT)
+    assert (h_BxT.min(), h_BxT.max()) == (-1, 1)
+    assert not np.asarray(plain.signed_entropy_BxT).any()
+    less_BxT = np.asarray(plain.advantages_BxT) * (1 + np.minimum(h_BxT, 0))
+    terms = _terms(make_program(config, model), moved.params, found)
+    np.testing.assert_allclose(terms["policy"], -less_BxT[mask_BxT].mean(), rtol=1e-4)
+
+
 def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     """Far from the rollout's policy the clipped loss has another gradient than the policy gradient."""
     trajectory, *rest = answers
@@ -415,6 +430,11 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
         ({"clip": 0.0}, "clip"),
+        ({"clip_by": "entropy"}, "clip_by"),
+        ({"clip_by": "entropy", "algorithm": "rloo", "group_size": 2}, "clip_by"),
+        ({"hapo_pivot": 1.5}, "hapo_pivot"),
+        ({"hapo_clip": -1.0}, "hapo_clip"),
+        ({"hapo_advantage": 1.5}, "hapo_advantage"),
         ({"kl_cov": -1.0}, "kl_cov"),
         ({"kl_cov_share": 0.0}, "kl_cov_share"),
         ({"lp_reg": -1.0}, "lp_reg"),

@@ -375,6 +375,28 @@ def test_a_free_token_is_not_clipped():
     np.testing.assert_allclose(gradient, [0.5, 0.0], rtol=1e-6)
 
 
+def test_the_clip_by_entropy_is_wider_above_for_unsure_tokens_and_below_for_sure_ones():
+    h = jnp.array([0.5, -0.5, 0.0])
+    below, above = losses.entropy_clip(h, 0.2, 1.0)
+    np.testing.assert_allclose(below, [0.2, 0.3, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(above, [0.3, 0.2, 0.2], rtol=1e-6)
+    log_probs, mask = jnp.log(jnp.array([1.4, 0.6, 1.1])), jnp.ones(3, bool)
+    advantages = jnp.array([1.0, -1.0, 1.0])
+    arguments = (log_probs, jnp.zeros(3), advantages, mask, (below, above))
+    np.testing.assert_allclose(losses.clipped_policy_loss(*arguments), -(1.3 - 0.7 + 1.1) / 3, rtol=1e-6)
+    np.testing.assert_array_equal(losses.open_gate(*arguments), [False, False, True])
+
+
+def test_the_advantage_is_redistributed_to_unsure_tokens_that_have_moved_and_from_sure_ones_that_have_not():
+    """Half the clip is 0.1: ratios of 1.2 and 1.05, each where h is 0.5, -0.5 and 0; then one outside the mask."""
+    log_probs = jnp.log(jnp.array([1.2, 1.05, 1.2, 1.05, 1.2, 1.05, 1.2]))
+    h = jnp.array([0.5, 0.5, -0.5, -0.5, 0.0, 0.0, NAN])
+    advantages, mask = jnp.array([2.0] * 6 + [NAN]), jnp.arange(7) < 6
+    call = lambda x: losses.redistributed(advantages, h, x, jnp.zeros(7), mask, 0.2, 1.0)  # noqa: E731
+    np.testing.assert_allclose(call(log_probs), [3.0, 2.0, 2.0, 1.0, 2.0, 2.0, 0.0], rtol=1e-6)
+    assert not jax.grad(lambda x: call(x).sum())(log_probs).any()
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(0.02, 1.0), (0.022, 1.01), (5.0, 1.02), (0.0, 0.98), (0.019, 0.995)])
 def test_the_adapted_coefficient_follows_the_kl_and_never_by_more_than_a_fifth_of_the_gain(kl, factor):
     np.testing.assert_allclose(losses.adapted_coefficient(jnp.float32(5.0), kl, 0.02, 0.1), 5.0 * factor, rtol=1e-6)

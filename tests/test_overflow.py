@@ -199,7 +199,7 @@ def made_up():
     trajectory = Trajectory(tokens, positions, segments, draw(*SHAPE) - 3, jnp.asarray(~PADDING), jnp.ones(4))
     per_token = draw(*SHAPE), draw(*SHAPE), jnp.abs(draw(*SHAPE))
     held = jnp.asarray(rng.random(SHAPE) < 0.5)
-    episodes = Episodes(trajectory, draw(*SHAPE, VOCABULARY), per_token[2], *per_token, held, ~held)
+    episodes = Episodes(trajectory, draw(*SHAPE, VOCABULARY), per_token[2], *per_token, held, ~held, per_token[2])
     return (draw(*SHAPE, VOCABULARY), draw(*SHAPE, WIDTH)), episodes
 
 
@@ -210,7 +210,7 @@ def spoiled(outputs, episodes, of_policy, of_reference):
     garbage = lambda x, value: jnp.where(PADDING.reshape(*SHAPE, *[1] * (x.ndim - 2)), value, x)  # noqa: E731
     either = of_policy if of_policy != 0 else of_reference
     trajectory = episodes.trajectory._replace(log_probs_BxT=garbage(episodes.trajectory.log_probs_BxT, of_reference))
-    others = ("certainty_BxT", "advantages_BxT", "returns_BxT", "kl_weights_BxT")
+    others = ("certainty_BxT", "advantages_BxT", "returns_BxT", "kl_weights_BxT", "signed_entropy_BxT")
     per_token = {name: garbage(getattr(episodes, name), either) for name in others}
     return (logits(outputs[0], of_policy), garbage(outputs[1], of_policy)), episodes._replace(
         trajectory=trajectory,

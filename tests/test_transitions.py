@@ -95,7 +95,15 @@ def episodes():
     held_BxT = trajectory.mask_BxT & (advantages_BxT > 0)
     unlikely_BxT = trajectory.mask_BxT & (advantages_BxT < 0)
     return Episodes(
-        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT
+        trajectory,
+        ref_logits_BxTxV,
+        sure_BxT,
+        advantages_BxT,
+        returns_BxT,
+        weights_BxT,
+        held_BxT,
+        unlikely_BxT,
+        sure_BxT,
     )
 
 

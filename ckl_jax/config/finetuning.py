@@ -74,6 +74,16 @@ class Advantage(Chapter):
     of the other answers to the same problem; `grpo`, standardized over the answers to it, clipped ratio."""
     clip: PositiveFloat = 0.2
     """ppo and grpo: the ratio of new to old probability counts up to 1 +- clip. No effect on the others."""
+    clip_by: Literal["none", "entropy"] = "none"
+    """`entropy`: HAPO (arXiv 2509.16591) with ppo and grpo, by h in [-1, 1], the round's log-entropies, 0 at their
+    `hapo_pivot`-quantile. The clip is 1 + hapo_clip * abs(h) times as wide above where h > 0, below where h < 0. The
+    advantage is A * (1 + hapo_advantage * h) for ratios beyond half the clip where h > 0, and within it where h < 0."""
+    hapo_pivot: Share = 0.8
+    """Quantile of entropy that clip_by entropy takes for neither low nor high."""
+    hapo_clip: NonNegativeFloat = 1.0
+    """Of clip_by entropy."""
+    hapo_advantage: Share = 1.0
+    """Of clip_by entropy; above 1 it would turn the sign of A."""
     reward_right: Reward = 1.0
     """Of an answer with the right result."""
     reward_wrong: Reward = 0.0
@@ -281,6 +291,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("group_size", self.group_size >= least, f"at least {least}"),
             ("group_size", episodes % self.group_size == 0, divisor),
             ("advantage_shaping", grouped or self.advantage_shaping != "gtpo", "with algorithm grpo or rloo alone"),
+            ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),

@@ -21,7 +21,8 @@ from ckl_jax.tasks.problems import Problems
 class Episodes(NamedTuple):
     """A round's collect with everything that its updates need; the reference's pass is done once.
 
-    ``kl_cov_BxT`` marks the tokens that KL-Cov holds, ``lp_reg_BxT`` those that Lp-Reg looks after.
+    ``kl_cov_BxT`` marks the tokens that KL-Cov holds, ``lp_reg_BxT`` those that Lp-Reg looks after;
+    ``signed_entropy_BxT`` is h of HAPO.
     """
 
     trajectory: Trajectory
@@ -32,6 +33,7 @@ class Episodes(NamedTuple):
     kl_weights_BxT: jax.Array
     kl_cov_BxT: jax.Array
     lp_reg_BxT: jax.Array
+    signed_entropy_BxT: jax.Array
 
 
 def collect(
@@ -134,8 +136,9 @@ def assessed(
         advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
     held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
     unlikely_BxT = _unlikely(config, trajectory, advantages_BxT)
+    h_BxT = _signed_entropy(config, trajectory.mask_BxT, logits_BxTxV)
     return Episodes(
-        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT
+        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT, h_BxT
     )
 
 
@@ -243,6 +246,13 @@ def _unlikely(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: ja
     if config.lp_reg == 0:
         return jnp.zeros_like(mask_BxT)
     return advantages.unlikely(advantages_BxT, trajectory.log_probs_BxT, mask_BxT, config.lp_reg_share)
+
+
+def _signed_entropy(config: FinetuneConfig, mask_BxT: jax.Array, logits_BxTxV: jax.Array) -> jax.Array:
+    if config.clip_by == "none":
+        return jnp.zeros(mask_BxT.shape)
+    entropy_BxT = losses.entropy(logits_BxTxV, config.temperature, mask_BxT)
+    return advantages.signed_entropy(entropy_BxT, mask_BxT, config.hapo_pivot)
 
 
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:

@@ -98,6 +98,7 @@ def cut(episodes: Episodes, indices: Indices, length: int) -> Episodes:
         at_step(episodes.kl_weights_BxT),
         at_step(episodes.kl_cov_BxT),
         at_step(episodes.lp_reg_BxT),
+        at_step(episodes.signed_entropy_BxT),
     )
 
 

@@ -52,6 +52,13 @@ def _terms(
         )
 
     log_probs_BxT = of_actions(logits_BxTxV)
+    clip: losses.Clip = config.clip
+    if config.clip_by == "entropy":
+        h_BxT = jnp.where(mask_BxT, episodes.signed_entropy_BxT, 0.0)
+        clip = losses.entropy_clip(h_BxT, config.clip, config.hapo_clip)
+        advantages_BxT = losses.redistributed(
+            advantages_BxT, h_BxT, log_probs_BxT, old_log_probs_BxT, mask_BxT, clip, config.hapo_advantage
+        )
 
     def pulled():
         proxy_BxT = losses.proxy_log_probs(logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT)
@@ -61,7 +68,7 @@ def _terms(
         if config.has_ratio:
             free_BxT = pulled()[0] if config.lp_reg > 0 else None
             return losses.clipped_policy_loss(
-                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip, free_BxT
+                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip, free_BxT
             )
         return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
 
@@ -92,7 +99,7 @@ def _terms(
                 kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
         weights_BxT = episodes.kl_weights_BxT
         if config.kl_gate == "clip":
-            gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, config.clip)
+            gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip)
             weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
         return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 

@@ -101,6 +101,11 @@ METHODS = (
     Method("rloo", "8 answers to a problem, leave one out (2402.14740)", STANDARD | GROUP | {"algorithm": "rloo"}),
     Method("grpo", "8 answers, standardized, clipped ratio (2402.03300)", STANDARD | GROUP | {"algorithm": "grpo"}),
     Method(
+        "hapo",
+        "grpo, clip and advantage by the entropy of a token (2509.16591)",
+        STANDARD | GROUP | {"algorithm": "grpo", "clip_by": "entropy"},
+    ),
+    Method(
         "lp_reg",
         "grpo that looks after unlikely characters which are no noise (2510.03222)",
         STANDARD | GROUP | {"algorithm": "grpo", "lp_reg": 1.0},
