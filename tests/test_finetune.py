@@ -250,7 +250,6 @@ def test_fused_attention_makes_the_same_round(small_model):
         state, episodes, metrics = _collected(program, wide.params)
         made.append((metrics, *_updated(program, state, episodes)))
     (plain, state, of_update), (fused, other, of_other) = made
-    assert abs(fused["kl"]) < 1e-8
     chex.assert_trees_all_close((fused, of_other), (plain, of_update), rtol=1e-3, atol=1e-5)
     chex.assert_trees_all_close(other.params, state.params, rtol=1e-3, atol=1e-5)
 
