@@ -13,7 +13,7 @@ Bytes over the links are those of the collectives' results. An all-reduce of man
 links that lie far apart are not told from near ones.
 
 Every compilation is a process of its own and a file ``out/<topology>_<state>.json``; an interrupted call goes on with
-the same command. Eight of them took 11 minutes on 2 cores that other work used.
+the same command. Eight of them took 12 minutes on 2 cores that other work used.
 """
 
 from __future__ import annotations

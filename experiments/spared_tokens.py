@@ -15,8 +15,8 @@ a minority, also of what is spared. Each arm has one weight for every token's KL
 | shuffled | J^beta, permuted over the round's tokens | as many, anywhere |
 | inverted | 1 - J^beta, scaled to the mean of J^beta | where the model is sure |
 
-All arms are one program: the same problems, first episodes and budget. 60 runs (10 seeds) are the work of 75 minutes on
-2 CPU cores (extrapolated from 79 s a run).
+All arms are one program: the same problems, first episodes and budget. 60 runs (10 seeds) took 2 hours on 2 CPU cores
+that other work used.
 
 Written down before any run. What was known: from N5 with seeds 0 to 9 prioritized ends 8.4 points above standard; with
 seeds 0 to 5 shuffled ends like standard, undecided; at beta 150 the 1.2% of tokens that are critical have 19% of what
