@@ -154,7 +154,7 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
         )
     whole = sharding.gathered(state.params) if config.shard_state else state.params
     loss, grads = batch_gradient(config, whole, windows, dropout_key)
-    if config.shard_state:  # Else XLA divides the products that make them, and computes parts twice.
+    if config.shard_state:
         grads = sharding.gathered(grads)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

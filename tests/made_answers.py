@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from ckl_jax import tasks
 from ckl_jax.analysis.critical import Generations
 from ckl_jax.rollout.trajectory import answer_mask
 from ckl_jax.tasks import alphabet
@@ -10,6 +11,10 @@ from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 
 DIGITS, MAX_PRETRAIN_DIGITS = 3, 2
+PROBLEM = tasks.Problem(123, 45)
+RIGHT = ADDITION.answer_text(PROBLEM)
+COMMA = ADDITION.critical_tokens(PROBLEM, MAX_PRETRAIN_DIGITS)[1].index
+SUM = RIGHT.index("=8") + 1
 
 
 def made(problem, texts, certainty=None):
@@ -39,6 +44,14 @@ def made(problem, texts, certainty=None):
         np.array(problems_lib.critical_characters(packed)),
         (packed.critical_Bx3x2xC >= 0).sum(axis=(1, 2, 3)),
     )
+
+
+def sure_except(by_index):
+    """Certainty [1, T] of the right answer: 1, but for the given characters."""
+    certainty = np.ones((1, len(RIGHT)))
+    for index, value in by_index.items():
+        certainty[0, index] = value
+    return certainty
 
 
 def replaced(text, index, character):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from made_answers import made
+from made_answers import COMMA, PROBLEM, RIGHT, SUM, made, sure_except
 from policies import SCRIPT_MODEL, scripted_policy
 
 from ckl_jax import tasks
@@ -16,18 +16,6 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION, ColumnTask
 from experiments import critical_token_discovery as experiment
-
-PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
-COMMA = ADDITION.critical_tokens(tasks.Problem(123, 45), 2)[1].index
-SUM = RIGHT.index("=8") + 1
-
-
-def sure_except(by_index):
-    certainty = np.ones((1, len(RIGHT)))
-    for index, value in by_index.items():
-        certainty[0, index] = value
-    return certainty
 
 
 def test_candidates_are_the_least_certain_characters_below_the_gap():

@@ -4,27 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from made_answers import made
+from made_answers import COMMA, PROBLEM, RIGHT, SUM, made, sure_except
 from policies import untrained
 
-from ckl_jax import tasks
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import ADDITION
 from experiments import freed_pressure as experiment
-
-PROBLEM = tasks.Problem(123, 45)
-RIGHT = ADDITION.answer_text(PROBLEM)
-COMMA = ADDITION.critical_tokens(PROBLEM, 2)[1].index
-SUM = RIGHT.index("=8") + 1
-
-
-def sure_except(by_index):
-    certainty = np.ones((1, len(RIGHT)))
-    for index, value in by_index.items():
-        certainty[0, index] = value
-    return certainty
 
 
 def test_every_character_has_a_part_of_whichever_step_and_critical_ones_are_apart():

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ckl_jax.attention.plain import MASKED
+
 LANES = 128
-MASKED = -1e30
 
 
 class Settings(NamedTuple):

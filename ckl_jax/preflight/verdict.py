@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
       needed: memory at the peak, the command's other arrays included; None where the compiler did not say.
       memory: by kind, as the compiler counts it; empty where the program does not fit.
       cost: what it computes and moves; None where it does not fit.
-      kernels: calls of Pallas kernels in its text, each as often as its loop turns in the cost.
+      kernels: places in its text that call a Pallas kernel; one in a loop is one.
       has_float64, calls_the_host: what a TPU is slow at; neither should be there.
       compile_seconds: of this machine, lowering included.
     """

@@ -78,7 +78,7 @@ def update(
             params, opt_state, sums, sound = carry
             whole = sharding.gathered(params) if config.shard_state else params
             grads, terms = gradient(whole, index)
-            if config.shard_state:  # Else XLA divides the products that make them, and computes parts twice.
+            if config.shard_state:
                 grads = sharding.gathered(grads)
             directions, opt_state = optimizer.update(grads, opt_state, params)
             params = {

@@ -176,7 +176,11 @@ def split_state(state: Any) -> Any:
 
 
 def gathered(tree: Any) -> Any:
-    """Inside a program: the same arrays, whole on every device; their gradients come back as the arrays lie."""
+    """Inside a program: the same arrays, whole on every device.
+
+    A step on split parameters wants it of them and of their gradients. Else XLA divides the products that make the
+    gradients too, and computes parts of them twice.
+    """
     return _constrain(tree, lambda x: ALL)
 
 
