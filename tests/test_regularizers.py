@@ -187,7 +187,7 @@ def test_the_best_share_is_kept_and_the_best_others_lead():
         "standard": 1.0,
         "grpo": 1.0,
     }
-    assert found.choose(best, 2) == [*ALWAYS, "k2", "rloo"]
+    assert found.choose(best, 2) == ["standard", "no_kl", "k2", "rloo"]
 
 
 def test_the_screens_accuracy_is_that_of_the_last_three_rounds():
@@ -231,6 +231,16 @@ def test_the_answers_are_computed_from_the_pairs():
     )
     assert needed.startswith("Is a KL needed at all? Without one training is worse than the standard KL (-23.2 [")
     assert results["arms"]["rloo"]["comma_after"][0] == pytest.approx(0.7)
+
+
+def test_two_methods_are_compared_alone(tmp_path):
+    chosen = {name: AFTER[name] for name in found.choose(["prioritized", "standard"], 0)}
+    assert list(chosen) == ["standard", "prioritized"]
+    results = confirmation(chosen)
+    assert [pair["control"] for pair in results["against_controls"]] == ["standard"]
+    beats, against = found.answers(results)
+    assert beats.endswith("yes: better than standard.")
+    assert "better than it: prioritized; worse than it: none;" in against
 
 
 def test_all_methods_at_once_can_be_confirmed_and_drawn(tmp_path):

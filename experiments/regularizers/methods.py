@@ -122,8 +122,9 @@ METHODS = (
         STANDARD | GROUP | {"algorithm": "grpo", "advantage_shaping": "gtpo"},
     ),
 )
-"""Standard first. The confirmation always has ``ALWAYS``; the others must earn it in the screen."""
-ALWAYS = ("standard", "prioritized", "matched", "shuffled", "renormalized", "no_kl")
+"""Standard first. Of those screened, the confirmation always has ``ALWAYS``; the others must earn it in the screen."""
+NEEDED = ("standard", "prioritized")
+ALWAYS = (*NEEDED, "matched", "shuffled", "renormalized", "no_kl")
 CONTROLS = ("standard", "matched", "shuffled", "no_kl")
 """What prioritization must beat; renormalized prioritizes too."""
 BY_NAME = {method.name: method for method in METHODS}

@@ -48,8 +48,9 @@ def best_shares(screen: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def choose(best: Iterable[str], leaders: int) -> list[str]:
-    """What is confirmed: ``ALWAYS``, and the first ``leaders`` others of the methods from best to worst."""
-    return [*ALWAYS, *[name for name in best if name not in ALWAYS][:leaders]]
+    """What is confirmed: those in ``ALWAYS``, and the first ``leaders`` others, of the methods from best to worst."""
+    best = list(best)
+    return [*(name for name in ALWAYS if name in best), *[name for name in best if name not in ALWAYS][:leaders]]
 
 
 def confirmed(
@@ -68,7 +69,7 @@ def confirmed(
         results |= {name: earlier[name] for name in ("test_episodes", "round_episodes")}
     results["arms"] = {name: results["arms"].get(name) or earlier["arms"][name] for name in chosen}
     against = [comparison.pair(results, name, "standard") for name in results["arms"] if name != "standard"]
-    controls = [comparison.pair(results, "prioritized", name) for name in CONTROLS]
+    controls = [comparison.pair(results, "prioritized", name) for name in CONTROLS if name in results["arms"]]
     return {**results, "against_standard": against, "against_controls": controls}
 
 
@@ -116,13 +117,17 @@ def answers(found: dict[str, Any]) -> list[str]:
     of_verdict = {
         word: [pair["arm"] for pair in found["against_standard"] if pair["verdict"] == word] for word in comparison.SAID
     }
-    (none,) = (pair for pair in found["against_standard"] if pair["arm"] == "no_kl")
     listed = "; ".join(f"{comparison.SAID[word]} it: {', '.join(of_verdict[word]) or 'none'}" for word in of_verdict)
+    without = [
+        f"Is a KL needed at all? Without one training is {comparison.SAID[pair['verdict']]} the standard KL "
+        f"({percent(pair['target'], '+')} points)."
+        for pair in found["against_standard"]
+        if pair["arm"] == "no_kl"
+    ]
     return [
         f"Does prioritization beat its own controls? {comparison.beats_all(found['against_controls'])}.",
         f"Against the standard KL, each at its own coefficient: {listed}.",
-        f"Is a KL needed at all? Without one training is {comparison.SAID[none['verdict']]} the standard KL "
-        f"({percent(none['target'], '+')} points).",
+        *without,
     ]
 
 
