@@ -18,7 +18,7 @@ from names import ROOT, missing
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
 
-DIRECTORIES = ["", "experiments", "tpu_scripts", "tests"]
+DIRECTORIES = ["", "experiments", "experiments/regularizers", "tpu_scripts", "tests"]
 TEXTS = {directory: (ROOT / directory / "README.md").read_text() for directory in DIRECTORIES}
 README, EXPERIMENTS = TEXTS[""], TEXTS["experiments"]
 RESULTS = ROOT / "experiments" / "results"

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shlex
 
 import made_runs
 import pytest
@@ -11,6 +14,8 @@ from ckl_jax import finetune
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.finetune import FinetuneCommand
+from ckl_jax.finetune import preset as finetune_command
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.regularizers import __main__ as regularizers
@@ -281,3 +286,38 @@ def test_one_control_that_is_better_makes_it_a_no():
 def test_what_cannot_work_is_refused_by_name(tmp_path, name, options):
     with pytest.raises(ConfigError, match=name):
         command(tmp_path, *options)
+
+
+PLACE = pathlib.Path(regularizers.__file__).parent
+PAGE = re.split(r"^### ", (PLACE / "README.md").read_text(), flags=re.MULTILINE)[1:]
+SECTIONS = {name: text for name, _, text in (section.partition("\n") for section in PAGE)}
+PUBLISHED = json.loads((PLACE.parent / "results" / "tiny" / "regularizers" / "results.json").read_text())
+
+
+def test_the_page_has_a_section_of_every_method_and_no_other():
+    assert len(PAGE) == len(SECTIONS)
+    assert set(SECTIONS) == set(BY_NAME)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_page_says_how_a_method_is_configured_and_what_came_out(name):
+    text, method = SECTIONS[name], BY_NAME[name]
+    assert set(re.findall(r"\d{4}\.\d{5}", method.idea)) == set(re.findall(r"\[(\d{4}\.\d{5})\]", text))
+    found = {line.split(":")[0]: line.partition(": ")[2] for line in re.findall(r"^- (.*)$", text, re.MULTILINE)}
+    assert list(found) == ["Formula", "Config", "Result", "Verdict"]
+    config = cli.parse(FinetuneCommand, finetune_command, shlex.split(found["Config"].strip("`"))).config
+    standard = dataclasses.replace(finetune_command().config, **BY_NAME["standard"].overrides)
+    assert config == dataclasses.replace(standard, **method.overrides)
+    screened = PUBLISHED["best"].get(name)
+    assert ("screen" in found["Result"]) == (screened is not None)
+    if screened:
+        rank, at = list(PUBLISHED["best"]).index(name) + 1, f" at {screened['share']:g}x" if method.strength else ""
+        assert (
+            f"screen {100 * screened['success']:.1f}%{at}, rank {rank} of {len(PUBLISHED['best'])}" in found["Result"]
+        )
+    pairs = {pair["arm"]: [100 * x for x in pair["target"]] for pair in PUBLISHED["confirmation"]["against_standard"]}
+    assert ("confirmed" in found["Result"]) == (name in pairs)
+    if name in pairs:
+        assert "confirmed {:+.1f} [{:+.1f}, {:+.1f}]".format(*pairs[name]) in found["Result"]
+    if found["Result"] == "not run.":
+        assert found["Verdict"] == "none."
