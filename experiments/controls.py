@@ -57,7 +57,6 @@ from experiments.common.figure import Results, markdown
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")
 SAME_WEIGHTS = ("standard", "prioritized", "matched", "shuffled", "renormalized")
-PALETTE = ("#55a868", "#c44e52", "#8172b3", "#8c8c8c", "#64b5cd", "#937860", "#da8bc3", "#ccb974")
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     digits = run.digits
     names = list(results["arms"])
     others = [arm for arm in names if arm not in plots.COLORS]
-    colors = plots.COLORS | {arm: PALETTE[index % len(PALETTE)] for index, arm in enumerate(others)}
+    colors = plots.COLORS | {arm: plots.OTHERS[index % len(plots.OTHERS)] for index, arm in enumerate(others)}
     figure = Figure(figsize=(11, 8))
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
@@ -149,7 +148,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])
     comparison.after_panel(panels[1, 0], results, colors, digits)
     comparison.pairs_panel(panels[1, 1], results["pairs"], colors)
-    figure.suptitle(f"RL on {digits} digits, {len(results['seeds'])} seeds")
+    figure.suptitle(f"RL on {digits} digits, {plots.spread(len(results['seeds']))}")
     return figure
 
 

@@ -172,7 +172,7 @@ def text(results: Results) -> str:
 
 def draw(results: Results) -> Figure:
     bars = [kind for kind in reversed(results["types"]) if kind["verdict"] != "too few"]
-    figure = Figure(figsize=(12, max(4.5, 0.4 * len(bars))))
+    figure = Figure(figsize=(11, max(4.5, 0.4 * len(bars))))
     (left, right) = figure.subplots(1, 2)
     probes = [probe for probe in results["probes"] if probe["open"]]
     groups = (
@@ -184,18 +184,19 @@ def draw(results: Results) -> Figure:
     for label, color, some in groups:
         jitter_P = rng.uniform(-1.5, 1.5, len(some))  # Rates of few completions lie on top of each other.
         drops_P = 100 * discovery.drops(some) + jitter_P
-        left.scatter([p["gap"] for p in some], drops_P, s=16, color=color, alpha=0.6, linewidth=0, label=label)
+        marks: dict[str, Any] = {"s": 40, "marker": "D"} if color == KNOWN else {"s": 18, "alpha": 0.6}
+        left.scatter([p["gap"] for p in some], drops_P, color=color, linewidth=0, label=label, **marks)
     left.set(xlabel="certainty gap ΔJ", ylabel="drop in success, points")
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups), fontsize=9)
+    figure.legend(loc="outside upper left", ncols=len(groups))
     for height, kind in enumerate(bars):
         mean, low, high = (100 * value for value in kind["drop"])
         color = KNOWN if discovery.is_known(kind) else OTHER
         style = {"color": color, "alpha": 1.0 if kind["verdict"] == "critical" else 0.4, "ecolor": plots.INK}
         right.barh(height, mean, xerr=[[mean - low], [high - mean]], capsize=2, **style)
     names = [f"{kind['name']}\n{kind['verdict']}, {kind['candidates']} candidates" for kind in bars]
-    right.set_yticks(range(len(bars)), names, fontsize=8)
+    right.set_yticks(range(len(bars)), names, fontsize=9)
     found, known = results["types_critical"], results["types_critical_and_known"]
-    title = f"Types judged; critical (strong colour): {found}, of them known: {known}"
+    title = f"types judged; critical (strong colour): {found}, of them known: {known}"
     right.set(xlabel="drop in success, points, mean and 95% interval", ylim=(-0.6, max(len(bars), 5) - 0.4))
     right.set_title(title, fontsize=10)
     return figure

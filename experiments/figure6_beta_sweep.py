@@ -150,10 +150,11 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     before = arms_lib.episodes_before(results)
+    labels = {STANDARD: STANDARD} | {arm_name(beta): f"beta {beta:,.12g}" for beta in betas}
     for arm, values in results["arms"].items():
         mean, _, _ = mean_intervals(np.array(values["collect_success"]))
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
-        top.plot(before, 100 * mean, color=colors[arm], label=arm.replace("_", " "), **style)
+        top.plot(before, 100 * mean, color=colors[arm], label=labels[arm], **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
     top.set_title(f"from N = {run.lengths}, mean over {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
@@ -181,7 +182,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     left.set_ylabel(f"accuracy on {digits} digits (%)")
     right.set_ylabel("weight of a token's KL")
     right.set_title("mean of J^beta over all rounds", fontsize=10)
-    left.set_title("after training, common test problems", fontsize=10)
+    left.set_title(f"tests after training, {plots.spread(len(final))}", fontsize=10)
     return figure
 
 

@@ -146,17 +146,18 @@ def draw(results: Results) -> Figure:
     freed = 100 * np.array([parts[name]["freed"] for name in names])
     errors = [freed[:, 0] - freed[:, 1], freed[:, 2] - freed[:, 0]]
     colors = [plots.COLORS["prioritized"] if name == CRITICAL else plots.COLORS["standard"] for name in names]
-    shares.barh(at, freed[:, 0], 0.6, xerr=errors, color=colors, label="of what is freed")
-    shares.plot(
-        [100 * parts[name]["tokens"] for name in names], at, "|", color=plots.INK, markersize=14, markeredgewidth=2
-    )
+    shares.barh(at, freed[:, 0], 0.6, xerr=errors, color=colors, label="of what J^beta takes off the KL")
+    tokens = [100 * parts[name]["tokens"] for name in names]
+    shares.plot(tokens, at, "D", color="white", markeredgecolor=plots.INK, markersize=6, label="of all characters")
     shares.set_yticks(at, names)
     shares.invert_yaxis()
     shares.grid(False, axis="y")
-    title = f"beta = {results['config']['beta']:g} (line: share of all characters)"
-    shares.set(xlabel="share of the KL that J^beta takes off (%)", title=title)
-    for name, color in (("all", plots.COLORS["standard"]), ("critical", plots.COLORS["prioritized"])):
-        means.plot(results["curve"]["beta"], results["curve"][name], "o-", color=color, label=name, markersize=4)
+    shares.set(xlabel="share (%)", title=f"beta = {results['config']['beta']:g}")
+    shares.legend(loc="lower right")
+    lines = {"all": ("all characters", "standard"), "critical": (CRITICAL, "prioritized")}
+    for name, (label, arm) in lines.items():
+        mean, color = results["curve"][name], plots.COLORS[arm]
+        means.plot(results["curve"]["beta"], mean, "o-", color=color, label=label, markersize=4)
     means.set(xscale="log", ylim=(0, 1.02), xlabel="beta", title="mean J^beta")
     means.legend()
     figure.suptitle(f"answers to {results['digits']} digits before RL", color=plots.INK)

@@ -32,7 +32,6 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from ckl_jax import finetune
 from ckl_jax.analysis import plots
@@ -207,12 +206,10 @@ def draw(results: Results) -> Figure:
         before = next(iter(results["arms"].values()))[f"{curve}_before"][0]
         panel.axhline(100 * before, color=plots.SOFT, linewidth=1, linestyle="--", label="before")
         panel.set(xscale="log", xlabel="distance from the pre-trained parameters", title=title)
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter("{x:g}")
-        panel.xaxis.set_minor_locator(NullLocator())
+        plots.plain_ticks(panel.xaxis)
     panels[0].set_ylabel("accuracy after RL (%)")
     panels[0].legend(title="minibatches of")
-    figure.suptitle(f"Equal samples, several learning rates, {len(results['seeds'])} seeds")
+    figure.suptitle(f"Equal samples, several learning rates, {plots.spread(len(results['seeds']))}")
     return figure
 
 

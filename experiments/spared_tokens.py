@@ -63,7 +63,7 @@ PAIRS = (
     ("prioritized", "shuffled"),
     ("prioritized", "inverted"),
 )
-COLORS = plots.COLORS | dict(zip(list(ARMS)[2:], ("#55a868", "#c44e52", "#8172b3", "#8c8c8c"), strict=True))
+COLORS = plots.COLORS | dict(zip(list(ARMS)[2:], plots.OTHERS, strict=False))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     curves.legend(loc="upper left")
     comparison.after_panel(after, results, COLORS, run.digits)
     comparison.pairs_panel(pairs, results["pairs"], COLORS)
-    figure.suptitle(f"which tokens must the KL spare? RL on {run.digits} digits, {len(results['seeds'])} seeds")
+    figure.suptitle(f"which tokens must the KL spare? RL on {run.digits} digits, {plots.spread(len(results['seeds']))}")
     return figure
 
 

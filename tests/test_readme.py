@@ -229,7 +229,7 @@ def test_every_published_picture_is_shown_or_linked():
     ("name", "paired_row", "texts"),
     [
         ("ladder/figure4_N5", "difference, paired", (README, EXPERIMENTS)),
-        ("tiny/figure4", "of tiny, paired", (EXPERIMENTS,)),
+        ("tiny/figure4", "prioritized minus standard, paired", (EXPERIMENTS,)),
     ],
 )
 def test_the_ten_seeds_are_those_of_the_published_run(name, paired_row, texts):

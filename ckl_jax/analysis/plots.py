@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ckl_jax.analysis import report
 from ckl_jax.analysis.report import Character, Scratchpad
@@ -30,6 +32,8 @@ STYLE: Any = {
 }
 """matplotlib's parameters for our pictures: draw inside ``matplotlib.rc_context(STYLE)``, which changes no others."""
 FEW_SEEDS = 4
+OTHERS = ("#009e73", "#c06090", "#7a4a1e", "#56b4e9", "#8c8c8c", "#a08c00", "#1b1c1f", "#b0a8d8")
+"""For arms that ``COLORS`` does not have; dark and light, so that they differ for colour-blind readers too."""
 POINT: dict[str, Any] = {"fmt": "o", "markersize": 8, "markeredgecolor": "white"}
 COLORS = {"standard": "#4c72b0", "prioritized": "#dd8452"}
 INK, SOFT, RIGHT, WRONG = "#1b1c1f", "#9a9da3", "#167a48", "#c8232c"
@@ -73,6 +77,18 @@ def points(
         axes.errorbar(x, mean, errors, color=colors.get(arm), label=label.format(arm=arm), **POINT)
         if few:
             axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
+
+
+def spread(seeds: int) -> str:
+    """How curves and points of so many seeds are drawn, for a title."""
+    return f"mean of {seeds} seeds " + ("and each seed" if seeds < FEW_SEEDS else "with 95% interval")
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers at 1, 2 and 5 times the powers of ten of a logarithmic axis that spans few of them."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, directory: AnyPath, name: str) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+from ckl_jax.analysis import plots
 from experiments.common.figure import markdown
 
 AXES = {
@@ -205,13 +207,15 @@ def draw(results: dict[str, Any]) -> Figure:
     for panel, (axis, label) in zip(panels.flat, AXES.items(), strict=True):
         x = np.array([float(value) for value in found[axis]])
         median, low, high = (np.array([s[name] for s in found[axis].values()]) for name in ("median", "low", "high"))
-        panel.errorbar(x, median, [median - low, high - median], fmt="o-", label="a round")
+        errors = [median - low, high - median]
+        panel.errorbar(x, median, errors, fmt="o-", color=plots.COLORS["standard"], label="a round")
         if axis == "runs":
             panel.plot(x, median[0] / x[0] * x, ":", color="gray", label="as many rounds one after another")
             panel.legend()
         if axis != "digits":
             panel.set(xscale="log", yscale="log")
+            plots.plain_ticks(panel.yaxis)
         panel.set_xticks(x, [_millions(v) if axis == "parameters" else f"{v:g}" for v in x])
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set(xlabel=label, ylabel="seconds per round")
     return figure

@@ -134,7 +134,7 @@ def answers(found: dict[str, Any]) -> list[str]:
 def draw(results: Results) -> Figure:
     """The screen, and where it was run the confirmation: curves, paired differences, accuracy against KL."""
     if "confirmation" in results:
-        figure = Figure(figsize=(12, 10.5))
+        figure = Figure(figsize=(11, 9.5))
         panels = figure.subplots(2, 2, height_ratios=(1.15, 1))
         _draw_screen(panels[0, 0], results)
         _draw_confirmation(panels[0, 1], panels[1, 0], panels[1, 1], results)
@@ -165,9 +165,8 @@ def _draw_screen(axes: Axes, results: Results) -> None:
 
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
-    palette = colormaps["tab20"]([4, 6, 8, 10, 12, 14, 16, 18, 5, 7, 9, 11, 13, 15, 17, 19, 0, 1, 2, 3])
-    others = itertools.cycle(palette)
-    colors: dict[str, Any] = {arm: plots.COLORS.get(arm) or next(others) for arm in found["arms"]}
+    others = itertools.cycle(plots.OTHERS)
+    colors = {arm: plots.COLORS.get(arm) or next(others) for arm in found["arms"]}
     before = arms_lib.episodes_before(found)
     curves.set_prop_cycle(color=[color for arm, color in colors.items() if arm not in plots.COLORS])
     for arm, values in found["arms"].items():
@@ -190,4 +189,4 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
         )
     frontier.set(xlabel="exact KL to the pre-trained model, last round (nats a token)", ylabel="accuracy after RL (%)")
     frontier.set_xscale("log")
-    curves.legend(fontsize=8, loc="upper left", ncols=2)
+    curves.legend(fontsize=9, loc="upper left", ncols=2)
