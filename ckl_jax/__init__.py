@@ -53,7 +53,7 @@ say what lives there and what may be imported.
   `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
 
 Beside the folders lie the formulas: `certainty` of the reference, the `token_weights` that are made of it,
-`advantages`, the paper's `losses`, those that compare the
+`advantages`, what a policy's entropy does to them (`advantage_shaping`), the paper's `losses`, those that compare the
 policy with the one that sampled (`ratio_losses`: clips, gates, KL-Cov), those of distributions without their tail
 (`truncation`: top-k, nucleus, Lp-Reg), and `overflow`, whose products overflow without making NaN of a weight of 0.
 There are also `ckl_jax.model` (GPT-2 and the value head), a step of pre-training (`next_character`), the settings

@@ -65,7 +65,7 @@ def entropy_clip(h: jax.Array, clip: float, alpha: float) -> tuple[jax.Array, ja
     """Below and above 1: ``clip``, times 1 + alpha * |h| below where h < 0 and above where h > 0: HAPO (2509.16591).
 
     Args:
-      h: [...] from ``advantages.signed_entropy``.
+      h: [...] from ``advantage_shaping.signed_entropy``.
     """
     return clip * (1 + alpha * jnp.maximum(-h, 0)), clip * (1 + alpha * jnp.maximum(h, 0))
 
