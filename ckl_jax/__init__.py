@@ -15,8 +15,8 @@ Nothing is imported with the package; take the modules that you need.
   the fields of `ckl_jax.config`, and `ckl_jax.presets` has the named scales and recipes. A module of `experiments`
   (outside of the package) makes each figure.
 - **Another task.** `ckl_jax.tasks.Task` is what one has to say; `ckl_jax.tasks.columns` has three.
-- **Another algorithm.** `ckl_jax.advantages`, `ckl_jax.losses` and `ckl_jax.token_weights` are what a recipe chooses
-  from; `ckl_jax.rl` calls them.
+- **Another algorithm.** A recipe chooses from `ckl_jax.advantages`, `ckl_jax.losses` and `ckl_jax.token_weights`, and
+  the modules beside them; `ckl_jax.rl` calls them.
 - **What a model does.** `ckl_jax.checkpoint.load_model` reads one, `ckl_jax.analysis` looks at it.
 
 **How a round computes.** `experiments/tutorial.py` follows one problem through these folders. Their docstrings
@@ -52,12 +52,15 @@ say what lives there and what may be imported.
 - `ckl_jax.preflight`: the programs of a command compiled for a TPU that is not here. `chips` has the machines,
   `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
 
-Beside the folders lie the formulas (`certainty`, `token_weights`, `losses`, `advantages`, and `overflow`, whose
-products overflow without making NaN of a weight of 0), `ckl_jax.model` (GPT-2 and the value head), a step of
-pre-training (`next_character`), the settings (`config`: `shape` of the model, `pretraining`, `finetuning`; `presets`
-are what they start from, `fields` says what they may hold, `resuming` which of them may change when a run goes on),
-what is refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which
-lists those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
+Beside the folders lie the formulas: `certainty` of the reference, the `token_weights` that are made of it,
+`advantages`, what a policy's entropy does to them (`advantage_shaping`), the paper's `losses`, those that compare the
+policy with the one that sampled (`ratio_losses`: clips, gates, KL-Cov), those of distributions without their tail
+(`truncation`: top-k, nucleus, Lp-Reg), and `overflow`, whose products overflow without making NaN of a weight of 0.
+There are also `ckl_jax.model` (GPT-2 and the value head), a step of pre-training (`next_character`), the settings
+(`config`: `shape` of the model, `pretraining`, `finetuning`; `presets` are what they start from, `fields` says what
+they may hold, `resuming` which of them may change when a run goes on), what is refused (`errors`, `checks`), and the
+commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which lists those that ship, and
+`ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

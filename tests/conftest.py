@@ -48,6 +48,13 @@ def two_layers(small_model) -> ModelConfig:
     return dataclasses.replace(small_model, num_layers=2)
 
 
+@pytest.fixture
+def debug_nans():
+    """Raises where a computation makes a NaN."""
+    with jax.debug_nans(True):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _drop_compiled_programs():
     """Thousands of programs in one process run into the system's limit on memory mappings."""

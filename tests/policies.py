@@ -1,15 +1,20 @@
-"""Policies that are made, not trained: random ones that heed their context, and ones that say a given text."""
+"""Policies that are made, not trained: random ones that heed their context, ones that say a given text, and tables."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckl_jax.config import ModelConfig
 from ckl_jax.model import GPT2
 from ckl_jax.tasks import alphabet
 
 SCRIPT_MODEL = ModelConfig(num_layers=1, num_heads=1, width=alphabet.VOCAB_SIZE, block_size=300)
+
+POLICY_4x3 = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [0.7, 0.1, 0.2]])
+"""Next-token distributions of a two-token policy: at the start, then after each first token."""
+REFERENCE_4x3 = np.array([[0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1]])
 
 
 @functools.cache
@@ -42,3 +47,8 @@ def scripted_policy(text, first, config=SCRIPT_MODEL):
     scale = jnp.full(alphabet.VOCAB_SIZE, 10.0)
     embeddings = {"wte": {"embedding": one_hot}, "wpe": {"embedding": wpe}}
     return {"params": {**params, **embeddings, "ln_f": {**params["ln_f"], "scale": scale}}}
+
+
+def reverse_kl_gradient(policy, reference):
+    log_ratio = np.log(policy / reference)
+    return policy * (log_ratio - (policy * log_ratio).sum(-1, keepdims=True))

@@ -11,7 +11,7 @@ import optax
 import pytest
 from policies import untrained
 
-from ckl_jax import losses, token_weights
+from ckl_jax import losses, token_weights, truncation
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
@@ -327,11 +327,11 @@ def test_the_entropy_bonus_is_over_the_characters_that_its_words_name(model, mov
         return _terms(make_program(config, model), moved.params, _assessed(config, answers))["entropy"]
 
     sets = {
-        "top": (losses.top_tokens(logits, 3), {"entropy_top": 3}),
-        "nucleus": (losses.nucleus(logits, 0.5, temperature), {"entropy_nucleus": 0.5}),
+        "top": (truncation.top_tokens(logits, 3), {"entropy_top": 3}),
+        "nucleus": (truncation.nucleus(logits, 0.5, temperature), {"entropy_nucleus": 0.5}),
     }
     for word, (inside, options) in sets.items():
-        expected = -losses.masked_mean(losses.entropy_within(logits, inside, temperature), mask)
+        expected = -losses.masked_mean(truncation.entropy_within(logits, inside, temperature), mask)
         np.testing.assert_allclose(loss(entropy_over=word, **options), expected, rtol=1e-5)
     np.testing.assert_allclose(loss(entropy_over="nucleus", entropy_nucleus=1.0), loss(), rtol=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "ckl_jax"
 ROOMS = (
     *("errors", "fields", "runtime", "checks", "overflow", "resuming"),
-    *("certainty", "token_weights", "advantages", "losses"),
+    *("certainty", "token_weights", "advantages", "advantage_shaping", "losses", "ratio_losses", "truncation"),
     *("tasks", "config", "presets", "attention", "model", "rollout", "checkpoint", "datasets"),
     *("next_character", "rl", "runs", "analysis"),
     *("evaluate", "pretrain", "finetune", "convert", "models", "check_xla", "preflight"),

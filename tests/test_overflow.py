@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import losses, overflow, token_weights
+from ckl_jax import losses, overflow, ratio_losses, token_weights
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
@@ -39,7 +39,7 @@ def penalty(kind, weigh):
 def off_policy(kind):
     def loss(log_probs, weights):
         kl = losses.kl_estimate(log_probs, jnp.zeros(2), kind, MASK)
-        return losses.weighted_kl(losses.off_policy_kl(kl, kind, log_probs, jnp.zeros(2), MASK), weights, MASK)
+        return losses.weighted_kl(ratio_losses.off_policy_kl(kl, kind, log_probs, jnp.zeros(2), MASK), weights, MASK)
 
     return loss
 
@@ -58,8 +58,8 @@ WEIGHTED = {
     **{f"{k}, off-policy": off_policy(k) for k in KINDS},
     "exact": exact,
     "policy gradient": lambda x, w: losses.policy_gradient_loss(x, w, MASK),
-    "clipped": lambda x, w: losses.clipped_policy_loss(x, jnp.zeros(2), w, MASK, 0.2),
-    "KL-Cov": lambda x, w: losses.kl_cov(x, jnp.zeros(2), w > 0, MASK),
+    "clipped": lambda x, w: ratio_losses.clipped_policy_loss(x, jnp.zeros(2), w, MASK, 0.2),
+    "KL-Cov": lambda x, w: ratio_losses.kl_cov(x, jnp.zeros(2), w > 0, MASK),
 }
 
 
@@ -92,11 +92,13 @@ def test_what_overflows_with_a_weight_is_infinite(kind, log_ratio):
 
 def test_the_ratio_of_an_action_that_the_advantage_pushes_away_overflows_and_the_clipped_one_does_not():
     def loss(advantage):
-        return losses.clipped_policy_loss(jnp.zeros(1), jnp.full(1, -200.0), jnp.full(1, advantage), MASK[:1], 0.2)
+        return ratio_losses.clipped_policy_loss(
+            jnp.zeros(1), jnp.full(1, -200.0), jnp.full(1, advantage), MASK[:1], 0.2
+        )
 
     assert loss(-1.0) == INF
     np.testing.assert_allclose(loss(1.0), -1.2, rtol=1e-6)
-    gradient = jax.grad(losses.clipped_policy_loss)(jnp.zeros(1), jnp.full(1, -200.0), jnp.ones(1), MASK[:1], 0.2)
+    gradient = jax.grad(ratio_losses.clipped_policy_loss)(jnp.zeros(1), jnp.full(1, -200.0), jnp.ones(1), MASK[:1], 0.2)
     assert gradient == 0
 
 

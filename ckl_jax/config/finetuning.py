@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ckl_jax.advantages import AdvantageShaping
+from ckl_jax.advantage_shaping import AdvantageShaping
 from ckl_jax.certainty import CertaintyKind
 from ckl_jax.config.pretraining import Scale
 from ckl_jax.config.shape import Attention, Dtype, Precision

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import advantages, losses, overflow, token_weights
+from ckl_jax import advantage_shaping, advantages, losses, overflow, token_weights
 from ckl_jax.certainty import certainty
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import values
@@ -185,11 +185,11 @@ def _shaped(
     entropy_BxT = losses.entropy(logits_BxTxV, config.temperature, mask_BxT)
     shaped = {
         "none": lambda A: A,
-        "top_entropy": lambda A: advantages.top_entropy(A, entropy_BxT, mask_BxT, config.entropy_quantile),
-        "entropy_bonus": lambda A: advantages.entropy_bonus(
+        "top_entropy": lambda A: advantage_shaping.top_entropy(A, entropy_BxT, mask_BxT, config.entropy_quantile),
+        "entropy_bonus": lambda A: advantage_shaping.entropy_bonus(
             A, entropy_BxT, mask_BxT, config.entropy_scale, config.entropy_kappa
         ),
-        "gtpo": lambda A: advantages.gtpo(
+        "gtpo": lambda A: advantage_shaping.gtpo(
             trajectory.reward_B, entropy_BxT, mask_BxT, config.group_size, config.gtpo_share
         ),
     }
@@ -236,8 +236,8 @@ def _held_by_kl_cov(config: FinetuneConfig, trajectory: Trajectory, advantages_B
     mask_BxT = trajectory.mask_BxT
     if config.kl_cov == 0:
         return jnp.zeros_like(mask_BxT)
-    covariance_BxT = advantages.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
-    return advantages.top_share(covariance_BxT, mask_BxT, config.kl_cov_share) & (covariance_BxT > 0)
+    covariance_BxT = advantage_shaping.covariance(advantages_BxT, trajectory.log_probs_BxT, mask_BxT)
+    return advantage_shaping.top_share(covariance_BxT, mask_BxT, config.kl_cov_share) & (covariance_BxT > 0)
 
 
 def _unlikely(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: jax.Array) -> jax.Array:
@@ -245,14 +245,14 @@ def _unlikely(config: FinetuneConfig, trajectory: Trajectory, advantages_BxT: ja
     mask_BxT = trajectory.mask_BxT
     if config.lp_reg == 0:
         return jnp.zeros_like(mask_BxT)
-    return advantages.unlikely(advantages_BxT, trajectory.log_probs_BxT, mask_BxT, config.lp_reg_share)
+    return advantage_shaping.unlikely(advantages_BxT, trajectory.log_probs_BxT, mask_BxT, config.lp_reg_share)
 
 
 def _signed_entropy(config: FinetuneConfig, mask_BxT: jax.Array, logits_BxTxV: jax.Array) -> jax.Array:
     if config.clip_by == "none":
         return jnp.zeros(mask_BxT.shape)
     entropy_BxT = losses.entropy(logits_BxTxV, config.temperature, mask_BxT)
-    return advantages.signed_entropy(entropy_BxT, mask_BxT, config.hapo_pivot)
+    return advantage_shaping.signed_entropy(entropy_BxT, mask_BxT, config.hapo_pivot)
 
 
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:

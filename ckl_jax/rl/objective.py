@@ -1,4 +1,7 @@
-"""The loss of a recipe: the sum of its terms, each a function of ``losses`` times its coefficient, and its gradient."""
+"""The loss of a recipe and its gradient.
+
+The loss is the sum of its terms, each a function of ``losses``, ``ratio_losses`` or ``truncation`` times a coefficient.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ckl_jax import losses, overflow
+from ckl_jax import losses, overflow, ratio_losses, truncation
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import values
 from ckl_jax.rl.collect import Episodes
@@ -52,22 +55,24 @@ def _terms(
         )
 
     log_probs_BxT = of_actions(logits_BxTxV)
-    clip: losses.Clip = config.clip
+    clip: ratio_losses.Clip = config.clip
     if config.clip_by == "entropy":
         h_BxT = jnp.where(mask_BxT, episodes.signed_entropy_BxT, 0.0)
-        clip = losses.entropy_clip(h_BxT, config.clip, config.hapo_clip)
-        advantages_BxT = losses.redistributed(
+        clip = ratio_losses.entropy_clip(h_BxT, config.clip, config.hapo_clip)
+        advantages_BxT = ratio_losses.redistributed(
             advantages_BxT, h_BxT, log_probs_BxT, old_log_probs_BxT, mask_BxT, clip, config.hapo_advantage
         )
 
     def pulled():
-        proxy_BxT = losses.proxy_log_probs(logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT)
+        proxy_BxT = truncation.proxy_log_probs(
+            logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT
+        )
         return episodes.lp_reg_BxT & mask_BxT & (log_probs_BxT < proxy_BxT), proxy_BxT
 
     def policy():
         if config.has_ratio:
             free_BxT = pulled()[0] if config.lp_reg > 0 else None
-            return losses.clipped_policy_loss(
+            return ratio_losses.clipped_policy_loss(
                 log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip, free_BxT
             )
         return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
@@ -80,12 +85,12 @@ def _terms(
     def entropy():
         within = {
             "all": lambda: losses.entropy(logits_BxTxV, config.temperature, mask_BxT),
-            "top": lambda: of_inside(losses.top_tokens(logits_BxTxV, config.entropy_top)),
-            "nucleus": lambda: of_inside(losses.nucleus(logits_BxTxV, config.entropy_nucleus, config.temperature)),
+            "top": lambda: of_inside(truncation.top_tokens(logits_BxTxV, config.entropy_top)),
+            "nucleus": lambda: of_inside(truncation.nucleus(logits_BxTxV, config.entropy_nucleus, config.temperature)),
         }
 
         def of_inside(inside_BxTxV):
-            return losses.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
+            return truncation.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
 
         return -losses.masked_mean(within[config.entropy_over](), mask_BxT)
 
@@ -96,19 +101,19 @@ def _terms(
             ref_log_probs_BxT = of_actions(episodes.ref_logits_BxTxV)
             kl_BxT = losses.kl_estimate(log_probs_BxT, ref_log_probs_BxT, config.kl, mask_BxT)
             if config.has_ratio or config.kl_correction == "ratio":
-                kl_BxT = losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
+                kl_BxT = ratio_losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
         weights_BxT = episodes.kl_weights_BxT
         if config.kl_gate == "clip":
-            gate_BxT = losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip)
+            gate_BxT = ratio_losses.open_gate(log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip)
             weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
         return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 
     def kl_cov():
-        return losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
+        return ratio_losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
 
     def lp_reg():
         pulled_BxT, proxy_BxT = pulled()
-        return losses.lp_reg(log_probs_BxT, proxy_BxT, pulled_BxT, mask_BxT)
+        return truncation.lp_reg(log_probs_BxT, proxy_BxT, pulled_BxT, mask_BxT)
 
     weighted = {
         "policy": (1.0, policy),
