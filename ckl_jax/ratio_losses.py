@@ -111,6 +111,28 @@ def off_policy_kl(
     return overflow.product(masked(kl.astype(jnp.float32), mask), ratio)
 
 
+def truncated_importance(
+    log_probs: jax.Array, sampler_log_probs: jax.Array, mask: jax.Array, limit: float
+) -> jax.Array:
+    """min(pi / pi_sampler, ``limit``), token by token: how much a token of another policy counts (Ionides 2008).
+
+    As a factor of the policy gradient it corrects for answers that are stale or were sampled at another precision. The
+    limit bounds its variance, and biases it; google-tunix has 2.
+
+    Args:
+      log_probs, sampler_log_probs: [...] of the policy, and of the one that sampled. mask: bool [...].
+
+    Returns:
+      float32 [...], without gradient; 0 outside the mask.
+
+    Raises:
+      ConfigError: different shapes, or ``limit`` not above 0.
+    """
+    require(limit > 0, "limit", limit, "above 0")
+    ratio = jax.lax.stop_gradient(_ratio(log_probs, sampler_log_probs, mask))
+    return masked(jnp.minimum(ratio, limit), mask)
+
+
 def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, mask: jax.Array) -> jax.Array:
     """KL-Cov: mean over the masked tokens of |log pi - log pi_old| where ``chosen``, else 0 (arXiv 2505.22617).
 

@@ -21,6 +21,8 @@ INF, NAN = float("inf"), float("nan")
         ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, 0.0)),
         ("old_log_probs", lambda x, y: ratio_losses.clipped_policy_loss(x, y, x, x > 0, 0.2)),
         ("old_log_probs", lambda x, y: ratio_losses.off_policy_kl(x, "k1", x, y)),
+        ("limit", lambda x, y: ratio_losses.truncated_importance(x, x, x > 0, 0.0)),
+        ("old_log_probs", lambda x, y: ratio_losses.truncated_importance(x, y, x > 0, 2.0)),
         ("old_log_probs", lambda x, y: ratio_losses.kl_cov(x, y, x > 0, x > 0)),
     ],
 )
@@ -53,6 +55,39 @@ def test_with_the_ratio_every_estimate_has_the_gradient_of_the_kl_on_an_older_po
 
     found = jax.grad(loss)(jnp.log(jnp.asarray(POLICY_4x3)))
     np.testing.assert_allclose(found, reverse_kl_gradient(POLICY_4x3, REFERENCE_4x3), atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "is_exact"), [(10.0, True), (1.1, False)])
+def test_untruncated_importance_makes_an_older_policys_tokens_give_the_policys_gradient(limit, is_exact):
+    tokens_3x4 = jnp.arange(3)[:, None] * jnp.ones((1, 4), int)
+    advantages_3x4 = jnp.array([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, -1.0, 2.0], [-3.0, 0.25, 1.0, 0.0]])
+    logits_4x3, old_4x3 = jnp.log(jnp.asarray(POLICY_4x3)), jnp.log(jnp.asarray(OLD_POLICY_4x3))
+    everywhere = jnp.ones(4, bool)
+
+    def loss(logits_4x3, sampler_4x3, limit):
+        """The expectation over the sampler's token; it takes no gradient."""
+
+        def of_token(tokens_4, advantages_4):
+            log_probs_4, sampler_4 = (losses.token_log_probs(x, tokens_4) for x in (logits_4x3, sampler_4x3))
+            factor_4 = ratio_losses.truncated_importance(log_probs_4, sampler_4, everywhere, limit)
+            chance_4 = jax.lax.stop_gradient(jnp.exp(sampler_4))
+            return losses.policy_gradient_loss(log_probs_4, chance_4 * factor_4 * advantages_4, everywhere)
+
+        return jax.vmap(of_token)(tokens_3x4, advantages_3x4).sum()
+
+    own = jax.grad(loss)(logits_4x3, logits_4x3, 10.0)
+    found = jax.grad(loss)(logits_4x3, old_4x3, limit)
+    assert np.allclose(found, own, atol=1e-6) == is_exact
+
+
+def test_importance_is_cut_off_above_and_0_outside_the_mask():
+    log_probs = jnp.log(jnp.array([0.5, 0.9, 0.1, 0.9]))
+    sampled = jnp.log(jnp.array([0.5, 0.3, 0.4, NAN]))
+    mask = jnp.array([True, True, True, False])
+    found = ratio_losses.truncated_importance(log_probs, sampled, mask, 2.0)
+    np.testing.assert_allclose(found, [1.0, 2.0, 0.25, 0.0], rtol=1e-6)
+    gradient = jax.grad(lambda x: ratio_losses.truncated_importance(x, sampled, mask, 2.0).sum())(log_probs)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 def test_the_clipped_loss_stops_where_the_ratio_has_gone_far_enough_in_the_advantages_direction():

@@ -62,6 +62,15 @@ class Sampling(Chapter):
     """Characters that an answer may be longer than the longest right one."""
     temperature: PositiveFloat = 1.0
     """Of sampling, log-probs, entropy and reference log-probs in training."""
+    staleness: NonNegativeInt = 0
+    """Rounds by which the policy that writes the answers lags behind the one that learns from them, as where the two
+    run side by side on machines of their own. The first policy writes those of the first rounds."""
+    importance_sampling: Literal["none", "truncated"] = "none"
+    """`truncated`: a token's advantage is multiplied by min(pi / pi_sampler, `importance_limit`), the probability that
+    the policy at the start of the round gives it over that of the policy that wrote it. For answers that are stale, or
+    written at another precision than learned from."""
+    importance_limit: PositiveFloat = 2.0
+    """Of importance_sampling truncated."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,8 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         of_episode = self.kl_in == "episode"
         gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
+        lags = self.staleness > 0 or not self.is_exact
+        exactly = "none where the policy that learns writes the answers, in float32 at precision highest"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
             ("diagnostic_episodes", self.diagnostic_episodes <= episodes, f"at least 1, at most {episodes}"),
@@ -291,6 +302,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("group_size", self.group_size >= least, f"at least {least}"),
             ("group_size", episodes % self.group_size == 0, divisor),
             ("advantage_shaping", grouped or self.advantage_shaping != "gtpo", "with algorithm grpo or rloo alone"),
+            ("importance_sampling", lags or self.importance_sampling == "none", exactly),
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
@@ -309,6 +321,11 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
     @property
     def has_critic(self) -> bool:
         return self.algorithm in ("a2c", "ppo")
+
+    @property
+    def is_exact(self) -> bool:
+        """Of the arithmetic: two programs that compute the same log-probs differ by rounding alone."""
+        return self.dtype == "float32" and self.precision == "highest"
 
     @property
     def has_ratio(self) -> bool:

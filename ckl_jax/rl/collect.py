@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax import advantage_shaping, advantages, losses, overflow, token_weights
+from ckl_jax import advantage_shaping, advantages, losses, overflow, ratio_losses, token_weights
 from ckl_jax.certainty import certainty
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.model import values
@@ -44,15 +44,17 @@ def collect(
     problems: Problems,
     keys: tuple[jax.Array, jax.Array],
     axis_name: str | None,
+    sampler: Any = None,
 ) -> tuple[Episodes, dict[str, jax.Array]]:
-    """Rolls out the policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
+    """Rolls out a policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
 
     Args:
       keys: for sampling, and for weights that are shuffled.
+      sampler: the policy that writes the answers with ``staleness``; without it is that of ``params``.
     """
     config, model = program.config, program.model
     # Computed otherwise, numbers are rounded otherwise: beyond float32 a policy that is the reference would have a KL.
-    as_generated = model.dtype == "float32" and model.precision == "highest"
+    as_generated = config.is_exact and config.staleness == 0
 
     def roll_out(whole, problems):
         policy, key = whole
@@ -69,7 +71,10 @@ def collect(
         )[:3]
 
     with jax.named_scope("rollout"):
-        trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(roll_out, (params["policy"], keys[0]), problems)
+        trajectory, logits_BxTxV, hidden_BxTxD = sharding.over_rows(
+            roll_out, (params["policy"] if sampler is None else sampler, keys[0]), problems
+        )
+    sampled_log_probs_BxT = trajectory.log_probs_BxT
     with jax.named_scope("reference"):
         if as_generated:
             ref_logits_BxTxV, _ = score(model, ref_params, trajectory)
@@ -83,8 +88,9 @@ def collect(
         episodes = assessed(
             config, trajectory, critical_BxT, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1]
         )
+        episodes, importance = _corrected(config, episodes, sampled_log_probs_BxT)
     with jax.named_scope("diagnostics"):
-        return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems)
+        return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) | importance
 
 
 def _scored_alike(
@@ -253,6 +259,20 @@ def _signed_entropy(config: FinetuneConfig, mask_BxT: jax.Array, logits_BxTxV: j
         return jnp.zeros(mask_BxT.shape)
     entropy_BxT = losses.entropy(logits_BxTxV, config.temperature, mask_BxT)
     return advantage_shaping.signed_entropy(entropy_BxT, mask_BxT, config.hapo_pivot)
+
+
+def _corrected(
+    config: FinetuneConfig, episodes: Episodes, sampled_log_probs_BxT: jax.Array
+) -> tuple[Episodes, dict[str, jax.Array]]:
+    """The episodes with advantages for what another policy has written, and the mean factor as a metric."""
+    if config.importance_sampling == "none":
+        return episodes, {}
+    mask_BxT = episodes.trajectory.mask_BxT
+    importance_BxT = ratio_losses.truncated_importance(
+        episodes.trajectory.log_probs_BxT, sampled_log_probs_BxT, mask_BxT, config.importance_limit
+    )
+    episodes = episodes._replace(advantages_BxT=overflow.product(importance_BxT, episodes.advantages_BxT))
+    return episodes, {"importance": losses.masked_mean(importance_BxT, mask_BxT)}
 
 
 def _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) -> dict[str, jax.Array]:

@@ -35,22 +35,57 @@ class RunState(NamedTuple):
     kl_coefficient: jax.Array
 
 
+class StaleRunState(NamedTuple):
+    """The same of a run whose answers are written by an earlier policy.
+
+    ``samplers`` are the policies before each of the last ``staleness`` rounds, the oldest first, with a leading axis.
+    """
+
+    round: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+    kl_coefficient: jax.Array
+    samplers: Any
+
+
+AnyRunState = RunState | StaleRunState
+
+
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     return optax.scale_by_adam(eps=config.adam_epsilon)
 
 
-def init_run(program: Program, policy_params: Any, hyper: Hyper) -> RunState:
+def init_run(program: Program, policy_params: Any, hyper: Hyper) -> AnyRunState:
     """A run's state before its first round: the pre-trained policy, a fresh critic, Adam at zero."""
     key = jax.random.fold_in(jax.random.key(hyper.seed), 0)
     value_params = ValueHead().init(key, jnp.zeros((1, program.model.width)))
     params = {"policy": policy_params, "value": value_params}
     opt_state = _optimizer(program.config).init(params)
-    return RunState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(hyper.kl_coefficient))
+    state = RunState(jnp.zeros((), jnp.int32), params, opt_state, jnp.asarray(hyper.kl_coefficient))
+    count = program.config.staleness
+    if count == 0:
+        return state
+    return StaleRunState(*state, jax.tree.map(lambda x: jnp.stack([x] * count), policy_params))
+
+
+def _sampler(state: AnyRunState) -> Any:
+    """The policy that writes the round's answers, or None for that of ``params``."""
+    return None if isinstance(state, RunState) else jax.tree.map(lambda x: x[0], state.samplers)
+
+
+def _remembered(before: AnyRunState, after: AnyRunState) -> AnyRunState:
+    """The state after a round with the policy before it as the newest sampler, and without the oldest."""
+    if isinstance(before, RunState) or isinstance(after, RunState):
+        return after
+    policy = before.params["policy"]
+    return after._replace(
+        samplers=jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), before.samplers, policy)
+    )
 
 
 def update(
-    program: Program, hyper: Hyper, state: RunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
-) -> tuple[RunState, dict[str, jax.Array]]:
+    program: Program, hyper: Hyper, state: AnyRunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
+) -> tuple[AnyRunState, dict[str, jax.Array]]:
     """One pass per epoch over the episodes or their single transitions in shuffled minibatches, an Adam step each.
 
     Args:
@@ -106,8 +141,13 @@ def update(
 
 
 def train_round(
-    program: Program, ref_params: Any, state: RunState, hyper: Hyper, problems: Problems, axis_name: str | None = None
-) -> tuple[RunState, dict[str, jax.Array]]:
+    program: Program,
+    ref_params: Any,
+    state: AnyRunState,
+    hyper: Hyper,
+    problems: Problems,
+    axis_name: str | None = None,
+) -> tuple[AnyRunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone.
 
     The stages are named in the compiled program: ``STAGES``.
@@ -116,11 +156,12 @@ def train_round(
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
     keys = (rollout_key, weights_key)
-    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name)
+    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name, _sampler(state))
     with jax.named_scope("diagnostics"):
         metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
     with jax.named_scope("update"):
-        state, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
+        updated, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
+        state = _remembered(state, updated)
     if program.config.kl_target is not None:
         adapted = losses.adapted_coefficient(
             hyper.kl_coefficient, metrics["kl"], program.config.kl_target, program.config.kl_gain
@@ -129,7 +170,7 @@ def train_round(
     return state, metrics | terms
 
 
-def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper) -> tuple[RunState, Call]:
+def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper) -> tuple[AnyRunState, Call]:
     """The shapes of all runs' states on the mesh, and what makes the first ones there.
 
     Args:
@@ -141,8 +182,8 @@ def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper)
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_rounds(
-    program: Program, mesh: Mesh, ref_params: Any, states: RunState, hypers: Hyper, problems: Problems
-) -> tuple[RunState, dict[str, jax.Array]]:
+    program: Program, mesh: Mesh, ref_params: Any, states: AnyRunState, hypers: Hyper, problems: Problems
+) -> tuple[AnyRunState, dict[str, jax.Array]]:
     """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
 
     Args:

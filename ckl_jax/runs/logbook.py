@@ -11,7 +11,7 @@ import numpy as np
 
 from ckl_jax.rl.evaluation import test
 from ckl_jax.rl.program import Program, Run
-from ckl_jax.rl.updates import RunState
+from ckl_jax.rl.updates import AnyRunState
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.progress import Status
 
@@ -32,7 +32,7 @@ class Logbook:
         config = self.program.config
         return config.final_problems if step in (0, config.rounds) else config.test_problems
 
-    def test(self, step: int, states: RunState) -> np.ndarray:
+    def test(self, step: int, states: AnyRunState) -> np.ndarray:
         """Accuracy of every run on the target length: float [R]. Before the first round all have the same policy."""
         count, runs = self.problems_at(step), self.runs
         policies = states.params["policy"]

@@ -20,7 +20,7 @@ from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.model import GPT2
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
-from ckl_jax.rl.updates import RunState, init_run
+from ckl_jax.rl.updates import AnyRunState, init_run
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.problems import Problems
@@ -164,7 +164,7 @@ class Round(NamedTuple):
 
     program: Program
     reference: Any
-    state: RunState
+    state: AnyRunState
     hyper: Hyper
     problems: Problems
 

@@ -85,6 +85,12 @@ METHODS = (
         STANDARD | {"advantage_shaping": "top_entropy"},
     ),
     Method("entropy_bonus", "entropy in the advantage (2506.14758)", STANDARD | {"advantage_shaping": "entropy_bonus"}),
+    Method("stale", "answers of the policy 4 rounds ago", STANDARD | {"staleness": 4}),
+    Method(
+        "stale_corrected",
+        "the same, advantages times the ratio to that policy, at most 2 (Ionides 2008)",
+        STANDARD | {"staleness": 4, "importance_sampling": "truncated"},
+    ),
     Method(
         "nucleus_entropy",
         "entropy bonus over the likeliest 99% alone (2602.03635)",
