@@ -46,7 +46,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import percent
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
@@ -96,7 +96,6 @@ def summarize(run: arms_lib.Run) -> Results:
     results = comparison.summarize(run, by_name)
     for arm, values in results["arms"].items():
         values["kl_coefficient"] = by_name[arm].get("kl_coefficient", run.config["config"]["kl_coefficient"])
-        values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
     pairs = [comparison.pair(results, "prioritized", arm) for arm in by_name if arm != "prioritized"]
     full = comparison.pair(results, "renormalized", "standard")
     return {**results, "pairs": [*pairs, full], "answer": answer(pairs, full)}

@@ -44,7 +44,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import percent
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
@@ -87,8 +87,6 @@ preset = SparedTokensCommand.preset
 def summarize(run: arms_lib.Run) -> Results:
     """Per-seed values, means with 95% intervals over seeds, pairs and both answers."""
     results = comparison.summarize(run, ARMS)
-    for values in results["arms"].values():
-        values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
     pairs = comparison.corrected([comparison.pair(results, *names) for names in PAIRS])
     return {**results, "pairs": pairs, "answers": answers(pairs)}
 

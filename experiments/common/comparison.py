@@ -28,11 +28,13 @@ def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], f
 
 
 def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
-    """``arms.summarize`` with the weight of the KL and the critical comma of every round, and the last KL and comma."""
+    """``arms.summarize`` with the weight of the KL and the critical comma of every round, the mean of that weight over
+    the rounds, and the last KL and comma."""
     of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": critical_comma(run.task)}
     results = arms_lib.summarize(run, arms, of_rounds)
     for values in results["arms"].values():
         commas = np.array(values["comma"], float)[:, -1]
+        values["weight"] = mean_interval(np.mean(values["kl_weight"], axis=1))
         values["kl_after"] = mean_interval(np.array(values["kl"])[:, -1])
         values["comma_after"] = mean_interval(commas[~np.isnan(commas)]).within(0, 1)
     return results
