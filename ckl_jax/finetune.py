@@ -61,22 +61,24 @@ def run(
     seeds: int,
     logs: LogOptions,
     title: str = "",
+    certainty_from: Model | None = None,
 ) -> RunDirectory:
     """Trains what is missing of all arms x seeds in a directory of their own; that directory, closed, to be read.
 
     Args:
       described: its config.json.
       title: shown before the progress.
+      certainty_from: another model whose certainty weighs the KL.
 
     Raises:
       ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
     """
-    make_program(config, model)
+    make_program(config, model, certainty_from)
     make_runs(config, arms, seeds)
     with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
         if title:
             progress(title)
-        finetune(config, model, directory, arms, seeds, progress)
+        finetune(config, model, directory, arms, seeds, progress, certainty_from)
     return directory
 
 
@@ -88,6 +90,7 @@ def finetune(
     arms: Arms,
     seeds: int,
     progress: Callable[[str], None] = print,
+    certainty_from: Model | None = None,
 ) -> list[Run]:
     """Trains all arms x seeds, logging every round and test, and saves every run's policy.
 
@@ -100,11 +103,12 @@ def finetune(
       NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
       OSError: a file cannot be written. All three leave what was saved before.
     """
-    program = make_program(config, model)
+    program = make_program(config, model, certainty_from)
     runs, hypers = make_runs(config, arms, seeds)
     mesh = make_mesh(config, len(runs))
     hypers = sharding.put(hypers, sharding.by_run(mesh))
     ref_params = sharding.put(model.params, sharding.everywhere(mesh))
+    others = () if certainty_from is None else (sharding.put(certainty_from.params, sharding.everywhere(mesh)),)
     shapes, create = planned_states(program, mesh, ref_params, hypers)
     restored = directory.checkpoints.restore_latest(shapes)
     done, states = restored or (0, create.run())
@@ -126,7 +130,7 @@ def finetune(
         chunk_start = time.monotonic()
         rounds = range(done, done + config.test_every)
         problems = sharding.put(draw_rounds(program, runs, rounds), sharding.by_run(mesh))
-        call = Call(train_rounds, mesh, (program, mesh, ref_params, states, hypers, problems))
+        call = Call(train_rounds, mesh, (program, mesh, ref_params, states, hypers, problems, *others))
         states, metrics = call.run()
         metrics = sharding.to_host(metrics)
         names = [run.name for run in runs]
@@ -152,6 +156,9 @@ class FinetuneCommand:
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     checkpoint: pathlib.Path = SHIPPED_TINY
     """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the scale."""
+    certainty_checkpoint: pathlib.Path | None = None
+    """Another pre-trained model of the task: the KL is weighted by its certainty J and entropy instead of the
+    reference's. Does it matter whose certainty it is?"""
     out: pathlib.Path = pathlib.Path("runs/finetuned")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: Seeds = 1
@@ -169,7 +176,12 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 def main(command: FinetuneCommand) -> None:
     model, arms = load_model(command.checkpoint), {"run": dict[str, Any]()}
     described = {"command": "finetune", **describe(command, model)}
-    directory = run(command.out, described, command.config, model, arms, command.seeds, command.logs)
+    other = None
+    if command.certainty_checkpoint is not None:
+        other = load_model(command.certainty_checkpoint)
+        described["certainty_checkpoint"] = fingerprint(other.params)
+    settings = command.config, model, arms, command.seeds, command.logs
+    directory = run(command.out, described, *settings, certainty_from=other)
     runs = [Run("run", command.config.seed + index) for index in range(command.seeds)]
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 

@@ -120,7 +120,9 @@ def answers(model, moved):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _assessed(config, answers, hyper=HYPER):
-    return assessed(config, *answers, hyper, jax.random.key(4))
+    trajectory, critical_BxT, logits, ref_logits, values_BxT = answers
+    all_logits = logits, ref_logits, ref_logits
+    return assessed(config, trajectory, critical_BxT, all_logits, values_BxT, hyper, jax.random.key(4))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -368,8 +368,8 @@ def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(pr
     _, episodes, _ = _collected(program, model.params)
     trajectory, logits_BxTxV, mask = episodes.trajectory, episodes.ref_logits_BxTxV, episodes.trajectory.mask_BxT
     hyper = HYPER._replace(kl_weights=index_of("threshold"))
-    models = (logits_BxTxV, logits_BxTxV, jnp.zeros(mask.shape))
-    found = assessed(config, trajectory, mask, *models, hyper, jax.random.key(4)).kl_weights_BxT
+    of_models = (logits_BxTxV,) * 3, jnp.zeros(mask.shape)
+    found = assessed(config, trajectory, mask, *of_models, hyper, jax.random.key(4)).kl_weights_BxT
     mask, entropy = np.asarray(mask), np.asarray(losses.entropy(logits_BxTxV, 4.0))
     np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
 

@@ -85,7 +85,8 @@ def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
 
 def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     config, model = command.config, _model(command)
-    program = rl_program.make_program(config, model)
+    other = None if command.certainty_checkpoint is None else _without_numbers(load_model(command.certainty_checkpoint))
+    program = rl_program.make_program(config, model, other)
     runs, hypers = rl_program.make_runs(config, {"run": {}}, command.seeds)
     mesh = rl_program.make_mesh(config, len(runs))
     hypers = sharding.put(hypers, sharding.by_run(mesh))
@@ -93,10 +94,11 @@ def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     states, create = planned_states(program, mesh, ref_params, hypers)
     yield Planned("first states", create)
     problems = sharding.put(rl_program.draw_rounds(program, runs, range(config.test_every)), sharding.by_run(mesh))
-    arguments = (program, mesh, ref_params, states, hypers, problems)
+    others = () if other is None else (sharding.put(other.params, sharding.everywhere(mesh)),)
+    arguments = (program, mesh, ref_params, states, hypers, problems, *others)
     yield Planned(f"{config.test_every} rounds of {len(runs)} runs", Call(train_rounds, mesh, arguments))
     policies = states.params["policy"]
-    beside = _bytes(states) - _bytes(policies) + _bytes(ref_params)
+    beside = _bytes(states) - _bytes(policies) + _bytes((ref_params, others))
     for name, (drawn, digits) in evaluation.problem_sets(program, config.test_problems).items():
         first, _ = next(evaluation.planned(program, policies, drawn, digits))
         yield Planned(f"test on {name} lengths", first, beside)

@@ -45,12 +45,14 @@ def collect(
     keys: tuple[jax.Array, jax.Array],
     axis_name: str | None,
     sampler: Any = None,
+    certainty_params: Any = None,
 ) -> tuple[Episodes, dict[str, jax.Array]]:
     """Rolls out a policy, judges the answers, passes policy and reference over them, weighs KL and advantages.
 
     Args:
       keys: for sampling, and for weights that are shuffled.
       sampler: the policy that writes the answers with ``staleness``; without it is that of ``params``.
+      certainty_params: of the program's ``certainty_model``, if it has one.
     """
     config, model = program.config, program.model
     # Computed otherwise, numbers are rounded otherwise: beyond float32 a policy that is the reference would have a KL.
@@ -82,12 +84,14 @@ def collect(
             trajectory, logits_BxTxV, hidden_BxTxD, ref_logits_BxTxV = _scored_alike(
                 program, params["policy"], ref_params, trajectory
             )
+        sure_logits_BxTxV = ref_logits_BxTxV
+        if program.certainty_model is not None:
+            sure_logits_BxTxV, _ = score(program.certainty_model, certainty_params, trajectory)
     with jax.named_scope("advantages"):
         values_BxT = values(params["value"], hidden_BxTxD)
         critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
-        episodes = assessed(
-            config, trajectory, critical_BxT, logits_BxTxV, ref_logits_BxTxV, values_BxT, hyper, keys[1]
-        )
+        all_logits = logits_BxTxV, ref_logits_BxTxV, sure_logits_BxTxV
+        episodes = assessed(config, trajectory, critical_BxT, all_logits, values_BxT, hyper, keys[1])
         episodes, importance = _corrected(config, episodes, sampled_log_probs_BxT)
     with jax.named_scope("diagnostics"):
         return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) | importance
@@ -114,8 +118,7 @@ def assessed(
     config: FinetuneConfig,
     trajectory: Trajectory,
     critical_BxT: jax.Array,
-    logits_BxTxV: jax.Array,
-    ref_logits_BxTxV: jax.Array,
+    all_logits: tuple[jax.Array, jax.Array, jax.Array],
     values_BxT: jax.Array,
     hyper: Hyper,
     key: jax.Array,
@@ -124,13 +127,15 @@ def assessed(
 
     Args:
       critical_BxT: True on the answers' critical tokens.
-      logits_BxTxV, values_BxT: of the policy that wrote the answers, and of its critic.
+      all_logits: [B, T, V] of the policy, of the reference, and of the model whose certainty weighs the KL.
+      values_BxT: of the policy's critic.
       key: for weights that are shuffled.
     """
+    logits_BxTxV, ref_logits_BxTxV, sure_logits_BxTxV = all_logits
     if config.clamp_log_probs:
         trajectory = trajectory._replace(log_probs_BxT=losses.clamped(trajectory.log_probs_BxT))
-    sure_BxT = certainty(ref_logits_BxTxV, config.certainty, config.certainty_temperature)
-    entropy_BxT = losses.entropy(ref_logits_BxTxV, config.certainty_temperature)
+    sure_BxT = certainty(sure_logits_BxTxV, config.certainty, config.certainty_temperature)
+    entropy_BxT = losses.entropy(sure_logits_BxTxV, config.certainty_temperature)
     tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT)
     weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)

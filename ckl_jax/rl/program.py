@@ -25,12 +25,16 @@ Seeds = Annotated[int, AtLeast(1, MOST_SEEDS)]
 
 
 class Program(NamedTuple):
-    """The static part of a program: hashable, so that it is compiled once."""
+    """The static part of a program: hashable, so that it is compiled once.
+
+    ``certainty_model`` is the shape of another model whose certainty weighs the KL, if it is not the reference's.
+    """
 
     model: ModelConfig
     config: FinetuneConfig
     max_pretrain_digits: int
     task: Task
+    certainty_model: ModelConfig | None = None
 
     @property
     def digits(self) -> int:
@@ -62,14 +66,28 @@ class Run(NamedTuple):
         return f"{self.arm}/seed_{self.seed}"
 
 
-def make_program(config: FinetuneConfig, model: Model) -> Program:
-    """The static part of the program. Raises ConfigError if the episodes do not fit the model's block."""
+def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | None = None) -> Program:
+    """The static part of the program.
+
+    Args:
+      certainty_from: another model whose certainty weighs the KL; default: the reference's own.
+
+    Raises:
+      ConfigError: the episodes do not fit a model's block, or the other model is of another task.
+    """
     arithmetic = {name: getattr(config, name) for name in ("dtype", "precision", "attention", "remat")}
     in_rl = dataclasses.replace(model.config, **arithmetic)
-    program = Program(in_rl, config, model.max_pretrain_digits, model.task)
+    other = None if certainty_from is None else dataclasses.replace(certainty_from.config, **arithmetic)
+    program = Program(in_rl, config, model.max_pretrain_digits, model.task, other)
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)
+    if certainty_from is not None:
+        theirs = certainty_from.task.name
+        require(theirs == model.task.name, "certainty_checkpoint", theirs, f"a model of {model.task.name}")
+        block = certainty_from.config.block_size
+        allowed = f"a model with a block_size of prompt + answer = {total} or more"
+        require(total <= block, "certainty_checkpoint", f"block_size {block}", allowed)
     return program
 
 

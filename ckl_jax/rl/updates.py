@@ -147,6 +147,7 @@ def train_round(
     hyper: Hyper,
     problems: Problems,
     axis_name: str | None = None,
+    certainty_params: Any = None,
 ) -> tuple[AnyRunState, dict[str, jax.Array]]:
     """One collect-update round of one run. Its randomness is a function of (seed, round) alone.
 
@@ -156,7 +157,8 @@ def train_round(
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
     keys = (rollout_key, weights_key)
-    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name, _sampler(state))
+    models = {"sampler": _sampler(state), "certainty_params": certainty_params}
+    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name, **models)
     with jax.named_scope("diagnostics"):
         metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
     with jax.named_scope("update"):
@@ -182,7 +184,13 @@ def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper)
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def train_rounds(
-    program: Program, mesh: Mesh, ref_params: Any, states: AnyRunState, hypers: Hyper, problems: Problems
+    program: Program,
+    mesh: Mesh,
+    ref_params: Any,
+    states: AnyRunState,
+    hypers: Hyper,
+    problems: Problems,
+    certainty_params: Any = None,
 ) -> tuple[AnyRunState, dict[str, jax.Array]]:
     """Several rounds of all runs as one program, every device its own runs and its share of their episodes.
 
@@ -190,20 +198,24 @@ def train_rounds(
       mesh: from ``program.make_mesh``.
       states, hypers: with a leading axis of runs R.
       problems: with leading axes [R, rounds].
+      certainty_params: of the program's ``certainty_model``, if it has one.
 
     Returns:
       the states after the rounds, and metrics with leading axes [R, rounds].
     """
 
-    def run(ref_params, axis_name, state, hyper, problems_of_run):
+    def run(frozen, axis_name, state, hyper, problems_of_run):
+        ref_params, certainty_params = frozen
+
         def one(state, problems_of_round):
-            return train_round(program, ref_params, state, hyper, problems_of_round, axis_name)
+            return train_round(program, ref_params, state, hyper, problems_of_round, axis_name, certainty_params)
 
         return jax.lax.scan(one, state, problems_of_run)
 
-    def on_device(ref_params, *of_device):
-        return sharding.map_runs(program.config.runs_at_once, functools.partial(run, ref_params), *of_device)
+    def on_device(frozen, *of_device):
+        return sharding.map_runs(program.config.runs_at_once, functools.partial(run, frozen), *of_device)
 
-    states, metrics = sharding.over_runs(mesh, on_device, ref_params, states, hypers, problems)
+    frozen = ref_params, certainty_params
+    states, metrics = sharding.over_runs(mesh, on_device, frozen, states, hypers, problems)
     shardings = sharding.state_shardings(mesh, states, program.config.shard_state, sharding.RUN_AXIS)
     return jax.lax.with_sharding_constraint(states, shardings), metrics

@@ -1,0 +1,111 @@
+"""The KL weighted by another model's certainty: what is computed with it, what is refused, and a whole command."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from policies import untrained
+
+from ckl_jax import finetune, losses, token_weights
+from ckl_jax.certainty import certainty
+from ckl_jax.checkpoint.store import Model, fingerprint, save_model
+from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
+from ckl_jax.preflight import programs
+from ckl_jax.rl.collect import collect
+from ckl_jax.rl.program import Hyper, draw_problems, make_program
+from ckl_jax.rl.updates import init_run
+from ckl_jax.rollout.trajectory import score
+from ckl_jax.runtime import cli, targets
+from ckl_jax.tasks.columns import SUBTRACTION
+
+OPTIONS = (
+    "--rounds 1 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 2 "
+    "--final-problems 2 --old-problems 2 --extra-length 5 --rollout plain --beta 2"
+)
+HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(2.0), jnp.int32(0))
+
+
+@pytest.fixture(scope="module")
+def models(small_model):
+    """Ours, and another of another shape."""
+    wider = dataclasses.replace(small_model, width=24)
+    return Model(small_model, 1, untrained(small_model, contrast=10)), Model(wider, 1, untrained(wider, 1, contrast=10))
+
+
+@pytest.mark.parametrize("word", ["prioritized", "threshold"])
+def test_the_weights_are_those_of_the_other_models_certainty_and_the_kl_is_to_the_reference(models, word):
+    ours, other = models
+    config = FinetuneConfig(episodes=4, minibatch_episodes=2, diagnostic_episodes=2, extra_length=0, rollout="plain")
+    program, hyper = make_program(config, ours, other), HYPER._replace(kl_weights=token_weights.index_of(word))
+    params = init_run(program, ours.params, hyper).params
+    problems, keys = jax.tree.map(jnp.asarray, draw_problems(program, 0, 0)), tuple(jax.random.split(jax.random.key(2)))
+
+    @jax.jit
+    def found(certainty_params):
+        episodes, _ = collect(
+            program, params, ours.params, hyper, problems, keys, None, certainty_params=certainty_params
+        )
+        return episodes, *(score(m.config, m.params, episodes.trajectory)[0] for m in models)
+
+    episodes, own_logits, other_logits = found(other.params)
+    mask_BxT = episodes.trajectory.mask_BxT
+    expected_BxT = certainty(other_logits)
+    np.testing.assert_allclose(episodes.certainty_BxT[mask_BxT], expected_BxT[mask_BxT], atol=1e-4)
+    assert np.abs(certainty(own_logits) - expected_BxT)[mask_BxT].max() > 0.1
+    np.testing.assert_allclose(episodes.ref_logits_BxTxV[mask_BxT], own_logits[mask_BxT], atol=1e-3)
+    tokens = token_weights.Tokens(expected_BxT, losses.entropy(other_logits), mask_BxT, mask_BxT)
+    settings = token_weights.Settings(2.0, config.kl_quantile, config.kl_weak, keys[1])
+    weights_BxT = token_weights.weigh(token_weights.index_of(word), tokens, settings)
+    np.testing.assert_allclose(episodes.kl_weights_BxT, weights_BxT, atol=1e-3)
+
+
+def test_a_model_of_another_task_or_a_shorter_block_is_refused(models):
+    ours, other = models
+    short = dataclasses.replace(other.config, block_size=40)
+    for wrong in (other._replace(task=SUBTRACTION), other._replace(config=short)):
+        with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got"):
+            make_program(FinetuneConfig(), ours, wrong)
+
+
+@pytest.fixture(scope="module")
+def place(models, tmp_path_factory):
+    path = tmp_path_factory.mktemp("certainty")
+    for name, model in zip(("ours", "other"), models, strict=True):
+        save_model(path / name, model, {})
+    return path
+
+
+def parsed(place, *options):
+    words = [*OPTIONS.split(), "--checkpoint", str(place / "ours"), "--out", str(place / "out"), *options]
+    return cli.parse(finetune.FinetuneCommand, finetune.preset, words)
+
+
+def test_a_run_notes_whose_certainty_it_has_and_does_not_go_on_with_another(models, place):
+    command = parsed(place, "--certainty-checkpoint", str(place / "other"))
+    finetune.main(command)
+    config = json.loads((place / "out" / "config.json").read_text())
+    assert config["certainty_checkpoint"] == fingerprint(models[1].params)
+    records = (place / "out" / "metrics.jsonl").read_text()
+    weights = [json.loads(line)["kl_weight"] for line in records.splitlines() if "kl_weight" in line]
+    finetune.main(dataclasses.replace(command, out=place / "own", certainty_checkpoint=None))
+    own = (place / "own" / "metrics.jsonl").read_text()
+    assert weights != [json.loads(line)["kl_weight"] for line in own.splitlines() if "kl_weight" in line]
+    for certainty_checkpoint in (None, place / "ours"):
+        with pytest.raises(ConfigError, match="certainty_checkpoint"):
+            finetune.main(dataclasses.replace(command, certainty_checkpoint=certainty_checkpoint))
+    assert (place / "out" / "metrics.jsonl").read_text() == records
+
+
+def test_preflight_plans_the_other_model_too(place):
+    names = {}
+    for options in ([], ["--certainty-checkpoint", str(place / "other")]):
+        with targets.compiling_for(jax.devices()[:1]):
+            planned = list(programs.of_finetuning(parsed(place, *options)))
+        names[len(options)] = [program.name for program in planned]
+        (rounds,) = (program for program in planned if "rounds" in program.name)
+        assert len(rounds.call.arguments) == (7 if options else 6)
+    assert names[0] == names[2]
