@@ -33,8 +33,9 @@ say what lives there and what may be imported.
   step by step, `speculative` by verifying drafts a window at a time, and `generation` chooses between the two. `drafts`
   says how an episode goes on if it calculates faithfully from its own text, line by line (`scratchpad_lines`).
 - `ckl_jax.rl`: a round. `program` has what is static and which runs (arms x seeds) there are, `collect` does rollout,
-  reward, reference pass and advantages, `objective` is the loss of a recipe and its gradient, `minibatches` deals whole
-  episodes or single transitions, `updates` does Adam's steps, rounds and runs, `evaluation` the tests on the way.
+  reward and the reference's pass, `assessment` the advantages and the weights of the KL, `objective` is the loss of a
+  recipe and its gradient, `minibatches` deals whole episodes or single transitions, `updates` does Adam's steps, rounds
+  and runs, `evaluation` the tests on the way.
 - `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `shipped` knows the
   models of the package by name, `reading` reads files that somebody else may have made, `gpt2`, `gpt2_config`,
   `tensors`, `tensor_names` and `token_files` those of transformers and nanoGPT: directories, settings, weights and

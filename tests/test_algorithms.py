@@ -16,7 +16,7 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.collect import assessed
+from ckl_jax.rl.assessment import assessed
 from ckl_jax.rl.objective import loss_gradient, loss_terms, term_names
 from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update

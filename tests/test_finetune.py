@@ -26,7 +26,8 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.model import values
-from ckl_jax.rl.collect import assessed, collect, kl_weights
+from ckl_jax.rl.assessment import assessed, kl_weights
+from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update

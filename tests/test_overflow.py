@@ -16,7 +16,7 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rl import objective
-from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.minibatches import Indices, cut
 from ckl_jax.rl.program import Hyper, make_program
 from ckl_jax.rl.updates import init_run

@@ -19,7 +19,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.rl import minibatches as transitions
-from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import Hyper, draw_problems, make_program
 from ckl_jax.rl.updates import init_run, train_rounds, update

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.objective import Gradient, loss_gradient, term_names
 from ckl_jax.rl.program import Program
 from ckl_jax.rollout.trajectory import Trajectory

@@ -13,7 +13,8 @@ import numpy as np
 
 from ckl_jax import next_character
 from ckl_jax.checkpoint.store import Model
-from ckl_jax.rl.collect import Episodes, collect
+from ckl_jax.rl.assessment import Episodes
+from ckl_jax.rl.collect import collect
 from ckl_jax.rl.program import make_mesh
 from ckl_jax.rl.updates import train_round, update
 from ckl_jax.rollout.generation import generate

@@ -16,7 +16,7 @@ import numpy as np
 
 from ckl_jax.config import FinetuneConfig, ModelConfig
 from ckl_jax.errors import require
-from ckl_jax.rl.collect import Episodes
+from ckl_jax.rl.assessment import Episodes
 from ckl_jax.tasks import alphabet
 from experiments.benchmark.pytorch import GPT, device, functional, load_flax, nn, torch
 
