@@ -40,7 +40,7 @@ def commas(probability, count=1):
     }
 
 
-def finetune(config, model, directory, arms, seeds, progress=print):
+def finetune(config, model, directory, arms, seeds, progress=print, certainty_from=None):
     """In the place of ``ckl_jax.finetune.finetune``: records of every arm and seed, no policies."""
     runs, _ = make_runs(config, arms, seeds)
     if not directory.metrics():

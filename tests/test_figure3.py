@@ -85,7 +85,7 @@ def _random_models(monkeypatch):
 def test_every_n_and_target_is_a_run_of_its_own(command, monkeypatch, capsys):
     trained = []
 
-    def made_finetune(config, model, directory, arms, seeds, progress):
+    def made_finetune(config, model, directory, arms, seeds, progress, certainty_from):
         assert arms == {"standard": {}}
         assert (config.beta, config.kl_coefficient) == (0, 1.0)
         trained.append((directory.path.name, model.max_pretrain_digits + config.extra_digits))

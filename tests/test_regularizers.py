@@ -246,6 +246,11 @@ def test_two_methods_are_compared_alone(tmp_path):
     beats, against = found.answers(results)
     assert beats.endswith("yes: better than standard.")
     assert "better than it: prioritized; worse than it: none;" in against
+    screen = {name: {"method": name, "share": 0.2, "success": [0.1]} for name in chosen}
+    config = {"grid": [0.2], "screen_seeds": 1, "screen_rounds": 1}
+    best = found.best_shares(screen)
+    results |= {"digits": 2, "config": config, "screen": screen, "best": best, "chosen": list(best)}
+    found.draw({**results, "confirmation": results}).savefig(tmp_path / "regularizers.png")
 
 
 def test_all_methods_at_once_can_be_confirmed_and_drawn(tmp_path):

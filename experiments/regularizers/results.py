@@ -168,7 +168,6 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
     others = itertools.cycle(plots.OTHERS)
     colors = {arm: plots.COLORS.get(arm) or next(others) for arm in found["arms"]}
     before = arms_lib.episodes_before(found)
-    curves.set_prop_cycle(color=[color for arm, color in colors.items() if arm not in plots.COLORS])
     for arm, values in found["arms"].items():
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
         curves.plot(before, mean, color=colors[arm], label=arm, linewidth=2)
