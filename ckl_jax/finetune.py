@@ -156,14 +156,14 @@ class FinetuneCommand:
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
     checkpoint: pathlib.Path = SHIPPED_TINY
     """Pre-trained model: a directory with params/ and model.json; default: the one that ships for the scale."""
-    certainty_checkpoint: pathlib.Path | None = None
-    """Another pre-trained model of the task: the KL is weighted by its certainty J and entropy instead of the
-    reference's. Does it matter whose certainty it is?"""
     out: pathlib.Path = pathlib.Path("runs/finetuned")
     """Directory of the run: new, empty, or of the same command interrupted."""
     seeds: Seeds = 1
     """Runs with seeds seed, seed + 1, ..."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+    certainty_checkpoint: pathlib.Path | None = None
+    """Another pre-trained model of the task: the KL is weighted by its certainty J and entropy instead of the
+    reference's. Does it matter whose certainty it is?"""
 
     def __post_init__(self) -> None:
         require_fields(self)

@@ -285,6 +285,8 @@ def test_one_control_that_is_better_makes_it_a_no():
         ("seeds", ["--seeds", "1001"]),
         ("algorithm", ["--algorithm", "ppo"]),
         ("kl_coefficient", ["--kl-coefficient", "0"]),
+        ("staleness", ["--methods", *ALWAYS, "stale"]),
+        ("staleness", ["--methods", *ALWAYS, "stale", "--rounds", "14"]),
         ("group_size", ["--methods", *ALWAYS, "rloo", "--episodes", "4"]),
     ],
 )

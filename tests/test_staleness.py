@@ -139,6 +139,7 @@ def test_an_interrupted_run_goes_on_with_its_old_policies(tmp_path, model, monke
     [
         ({"staleness": 0}, "importance_sampling"),
         ({"staleness": -1}, "staleness"),
+        ({"staleness": 4}, "staleness"),
         ({"importance_limit": 0.0}, "importance_limit"),
     ],
 )

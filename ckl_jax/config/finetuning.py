@@ -64,7 +64,8 @@ class Sampling(Chapter):
     """Of sampling, log-probs, entropy and reference log-probs in training."""
     staleness: NonNegativeInt = 0
     """Rounds by which the policy that writes the answers lags behind the one that learns from them, as where the two
-    run side by side on machines of their own. The first policy writes those of the first rounds."""
+    run side by side on machines of their own. The first policy writes those of the first rounds. A run keeps as many
+    policies in memory; ppo's and grpo's ratio is to the policy at the start of the round."""
     importance_sampling: Literal["none", "truncated"] = "none"
     """`truncated`: a token's advantage is multiplied by min(pi / pi_sampler, `importance_limit`), the probability that
     the policy at the start of the round gives it over that of the policy that wrote it. For answers that are stale, or
@@ -302,6 +303,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("group_size", self.group_size >= least, f"at least {least}"),
             ("group_size", episodes % self.group_size == 0, divisor),
             ("advantage_shaping", grouped or self.advantage_shaping != "gtpo", "with algorithm grpo or rloo alone"),
+            ("staleness", self.staleness < self.rounds, f"0 or more, below rounds = {self.rounds}"),
             ("importance_sampling", lags or self.importance_sampling == "none", exactly),
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),

@@ -118,8 +118,8 @@ class RegularizersCommand:
             require(value == wanted, name, value, f"{wanted}: the methods set it")
         for name in ("beta", "kl_coefficient"):
             require(getattr(self.config, name) > 0, name, getattr(self.config, name), "above 0")
-        for cell in self.cells:
-            _ = configured(self.config, cell)  # Refuses here what a method cannot do.
+        for cell in self.cells:  # Refuses here what a method cannot do.
+            _ = configured(self.config, cell), configured(self.screen_config, cell)
 
     @property
     def cells(self) -> list[Cell]:
