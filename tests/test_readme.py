@@ -278,6 +278,23 @@ def test_numbers_of_claims_are_those_that_were_published(name, numbers):
     assert [number for number in numbers if number not in measured or number not in told] == []
 
 
+def test_the_search_of_both_coefficients_is_what_was_published():
+    found = json.loads((RESULTS / "ladder" / "tuned_N5" / "results.json").read_text())
+    (pair,) = found["confirmation"]["against_standard"]
+    (paired,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| searched alike, paired")]
+    for arm in ("standard", "prioritized"):
+        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith(f"| {arm}, searched |")]
+        shares = [found["screen"][f"{arm}_{share:g}x"]["success"] for share in found["config"]["grid"]]
+        after = found["confirmation"]["arms"][arm]
+        told = [f"{100 * sum(seeds) / len(seeds):.1f}" for seeds in shares]
+        told.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in after["target_after"])))
+        told += [f"{100 * after['old_after'][0]:.1f}", f"{after['kl_after'][0]:.3f}"]
+        assert row == f"| {arm}, searched | {' | '.join(told)} |"
+        assert f"{100 * after['target_after'][0]:.1f}%" in README
+    for name, text in (("target", paired + README), ("old", paired)):
+        assert "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pair[name])) in text
+
+
 def test_a_rounds_speed_is_the_benchmarks():
     table = (RESULTS / "benchmark" / "table.md").read_text()
     assert "6.4 times as fast as the authors' procedure with the same updates; 343 times" in README
