@@ -118,8 +118,7 @@ def unlikely(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.
       ConfigError: different shapes, or ``share`` outside (0, 1].
     """
     mask_BxT, log_probs_BxT, advantages_BxT = as_constants(mask_BxT, log_probs_BxT, advantages_BxT)
-    losing_BxT = mask_BxT & (advantages_BxT < 0)
-    return lowest_share(log_probs_BxT.reshape(1, -1), losing_BxT.reshape(1, -1), share).reshape(mask_BxT.shape)
+    return top_share(-log_probs_BxT, mask_BxT & (advantages_BxT < 0), share)
 
 
 def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:

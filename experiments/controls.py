@@ -129,8 +129,7 @@ def text(results: Results, run: arms_lib.Run) -> str:
 def draw(results: Results, run: arms_lib.Run) -> Figure:
     digits = run.digits
     names = list(results["arms"])
-    others = [arm for arm in names if arm not in plots.COLORS]
-    colors = plots.COLORS | {arm: plots.OTHERS[index % len(plots.OTHERS)] for index, arm in enumerate(others)}
+    colors = plots.colors_of(names)
     figure = Figure(figsize=(11, 8))
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
@@ -139,8 +138,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     titles = {"J^beta and its controls": SAME_WEIGHTS, "less KL": less}
     for panel, (title, shown) in zip(panels[0], titles.items(), strict=True):
-        panel.set_prop_cycle(color=[colors[arm] for arm in shown if arm in others])
-        plots.curves(panel, before, {arm: success[arm] for arm in shown}, scale=100)
+        plots.curves(panel, before, {arm: success[arm] for arm in shown}, scale=100, colors=colors)
         panel.set(xlabel="RL episodes", title=title)
         panel.legend(loc="upper left", fontsize=9)
     panels[0, 0].set_ylabel(f"accuracy on each round's {digits}-digit problems (%)")

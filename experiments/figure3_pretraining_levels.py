@@ -178,11 +178,11 @@ def draw(results: Results) -> Figure:
     for panel, extra in zip(panels[0], extras, strict=True):
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"
-            panel.set_prop_cycle(color=[colors[run["max_pretrain_digits"]]])
+            of_name = {name: colors[run["max_pretrain_digits"]]}
             before = arms_lib.episodes_before(run)
-            plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100)
+            plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100, colors=of_name)
             tested = {name: np.array(run["learning_curve"])}
-            plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_")
+            plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_", colors=of_name)
         panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
     panels[0, 0].set_ylim(bottom=-1)

@@ -63,7 +63,7 @@ PAIRS = (
     ("prioritized", "shuffled"),
     ("prioritized", "inverted"),
 )
-COLORS = plots.COLORS | dict(zip(list(ARMS)[2:], plots.OTHERS, strict=False))
+COLORS = plots.colors_of(ARMS)
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=(1.3, 1))
     curves, after, pairs = (figure.add_subplot(where) for where in (grid[0, :], grid[1, 0], grid[1, 1]))
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
-    curves.set_prop_cycle(color=[COLORS[arm] for arm in ARMS if arm not in plots.COLORS])
-    plots.curves(curves, arms_lib.episodes_before(results), success, scale=100)
+    plots.curves(curves, arms_lib.episodes_before(results), success, scale=100, colors=COLORS)
     curves.set(xlabel="RL episodes", ylabel=f"accuracy on each round's {run.digits}-digit problems (%)")
     curves.legend(loc="upper left")
     comparison.after_panel(after, results, COLORS, run.digits)

@@ -39,6 +39,9 @@ OF_PER_TOKEN_VALUES = {
     "Lp-Reg": lambda x, y, z, m: truncation.lp_reg(x.clip(-1, 1), y.clip(-1, 1), z > 0, m),
     "KL-Cov": lambda x, y, z, m: ratio_losses.kl_cov(x, y, z > 0, m),
     "off-policy k1": lambda x, y, z, m: ratio_losses.off_policy_kl(z, "k1", x.clip(-1, 1), y.clip(-1, 1), m).sum(),
+    "importance": lambda x, y, z, m: losses.policy_gradient_loss(
+        z, ratio_losses.truncated_importance(x.clip(-1, 1), y.clip(-1, 1), m, 2.0), m
+    ),
     "gae": lambda x, y, z, m: (gae(x, y, jnp.cumprod(m, axis=1), 0.9, 0.8) * z.clip(-1, 1)).sum(),
     "KL to go": lambda x, y, z, m: (kl_to_go(x, m) * z.clip(-1, 1)).sum(),
     "future KL": lambda x, y, z, m: (future_kl(x, y, m) * z.clip(-1, 1)).sum(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,13 @@ WRAP = 100
 
 
 def curves(
-    axes: Axes, x: np.ndarray, by_arm: Mapping[str, np.ndarray], *, scale: float = 1.0, label: str = "{arm}"
+    axes: Axes,
+    x: np.ndarray,
+    by_arm: Mapping[str, np.ndarray],
+    *,
+    scale: float = 1.0,
+    label: str = "{arm}",
+    colors: Mapping[str, Any] = COLORS,
 ) -> None:
     """Mean over seeds: ``by_arm`` has shares [seeds, len(x)], 0 to 1 and NaN where unmeasured.
 
@@ -53,7 +60,7 @@ def curves(
     """
     for arm, values in by_arm.items():
         mean, low, high = (scale * part for part in mean_intervals(values))
-        (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=COLORS.get(arm), linewidth=2)
+        (line,) = axes.plot(x, mean, label=label.format(arm=arm), color=colors.get(arm), linewidth=2)
         if len(values) < FEW_SEEDS:
             axes.plot(x, scale * values.T, color=line.get_color(), alpha=0.4, linewidth=0.8)
         else:
@@ -77,6 +84,12 @@ def points(
         axes.errorbar(x, mean, errors, color=colors.get(arm), label=label.format(arm=arm), **POINT)
         if few:
             axes.plot(x, scale * values.T, ".", color=colors.get(arm), markersize=4)
+
+
+def colors_of(arms: Iterable[str]) -> dict[str, str]:
+    """A color for every arm: its own in ``COLORS``, or the next of ``OTHERS``, again from the first after the last."""
+    others = itertools.cycle(OTHERS)
+    return {arm: COLORS.get(arm) or next(others) for arm in arms}
 
 
 def spread(seeds: int) -> str:

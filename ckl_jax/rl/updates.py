@@ -39,6 +39,7 @@ class RunState(NamedTuple):
 class StaleRunState(NamedTuple):
     """The same of a run whose answers are written by an earlier policy.
 
+    A type of its own: with an empty field, Orbax would not restore the checkpoints of runs that never had one.
     ``samplers`` are the policies before each of the last ``staleness`` rounds, the oldest first, with a leading axis.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -165,8 +164,7 @@ def _draw_screen(axes: Axes, results: Results) -> None:
 
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
-    others = itertools.cycle(plots.OTHERS)
-    colors = {arm: plots.COLORS.get(arm) or next(others) for arm in found["arms"]}
+    colors = plots.colors_of(found["arms"])
     before = arms_lib.episodes_before(found)
     for arm, values in found["arms"].items():
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
