@@ -1,6 +1,7 @@
 """Suite-wide: CPU, no silent rank promotion, and models small enough to compile in seconds."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 
@@ -32,6 +33,10 @@ xla_cpu.avoid_wrong_fusions()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# What a damaged checkpoint leaves behind in Orbax is logged whenever garbage is collected. That parses code to print a
+# traceback, and before CPython 3.11.8 a parse that was going on then fails.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 MAPPINGS = 5_000  # Of memory; Linux allows a process 65,530, and those of its programs take some 100 kB each.
 
