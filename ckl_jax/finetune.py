@@ -39,6 +39,7 @@ import tyro
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
 from ckl_jax.config import FinetuneConfig
+from ckl_jax.errors import ConfigError
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Arms, Run, Seeds, draw_rounds, make_mesh, make_program, make_runs
@@ -174,25 +175,36 @@ def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
 
 
 def main(command: FinetuneCommand) -> None:
-    model, arms = load_model(command.checkpoint), {"run": dict[str, Any]()}
-    described = {"command": "finetune", **describe(command, model)}
-    other = None
-    if command.certainty_checkpoint is not None:
-        other = load_model(command.certainty_checkpoint)
-        described["certainty_checkpoint"] = fingerprint(other.params)
+    model, other, arms = load_model(command.checkpoint), certainty_model(command), {"run": dict[str, Any]()}
+    described = {"command": "finetune", **describe(command, model, other)}
     settings = command.config, model, arms, command.seeds, command.logs
     directory = run(command.out, described, *settings, certainty_from=other)
     runs = [Run("run", command.config.seed + index) for index in range(command.seeds)]
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
 
 
-def describe(command: Any, model: Model) -> dict[str, Any]:
-    """What determines a fine-tuning command's numbers: its config, its seeds, the checkpoint's task and parameters."""
+def certainty_model(command: Any) -> Model | None:
+    """The other model whose certainty weighs the KL, of a command that has such an option.
+
+    Raises:
+      ConfigError: what ``load_model`` refuses, under the name of that option.
+    """
+    if command.certainty_checkpoint is None:
+        return None
+    try:
+        return load_model(command.certainty_checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"certainty_{error}") from error  # It begins with checkpoint.
+
+
+def describe(command: Any, model: Model, certainty_from: Model | None = None) -> dict[str, Any]:
+    """What determines a fine-tuning command's numbers: its config, its seeds, the task, and the models' parameters."""
+    models = {"checkpoint": model} | ({} if certainty_from is None else {"certainty_checkpoint": certainty_from})
     return {
         "config": dataclasses.asdict(command.config),
         "seeds": command.seeds,
         "task": model.task.name,
-        "checkpoint": fingerprint(model.params),
+        **{name: fingerprint(found.params) for name, found in models.items()},
     }
 
 

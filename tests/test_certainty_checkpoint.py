@@ -21,6 +21,7 @@ from ckl_jax.rl.updates import init_run
 from ckl_jax.rollout.trajectory import score
 from ckl_jax.runtime import cli, targets
 from ckl_jax.tasks.columns import SUBTRACTION
+from experiments import figure4_prioritized_kl as figure4
 
 OPTIONS = (
     "--rounds 1 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 2 "
@@ -84,20 +85,45 @@ def parsed(place, *options):
     return cli.parse(finetune.FinetuneCommand, finetune.preset, words)
 
 
-def test_a_run_notes_whose_certainty_it_has_and_does_not_go_on_with_another(models, place):
+def weights(path, arm):
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record["kl_weight"] for record in records if record["arm"] == arm and "kl_weight" in record]
+
+
+@pytest.fixture(scope="module")
+def borrowing(place):
+    """A finished run with the certainty of the other model."""
     command = parsed(place, "--certainty-checkpoint", str(place / "other"))
     finetune.main(command)
+    return command
+
+
+def test_a_run_notes_whose_certainty_it_has_and_does_not_go_on_with_another(models, place, borrowing):
     config = json.loads((place / "out" / "config.json").read_text())
     assert config["certainty_checkpoint"] == fingerprint(models[1].params)
     records = (place / "out" / "metrics.jsonl").read_text()
-    weights = [json.loads(line)["kl_weight"] for line in records.splitlines() if "kl_weight" in line]
-    finetune.main(dataclasses.replace(command, out=place / "own", certainty_checkpoint=None))
-    own = (place / "own" / "metrics.jsonl").read_text()
-    assert weights != [json.loads(line)["kl_weight"] for line in own.splitlines() if "kl_weight" in line]
+    finetune.main(dataclasses.replace(borrowing, out=place / "own", certainty_checkpoint=None))
+    assert weights(place / "out", "run") != weights(place / "own", "run")
     for certainty_checkpoint in (None, place / "ours"):
         with pytest.raises(ConfigError, match="certainty_checkpoint"):
-            finetune.main(dataclasses.replace(command, certainty_checkpoint=certainty_checkpoint))
+            finetune.main(dataclasses.replace(borrowing, certainty_checkpoint=certainty_checkpoint))
     assert (place / "out" / "metrics.jsonl").read_text() == records
+
+
+def test_the_commands_that_compare_arms_take_it_too(models, place, borrowing):
+    words = ["--checkpoint", str(place / "ours"), "--certainty-checkpoint", str(place / "other")]
+    out = place / "figure4"
+    words += ["--seeds", "1", "--out", str(out)]
+    figure4.main(cli.parse(figure4.Figure4Command, figure4.preset, [*OPTIONS.split(), *words]))
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["certainty_checkpoint"] == fingerprint(models[1].params)
+    assert weights(out, "standard") == [1.0]
+    np.testing.assert_allclose(weights(out, "prioritized"), weights(place / "out", "run"), atol=1e-4)
+
+
+def test_a_model_that_is_not_there_is_named_by_its_own_option(place):
+    with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got '\S*nowhere', allowed is"):
+        finetune.main(parsed(place, "--certainty-checkpoint", str(place / "nowhere")))
 
 
 def test_preflight_plans_the_other_model_too(place):

@@ -12,7 +12,7 @@ from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.evaluate import EvaluateConfig
-from ckl_jax.finetune import FinetuneCommand
+from ckl_jax.finetune import FinetuneCommand, certainty_model
 from ckl_jax.model import param_shapes
 from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
@@ -85,7 +85,8 @@ def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
 
 def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     config, model = command.config, _model(command)
-    other = None if command.certainty_checkpoint is None else _without_numbers(load_model(command.certainty_checkpoint))
+    other = certainty_model(command)
+    other = other and _without_numbers(other)
     program = rl_program.make_program(config, model, other)
     runs, hypers = rl_program.make_runs(config, {"run": {}}, command.seeds)
     mesh = rl_program.make_mesh(config, len(runs))

@@ -19,7 +19,7 @@ from ckl_jax.checkpoint.store import Model, fingerprint, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
-from ckl_jax.finetune import describe
+from ckl_jax.finetune import certainty_model, describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
 from ckl_jax.runs.logs import LogOptions
@@ -49,6 +49,8 @@ class ArmsCommand:
     """Table, claims and figure again from a finished run's config.json, metrics.jsonl and results.json, whatever the
     other options say; the checkpoint must be the run's."""
     logs: Annotated[LogOptions, tyro.conf.arg(name="")] = field(default_factory=LogOptions)
+    certainty_checkpoint: pathlib.Path | None = None
+    """Another pre-trained model of the task, whose certainty weighs the KL in every arm."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -139,8 +141,10 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
     model = load(command)
     if command.plot_only:
         return _finished(command, name, model)
-    config = {"command": name, **describe(command, model), **described}
-    directory = finetune.run(command.out, config, command.config, model, arms, command.seeds, command.logs)
+    other = certainty_model(command)
+    config = {"command": name, **describe(command, model, other), **described}
+    settings = command.config, model, arms, command.seeds, command.logs
+    directory = finetune.run(command.out, config, *settings, certainty_from=other)
     made = {**machine(), "wall_seconds": directory.seconds()}
     digits = model.max_pretrain_digits + command.config.extra_digits
     return Run(config, directory.metrics(), made, digits, model.task)
