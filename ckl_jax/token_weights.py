@@ -28,6 +28,8 @@ KLWeights = Literal[
     "floored",
     "critical_free",
     "critical_held",
+    "overlong_free",
+    "overlong_held",
 ]
 ROUNDING = 1e-5
 
@@ -153,13 +155,37 @@ def critical_held(
     return jnp.where(as_mask(critical_BxT, mask_BxT.shape, "critical"), uniform(mask_BxT), weights_BxT)
 
 
+def overlong_free(overlong_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """w = 0 at overlong and at critical tokens, 1 elsewhere. A control of this project.
+
+    An answer is overlong where a number has as many digits as any in pre-training, or more; most answers of a
+    pre-trained model first go wrong there, or at a critical token. ``critical_free`` of more places.
+    """
+    return critical_free(overlong_BxT, mask_BxT)
+
+
+def overlong_held(
+    certainty_BxT: jax.Array, beta: float | jax.Array, overlong_BxT: jax.Array, mask_BxT: jax.Array
+) -> jax.Array:
+    """w = 1 at overlong and at critical tokens, J^beta elsewhere: ``critical_held`` of more places. A control."""
+    return critical_held(certainty_BxT, beta, overlong_BxT, mask_BxT)
+
+
 class Tokens(NamedTuple):
-    """What the weights depend on: J and H of the frozen reference, True on generated tokens, True on critical ones."""
+    """What the weights depend on.
+
+    Attributes:
+      certainty_BxT, entropy_BxT: J and H of the frozen reference.
+      mask_BxT: True on generated tokens.
+      critical_BxT: True on those that the task knows as critical.
+      overlong_BxT: True on these and where a number has come to N digits or more.
+    """
 
     certainty_BxT: jax.Array
     entropy_BxT: jax.Array
     mask_BxT: jax.Array
     critical_BxT: jax.Array
+    overlong_BxT: jax.Array
 
 
 class Settings(NamedTuple):
@@ -177,7 +203,7 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
     Args:
       index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it.
     """
-    certainty_BxT, entropy_BxT, mask_BxT, critical_BxT = tokens
+    certainty_BxT, entropy_BxT, mask_BxT, critical_BxT, overlong_BxT = tokens
     beta, share, weak, key = settings
     of_word = {
         "prioritized": lambda: prioritized(certainty_BxT, beta, mask_BxT),
@@ -191,6 +217,8 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
         "floored": lambda: floored(certainty_BxT, beta, mask_BxT, weak),
         "critical_free": lambda: critical_free(critical_BxT, mask_BxT),
         "critical_held": lambda: critical_held(certainty_BxT, beta, critical_BxT, mask_BxT),
+        "overlong_free": lambda: overlong_free(overlong_BxT, mask_BxT),
+        "overlong_held": lambda: overlong_held(certainty_BxT, beta, overlong_BxT, mask_BxT),
     }
     known = not isinstance(index, int) or 0 <= index < len(of_word)
     require(known, "index", index, f"0..{len(of_word) - 1}")

@@ -114,15 +114,15 @@ def answers(model, moved):
     logits, ref_logits = (score(model.config, p, blank)[0] for p in (moved.params["policy"], model.params))
     log_probs_BxT = losses.token_log_probs(logits, blank.answers_BxT, mask=mask_BxT)
     values_BxT = jnp.asarray(rng.normal(size=(8, 13)), jnp.float32)
-    critical_BxT = jnp.asarray(rng.random((8, 13)) < 0.2)
-    return blank._replace(log_probs_BxT=log_probs_BxT), critical_BxT, logits, ref_logits, values_BxT
+    places = tuple(jnp.asarray(rng.random((2, 8, 13)) < 0.2))
+    return blank._replace(log_probs_BxT=log_probs_BxT), places, logits, ref_logits, values_BxT
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _assessed(config, answers, hyper=HYPER):
-    trajectory, critical_BxT, logits, ref_logits, values_BxT = answers
+    trajectory, places, logits, ref_logits, values_BxT = answers
     all_logits = logits, ref_logits, ref_logits
-    return assessed(config, trajectory, critical_BxT, all_logits, values_BxT, hyper, jax.random.key(4))
+    return assessed(config, trajectory, places, all_logits, values_BxT, hyper, jax.random.key(4))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -58,7 +58,7 @@ def test_the_weights_are_those_of_the_other_models_certainty_and_the_kl_is_to_th
     np.testing.assert_allclose(episodes.certainty_BxT[mask_BxT], expected_BxT[mask_BxT], atol=1e-4)
     assert np.abs(certainty(own_logits) - expected_BxT)[mask_BxT].max() > 0.1
     np.testing.assert_allclose(episodes.ref_logits_BxTxV[mask_BxT], own_logits[mask_BxT], atol=1e-3)
-    tokens = token_weights.Tokens(expected_BxT, losses.entropy(other_logits), mask_BxT, mask_BxT)
+    tokens = token_weights.Tokens(expected_BxT, losses.entropy(other_logits), mask_BxT, mask_BxT, mask_BxT)
     settings = token_weights.Settings(2.0, config.kl_quantile, config.kl_weak, keys[1])
     weights_BxT = token_weights.weigh(token_weights.index_of(word), tokens, settings)
     np.testing.assert_allclose(episodes.kl_weights_BxT, weights_BxT, atol=1e-3)

@@ -309,11 +309,11 @@ def _collected(program, ref_params):
 
 
 def _weighed(config, episodes, index):
-    """Every third character counts as critical."""
+    """Every third character counts as critical, every second as overlong."""
     mask_BxT = episodes.trajectory.mask_BxT
     entropy_BxT = losses.entropy(episodes.ref_logits_BxTxV, config.certainty_temperature)
-    critical_BxT = jnp.broadcast_to(jnp.arange(mask_BxT.shape[1]) % 3 == 0, mask_BxT.shape)
-    tokens = Tokens(episodes.certainty_BxT, entropy_BxT, mask_BxT, critical_BxT)
+    places = (jnp.broadcast_to(jnp.arange(mask_BxT.shape[1]) % every == 0, mask_BxT.shape) for every in (3, 2))
+    tokens = Tokens(episodes.certainty_BxT, entropy_BxT, mask_BxT, *places)
     weights_BxT = kl_weights(config, HYPER._replace(kl_weights=index), tokens, jax.random.key(4))
     return episodes._replace(kl_weights_BxT=weights_BxT)
 
@@ -370,26 +370,29 @@ def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(pr
     trajectory, logits_BxTxV, mask = episodes.trajectory, episodes.ref_logits_BxTxV, episodes.trajectory.mask_BxT
     hyper = HYPER._replace(kl_weights=index_of("threshold"))
     of_models = (logits_BxTxV,) * 3, jnp.zeros(mask.shape)
-    found = assessed(config, trajectory, mask, *of_models, hyper, jax.random.key(4)).kl_weights_BxT
+    found = assessed(config, trajectory, (mask, mask), *of_models, hyper, jax.random.key(4)).kl_weights_BxT
     mask, entropy = np.asarray(mask), np.asarray(losses.entropy(logits_BxTxV, 4.0))
     np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
 
 
 @pytest.fixture(scope="module")
 def collect_scripted():
-    """A round of ``critical_free`` whose policy, a model of 2 digits, says a text about 123 + 456."""
+    """A round of a word whose policy, a model of 2 digits, says a text about 123 + 456."""
     program = make_program(CONFIG, Model(SCRIPT_MODEL, 2, untrained(SCRIPT_MODEL)))
     problem = tasks.Problem(123, 456)
     problems = jax.tree.map(jnp.asarray, problems_lib.pack(ADDITION, [problem] * CONFIG.episodes, 3, 2))
-    hyper = HYPER._replace(kl_weights=jnp.int32(index_of("critical_free")))
     keys = (jax.random.key(1), jax.random.key(2))
 
     @jax.jit
-    def collected(policy):
+    def collected(policy, hyper):
         params = init_run(program, policy, hyper).params
         return collect(program, params, policy, hyper, problems, keys, None)
 
-    return lambda text: collected(scripted_policy(text, len(ADDITION.prompt_text(problem))))
+    def of(text, word="critical_free"):
+        hyper = HYPER._replace(kl_weights=jnp.int32(index_of(word)))
+        return collected(scripted_policy(text, len(ADDITION.prompt_text(problem))), hyper)
+
+    return of
 
 
 def test_a_round_spares_the_critical_tokens_that_its_answers_come_to(collect_scripted):
@@ -410,6 +413,23 @@ def test_a_round_spares_the_critical_tokens_that_its_answers_come_to(collect_scr
         assert all(set(np.flatnonzero(row)) == expected for row in free), text
         assert (weights_BxT[mask_BxT & ~free] == 1).all()
         assert metrics["critical_count_3x2xC"].sum() == len(expected) * CONFIG.episodes
+
+
+def test_a_round_spares_what_is_overlong_for_the_model_and_its_critical_tokens(collect_scripted):
+    text = ADDITION.answer_text(tasks.Problem(123, 456))
+    episodes, _ = collect_scripted(text + alphabet.PAD, "overlong_free")
+    weights_BxT, mask_BxT = np.asarray(episodes.kl_weights_BxT), np.asarray(episodes.trajectory.mask_BxT)
+    shown = zip(text, weights_BxT[0], mask_BxT[0], strict=False)
+    spared = "".join(
+        character if not made or not weight or character == "\n" else "." for character, weight, made in shown
+    )
+    written, lines = text.split("\n"), spared.split("\n")
+    assert written[2].startswith("[1,2,3] + [4,5,6] , A=[] , C=0 , ")
+    assert lines[2] == "...2,3]......5,6]".ljust(len(written[2]), ".")
+    assert written[3].startswith("[1,2] + [4,5] , A=[9] , C=0 , ")
+    assert lines[3] == "..,2].....,5]".ljust(len(written[3]), ".")
+    assert written[-2] == "5 7 9"
+    assert lines[-2] == "..7 9"
 
 
 def test_arms_of_one_program_differ_in_the_word(program, model, several):

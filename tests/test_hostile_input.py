@@ -133,7 +133,7 @@ TERMS = [
     (
         lambda: token_weights.weigh(
             len(KL_WEIGHTS),
-            token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2), mask(2, 2)),
+            token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2), mask(2, 2), mask(2, 2)),
             token_weights.Settings(1.0, 0.5, 0.5, None),
         ),
         rf"index: got {len(KL_WEIGHTS)}, .*0\.\.{len(KL_WEIGHTS) - 1}",

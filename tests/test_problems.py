@@ -22,6 +22,7 @@ TOKENS = ADDITION.critical_tokens(tasks.Problem(1234, 5678), 2)
 judge_on_device = jax.jit(problems.reward)
 mask_on_device = jax.jit(trajectory.answer_mask)
 find_critical = jax.jit(problems.critical_indices)
+overlong_on_device = jax.jit(problems.overlong_mask)
 
 
 def as_array(*texts):
@@ -259,3 +260,48 @@ def test_the_critical_mask_is_true_where_a_token_is_recorded_and_nowhere_else():
 def test_without_longer_numbers_than_in_pretraining_no_token_is_critical():
     packed = problems.pack(ADDITION, [tasks.Problem(1234, 5678)], DIGITS, DIGITS)
     assert not problems.critical_mask(as_array(RIGHT), packed).any()
+
+
+def overlong(text, digits):
+    """Indices of the characters of lists and results from their so many-th digit on, in plain Python."""
+    found, count, within = set(), 0, False
+    for index, character in enumerate(text):
+        in_result = "</scratch>\n" in text[:index]
+        if character == "[" or text.find("</scratch>\n") == index - len("</scratch>\n") >= 0:
+            count = 0
+        within = within or character == "["
+        count += character.isdigit()
+        if (within or in_result) and count >= digits:
+            found.add(index)
+        within = within and character != "]"
+    return found
+
+
+@pytest.mark.parametrize("digits", [1, 2, 4, 9])
+def test_overlong_is_what_stands_in_a_list_or_result_from_its_nth_digit_on(digits):
+    texts = [
+        RIGHT,
+        *(text for _, text in right_documents()),
+        "",
+        "[1,2,3,4]" * 20,
+        "1234]5[6,[7,8]]9",
+        "</scratch>\n[1,2]34\n",
+    ]
+    found_BxT = np.array(overlong_on_device(as_array(*texts), digits))
+    assert found_BxT.dtype == bool
+    for row, text in enumerate(texts):
+        assert set(np.flatnonzero(found_BxT[row][: len(text)])) == overlong(text[:LENGTH], digits), text
+    if digits == 4:
+        spared = "".join(x if marked or x == "\n" else "." for x, marked in zip(RIGHT, found_BxT[0], strict=False))
+        assert RIGHT.split("\n")[2].startswith("[1,2,3,4] + [5,6,7,8] , A=[] , ")
+        assert spared.split("\n")[2].startswith(".......4]..........8].........")
+        assert RIGHT.endswith("6 9 1 2\n")
+        assert spared.endswith("......2\n")
+
+
+@settings(deadline=None, max_examples=50)
+@given(damaged_answers(), st.integers(1, 5))
+def test_overlong_places_agree_with_plain_python_on_damaged_answers(case, digits):
+    text = case[1].split(alphabet.PAD)[0][:LENGTH]
+    (found_T,) = np.array(overlong_on_device(as_array(text), digits))
+    assert set(np.flatnonzero(found_T[: len(text)])) == overlong(text, digits)

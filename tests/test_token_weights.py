@@ -25,6 +25,7 @@ CERTAINTY = np.array([[0.5, 1.0, 0.0, 0.25], [0.75, 0.5, 9.0, -9.0]], np.float32
 ENTROPY = np.array([[0.3, 0.0, 0.9, 0.1], [0.4, 0.6, 0.0, 0.0]], np.float32)
 MASK = np.array([[True, True, True, True], [True, True, False, False]])
 CRITICAL = np.array([[True, False, True, False], [False, True, True, False]])
+OVERLONG = np.array([[True, False, True, True], [False, True, False, True]])
 KEY = jax.random.key(0)
 # J^2 is 0.25, 1, 0, 0.0625, 0.5625, 0.25 with mean 2.125 / 6; 2/3 of six tokens are four: 0, 0.1, 0.3 and 0.4. In the
 # first episode 2/3 of four are three, in the second 2/3 of two are one. 1 - J^2 has the mean 3.875 / 6, so that the
@@ -40,22 +41,33 @@ BY_HAND = {
     "floored": [[0.25, 1.0, 0.25, 0.25], [0.5625, 0.25, 0.0, 0.0]],
     "critical_free": [[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]],
     "critical_held": [[1.0, 1.0, 1.0, 0.0625], [0.5625, 1.0, 0.0, 0.0]],
+    "overlong_free": [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]],
+    "overlong_held": [[1.0, 1.0, 1.0, 1.0], [0.5625, 1.0, 0.0, 0.0]],
 }
 
 
-def weigh(word, certainty=CERTAINTY, entropy=ENTROPY, beta=2.0, mask=MASK, critical=CRITICAL, key=KEY, share=2 / 3):
-    tokens = Tokens(*map(jnp.asarray, (certainty, entropy, mask, critical)))
+def weigh(
+    word,
+    certainty=CERTAINTY,
+    entropy=ENTROPY,
+    beta=2.0,
+    mask=MASK,
+    places=(CRITICAL, OVERLONG),
+    key=KEY,
+    share=2 / 3,
+):
+    tokens = Tokens(*map(jnp.asarray, (certainty, entropy, mask, *places)))
     return token_weights.weigh(token_weights.index_of(word), tokens, Settings(beta, share, 0.25, key))
 
 
 def test_the_words_are_the_configs_and_each_has_its_function():
     of_certainty = ("prioritized", "uniform", "matched", "shuffled", "renormalized")
-    later = ("inverted", "floored", "critical_free", "critical_held")
+    later = ("inverted", "floored", "critical_free", "critical_held", "overlong_free", "overlong_held")
     assert (*of_certainty, "threshold", "archer", *later) == WORDS
     assert {*BY_HAND, "shuffled"} == set(WORDS)
     assert FinetuneConfig().kl_weights == "prioritized"
     assert all(inspect.isfunction(getattr(token_weights, word)) for word in WORDS)
-    assert [token_weights.index_of(word) for word in WORDS] == list(range(11))
+    assert [token_weights.index_of(word) for word in WORDS] == list(range(13))
 
 
 class HandComputedWeightsTest(chex.TestCase):
@@ -69,7 +81,7 @@ class HandComputedWeightsTest(chex.TestCase):
 
 def test_runs_of_one_program_differ_in_the_word():
     indices = jnp.arange(len(WORDS))
-    tokens = Tokens(*map(jnp.asarray, (CERTAINTY, ENTROPY, MASK, CRITICAL)))
+    tokens = Tokens(*map(jnp.asarray, (CERTAINTY, ENTROPY, MASK, CRITICAL, OVERLONG)))
     settings = Settings(2.0, 2 / 3, 0.25, KEY)
     together = jax.jit(jax.vmap(lambda index: token_weights.weigh(index, tokens, settings)))(indices)
     for index, word in enumerate(WORDS):
@@ -104,7 +116,7 @@ ROUNDS = st.tuples(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(word, certainty, entropy, beta, mask, critical):
-    return weigh(word, certainty, entropy, beta, mask, critical)
+    return weigh(word, certainty, entropy, beta, mask, (critical, ~critical))
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -131,6 +143,8 @@ def test_the_controls_have_the_pressure_they_promise(round_):
     np.testing.assert_array_equal(found["floored"][mask], np.maximum(found["prioritized"][mask], np.float32(0.25)))
     np.testing.assert_array_equal(found["critical_free"], mask & ~critical)
     np.testing.assert_array_equal(found["critical_held"], np.where(mask & critical, 1, found["prioritized"]))
+    np.testing.assert_array_equal(found["overlong_free"], mask & critical)
+    np.testing.assert_array_equal(found["overlong_held"], np.where(mask & ~critical, 1, found["prioritized"]))
     kept = found["threshold"] == 1
     assert kept.sum() >= max(1, round(2 / 3 * mask.sum()))
     assert (1 - certainty)[kept].max() <= (1 - certainty)[mask & ~kept].min(initial=np.inf)
@@ -143,7 +157,7 @@ def test_the_controls_have_the_pressure_they_promise(round_):
 def test_what_stands_outside_the_mask_has_no_influence(word, garbage):
     certainty, entropy = (np.where(MASK, values, garbage).astype(np.float32) for values in (CERTAINTY, ENTROPY))
     np.testing.assert_array_equal(weigh(word, certainty, entropy), weigh(word))
-    np.testing.assert_array_equal(weigh(word, critical=CRITICAL ^ ~MASK), weigh(word))
+    np.testing.assert_array_equal(weigh(word, places=(CRITICAL ^ ~MASK, OVERLONG ^ ~MASK)), weigh(word))
     np.testing.assert_array_equal(weigh(word, certainty, entropy, mask=np.zeros_like(MASK)), 0.0)
 
 

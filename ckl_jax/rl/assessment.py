@@ -33,7 +33,7 @@ class Episodes(NamedTuple):
 def assessed(
     config: FinetuneConfig,
     trajectory: Trajectory,
-    critical_BxT: jax.Array,
+    places: tuple[jax.Array, jax.Array],
     all_logits: tuple[jax.Array, jax.Array, jax.Array],
     values_BxT: jax.Array,
     hyper: Hyper,
@@ -42,7 +42,7 @@ def assessed(
     """A whole round's answers with the weight of every token's KL and every token's advantage.
 
     Args:
-      critical_BxT: True on the answers' critical tokens.
+      places: [B, T], True on the answers' critical tokens; on these and where a number has come to N digits or more.
       all_logits: [B, T, V] of the policy, of the reference, and of the model whose certainty weighs the KL.
       values_BxT: of the policy's critic.
       key: for weights that are shuffled.
@@ -52,7 +52,7 @@ def assessed(
         trajectory = trajectory._replace(log_probs_BxT=losses.clamped(trajectory.log_probs_BxT))
     sure_BxT = certainty(sure_logits_BxTxV, config.certainty, config.certainty_temperature)
     entropy_BxT = losses.entropy(sure_logits_BxTxV, config.certainty_temperature)
-    tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT)
+    tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, *places)
     weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
     advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)

@@ -72,7 +72,9 @@ def collect(
         values_BxT = values(params["value"], hidden_BxTxD)
         critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
         all_logits = logits_BxTxV, ref_logits_BxTxV, sure_logits_BxTxV
-        episodes = assessed(config, trajectory, critical_BxT, all_logits, values_BxT, hyper, keys[1])
+        overlong_BxT = problems_lib.overlong_mask(trajectory.answers_BxT, program.max_pretrain_digits)
+        places = critical_BxT, critical_BxT | overlong_BxT
+        episodes = assessed(config, trajectory, places, all_logits, values_BxT, hyper, keys[1])
         episodes, importance = corrected(config, episodes, sampled_log_probs_BxT)
     with jax.named_scope("diagnostics"):
         return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) | importance

@@ -13,6 +13,8 @@ VOCABULARY = PAD + "\n +,-/0123456789:<=>ACDEINT[]aceghnprstu"
 VOCAB_SIZE = len(VOCABULARY)
 PAD_ID = 0
 NEWLINE_ID = VOCABULARY.index("\n")
+OPENING_ID, CLOSING_ID = VOCABULARY.index("["), VOCABULARY.index("]")
+FIRST_DIGIT_ID, LAST_DIGIT_ID = VOCABULARY.index("0"), VOCABULARY.index("9")
 MOST_SHOWN = 5
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Shown for a token of a converted model that is none of ours."""

@@ -167,6 +167,33 @@ def critical_mask(answers_BxT: jax.Array, problems: Problems) -> jax.Array:
     return ((indices_BxNx1 == jnp.arange(length)[None, None]) & recorded_BxNx1).any(axis=1)
 
 
+def overlong_mask(answers_BxT: jax.Array, digits: int) -> jax.Array:
+    """True where a list, or the result after ``</scratch>``, has come to ``digits`` digits, this character included.
+
+    With the N of a pre-trained model these are the places up to which it has never copied a number on, whatever the
+    policy has written there. A list's end belongs to it, and what follows does not.
+
+    Returns:
+      bool [B, T].
+    """
+    length = answers_BxT.shape[1]
+    columns = jnp.arange(length)[None]
+    opening_BxT, closing_BxT = answers_BxT == alphabet.OPENING_ID, answers_BxT == alphabet.CLOSING_ID
+    digit_BxT = (answers_BxT >= alphabet.FIRST_DIGIT_ID) & (answers_BxT <= alphabet.LAST_DIGIT_ID)
+    starts_B, found_B = result_start(answers_BxT)
+    in_result_BxT = found_B[:, None] & (columns >= starts_B[:, None])
+
+    def latest(where_BxT, values_BxT):
+        return jax.lax.cummax(jnp.where(where_BxT, values_BxT, -1), axis=1)
+
+    opened_BxT, closed_BxT = latest(opening_BxT, columns), latest(closing_BxT, columns)
+    in_list_BxT = opened_BxT > jnp.pad(closed_BxT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    count_BxT = jnp.cumsum(digit_BxT, axis=1)
+    begins_BxT = opening_BxT | (found_B[:, None] & (columns == starts_B[:, None] - 1))
+    before_BxT = jnp.maximum(latest(begins_BxT, count_BxT), 0)
+    return (in_list_BxT | in_result_BxT) & (count_BxT - before_BxT >= digits)
+
+
 def critical_characters(problems: Problems) -> jax.Array:
     """The right character at each critical token: int32 [B, 3, 2, C]."""
     at = jnp.maximum(jnp.asarray(problems.critical_Bx3x2xC), 0)

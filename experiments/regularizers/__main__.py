@@ -91,8 +91,8 @@ class RegularizersCommand:
     seeds: Seeds = 10
     """Seeds of every method in the confirmation."""
     earlier: pathlib.Path | None = None
-    """Directory of a finished call that differs in methods and leaders alone: what its results.json has is not trained
-    again."""
+    """Directory of a finished call that differs in methods and leaders alone, or has more shares: what its results.json
+    has is not trained again."""
     screen_only: bool = False
     """End after the screen."""
     plot_only: bool = False
@@ -183,14 +183,17 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
       ConfigError: it is no finished call, or one whose cells were trained otherwise.
     """
     if command.earlier is None:
-        return {"screen": {}, "confirmation": {"arms": {}}, "wall_seconds": 0.0}
+        return {"screen": {}, "best": {}, "confirmation": {"arms": {}}, "wall_seconds": 0.0}
     found = earlier_results(command.earlier, COMMAND)
     require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
     assert found is not None
     with reading.only_read(command.earlier / "results.json", "earlier", applies=True):
         theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
-        for name in ("task", "checkpoint", "grid", "screen_seeds", "screen_rounds", "seeds"):
+        for name in ("task", "checkpoint", "screen_seeds", "screen_rounds", "seeds"):
             require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
+        require(
+            set(ours["grid"]) <= set(theirs["grid"]), "grid", ours["grid"], f"of {theirs['grid']}, that of --earlier"
+        )
         for name in theirs["config"].keys() - RESUMABLE.speed:
             value = theirs["config"][name]
             require(ours["config"][name] == value, name, ours["config"][name], f"{value}, that of --earlier")
@@ -218,7 +221,12 @@ def measure(command: RegularizersCommand) -> Results:
     chosen = results_lib.choose(best, command.leaders)
     results = {"digits": run.digits, "screen": screen, "best": best, "chosen": chosen, **run.made}
     if not command.screen_only:
-        known = {name: arm for name, arm in earlier["confirmation"]["arms"].items() if name in chosen}
+        at = earlier["best"]
+        known = {
+            name: arm
+            for name, arm in earlier["confirmation"]["arms"].items()
+            if name in chosen and at[name]["share"] == best[name]["share"]
+        }
         cells = [Cell(BY_NAME[name], best[name]["share"]) for name in chosen if name not in known]
         run = run_stage(command, model, "confirmation", command.config, cells, command.seeds)
         results["confirmation"] = results_lib.confirmed(run, cells, chosen, earlier["confirmation"])

@@ -49,6 +49,8 @@ METHODS = (
     Method("floored", "J^beta, at least 0.1 (after 2605.13255)", {"kl_weights": "floored"}),
     Method("critical_free", "control: 0 at the critical tokens, else 1", {"kl_weights": "critical_free"}),
     Method("critical_held", "control: J^beta, but 1 at the critical tokens", {"kl_weights": "critical_held"}),
+    Method("overlong_free", "control: 0 at numbers' places from N on, else 1", {"kl_weights": "overlong_free"}),
+    Method("overlong_held", "control: J^beta, but 1 at these places", {"kl_weights": "overlong_held"}),
     Method("threshold", "KL on tokens of low entropy alone (2512.04359)", {"kl_weights": "threshold"}),
     Method("archer", "weak KL where an answer's entropy is high (2507.15778)", {"kl_weights": "archer"}),
     Method("k2", "half the squared log-ratio (Schulman 2020)", STANDARD | {"kl": "k2"}),
