@@ -1,25 +1,28 @@
-"""Where does J^beta take the KL off? By the part of the scratchpad, and by beta.
+"""Where does J^beta take the KL off, and where do answers go wrong? By the part of the scratchpad, and by beta.
 
     python -m experiments.freed_pressure --checkpoint N5
     python -m experiments.freed_pressure --plot-only            # table and figure again from results.json
 
 The pre-trained model answers problems of N + 1 digits, as at the start of RL. A token's KL keeps the weight J^beta,
-so 1 - J^beta of it is freed. Shown is which share of all that is freed lies at the known critical tokens, and which
-at the other characters of each part of the scratchpad. Beside it is the mean of J^beta against beta, of all tokens
-and of the critical ones.
+so 1 - J^beta of it is freed. Shown is which share of all that is freed lies at the known critical tokens, at the other
+places where a number has come to N digits or more (``overlong``), and in each remaining part of the scratchpad. Beside
+it is the share of the answers whose first character that is not as in the right text stands there, and the mean of
+J^beta against beta, of all tokens and of the critical ones.
 
-Shares are ratios of sums over all answers; their intervals, of 95%, are the bootstrap's over answers. Nothing is
-decided by a rule: the table describes a model. It takes 14 seconds on 2 CPU cores.
+Shares of what is freed are ratios of sums over all answers, with the bootstrap's 95% interval over answers; shares of
+the answers have Wilson's. Nothing is decided by a rule: the table describes a model. It takes 14 seconds on 2 CPU
+cores.
 """
 
 from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -27,17 +30,19 @@ from matplotlib.figure import Figure
 from ckl_jax.analysis import critical, plots
 from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.discovery import part
-from ckl_jax.analysis.statistics import bootstrap_ratio, percent
+from ckl_jax.analysis.statistics import bootstrap_ratio, percent, share_interval
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks import problems as problems_lib
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.freed_pressure"
 CRITICAL = "known critical tokens"
+OVERLONG = "from the N-th digit on"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,13 @@ def measure(command: FreedPressureCommand) -> Results:
     config = {"command": COMMAND, **asdict(command), "checkpoint": fingerprint(model.params)}
     for name in ("out", "plot_only"):
         del config[name]
-    found = {"parts": by_part(answers, command.beta), "curve": curve(answers, command.betas)}
+    parts = parts_of(answers, base)
+    right = [model.task.answer_text(problem) for problem in problems]
+    found = {
+        "parts": by_part(answers, parts, command.beta),
+        "first_wrong": first_wrong(answers, parts, right),
+        "curve": curve(answers, command.betas),
+    }
     return {"digits": base + 1, "tokens": int(answers.mask_BxT.sum()), **found, "config": config}
 
 
@@ -89,19 +100,28 @@ def kind_of(text: str, place: critical.Place) -> str:
     return re.sub(r"^step \d+ |(?<=result digit) \d+$", "", part(text, place))
 
 
-def parts_of(answers: Generations) -> np.ndarray:
+def parts_of(answers: Generations, max_pretrain_digits: int) -> np.ndarray:
     """Of each character the name of its part, "" after the end: [B, T]."""
     found = np.full(answers.mask_BxT.shape, "", object)
     for row in range(len(found)):
         text = answers.text(row)
         found[row, : len(text)] = [kind_of(text, place) for place in critical.places(text)]
+    overlong_BxT = np.asarray(problems_lib.overlong_mask(jnp.asarray(answers.answers_BxT), max_pretrain_digits))
+    found[overlong_BxT & answers.mask_BxT] = OVERLONG
     found[answers.critical_BxT] = CRITICAL
     return found
 
 
-def by_part(answers: Generations, beta: float) -> dict[str, Any]:
+def first_wrong(answers: Generations, parts: np.ndarray, right: Sequence[str]) -> dict[str, Any]:
+    """By part: of the answers that leave the right text, the share that do it there first, with its interval."""
+    left = ((row, critical.first_deviation(answers.text(row), text)) for row, text in enumerate(right))
+    where = [parts[row, index] for row, index in left if index is not None]
+    return {name: share_interval(where.count(name), len(where)) for name in sorted(set(where))}
+
+
+def by_part(answers: Generations, parts: np.ndarray, beta: float) -> dict[str, Any]:
     """Of every part: share of the tokens, mean J and weight, and share of what is freed with its interval."""
-    parts, freed = parts_of(answers), np.where(answers.mask_BxT, 1 - kept(answers, beta), 0.0)
+    freed = np.where(answers.mask_BxT, 1 - kept(answers, beta), 0.0)
     found = {}
     for name in sorted({*parts[answers.mask_BxT]}):
         here = parts == name
@@ -124,31 +144,35 @@ def curve(answers: Generations, betas: tuple[float, ...]) -> dict[str, list[floa
 
 def text(results: Results) -> str:
     """A line per part, the largest share first, and the curve."""
-    beta, parts = results["config"]["beta"], results["parts"]
+    beta, parts, wrong = results["config"]["beta"], results["parts"], results["first_wrong"]
     ordered = sorted(parts, key=lambda name: -parts[name]["freed"][0])
     rows = []
     for name in ordered:
         part = parts[name]
         numbers = f"{100 * part['tokens']:.1f}", f"{part['certainty']:.4f}", f"{part['weight']:.3f}"
-        rows.append([name, *numbers, percent(part["freed"])])
-    table = markdown(["characters", "% of all", "mean J", f"mean J^{beta:g}", "% of what is freed"], rows)
+        first = percent(wrong[name]) if name in wrong else ""
+        rows.append([name, *numbers, percent(part["freed"]), first])
+    freed = "% of what is freed"
+    table = markdown(["characters", "% of all", "mean J", f"mean J^{beta:g}", freed, "% first wrong there"], rows)
     columns = zip(*(results["curve"][name] for name in ("beta", "all", "critical")), strict=True)
     means = markdown(["beta", "all", "critical"], [[f"{b:g}", f"{x:.3f}", f"{y:.3f}"] for b, x, y in columns])
     return f"{table}\n\n{means}\n\n{results['tokens']} characters of {results['config']['answers']} answers"
 
 
 def draw(results: Results) -> Figure:
-    figure = Figure(figsize=(11, 4))
+    figure = Figure(figsize=(11, 4.4))
     shares, means = figure.subplots(1, 2, width_ratios=(1.5, 1))
     parts: Mapping[str, Any] = results["parts"]
     names = sorted(parts, key=lambda name: -parts[name]["freed"][0])
     at = np.arange(len(names))
     freed = 100 * np.array([parts[name]["freed"] for name in names])
     errors = [freed[:, 0] - freed[:, 1], freed[:, 2] - freed[:, 0]]
-    colors = [plots.COLORS["prioritized"] if name == CRITICAL else plots.COLORS["standard"] for name in names]
+    colors = [plots.COLORS["prioritized" if name in (CRITICAL, OVERLONG) else "standard"] for name in names]
     shares.barh(at, freed[:, 0], 0.6, xerr=errors, color=colors, label="of what J^beta takes off the KL")
     tokens = [100 * parts[name]["tokens"] for name in names]
     shares.plot(tokens, at, "D", color="white", markeredgecolor=plots.INK, markersize=6, label="of all characters")
+    wrong = [100 * results["first_wrong"].get(name, (0,))[0] for name in names]
+    shares.plot(wrong, at, "x", color=plots.INK, markersize=7, label="of answers, first wrong there")
     shares.set_yticks(at, names)
     shares.invert_yaxis()
     shares.grid(False, axis="y")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from made_answers import COMMA, PROBLEM, RIGHT, SUM, made, sure_except
+from made_answers import COMMA, PROBLEM, RIGHT, SUM, made, replaced, sure_except
 from policies import untrained
 
 from ckl_jax.checkpoint.store import Model, save_model
@@ -14,11 +14,14 @@ from experiments import freed_pressure as experiment
 
 
 def test_every_character_has_a_part_of_whichever_step_and_critical_ones_are_apart():
-    parts = experiment.parts_of(made(PROBLEM, [RIGHT]))[0]
+    parts = experiment.parts_of(made(PROBLEM, [RIGHT]), 2)[0]
     assert parts[COMMA] == experiment.CRITICAL
+    assert parts[RIGHT.index("2,3]")] == experiment.OVERLONG
+    assert parts[RIGHT.index("1,2,3]")] == "operand 1 list"
     assert parts[SUM] == "sum"
     assert parts[RIGHT.index("A->")] == "digit"
-    assert parts[len(RIGHT) - 2] == "result digit"
+    assert RIGHT.endswith("1 6 8\n")
+    assert parts[len(RIGHT) - 6 : len(RIGHT) - 1].tolist() == ["result digit"] * 2 + [experiment.OVERLONG] * 3
     assert {*parts[: len(RIGHT)]} >= {"operand 1 list", "operand 2 list", "result list", "carry in", "carry", "frame"}
     assert {*parts[len(RIGHT) :]} == {""}
     assert not [name for name in parts if "step" in name]
@@ -28,18 +31,31 @@ def test_shares_are_sums_over_all_answers():
     """Weights J^2: 0.25 at a critical comma frees 0.75, 0.5 at a sum 0.5 and 0.8 at a sum 0.2."""
     sure = [{COMMA: 0.5}, {SUM: 0.5**0.5}, {SUM: 0.8**0.5}]
     answers = made(PROBLEM, [RIGHT] * 3, np.concatenate([sure_except(row) for row in sure]))
-    found = experiment.by_part(answers, 2)
+    parts = experiment.parts_of(answers, 2)
+    found = experiment.by_part(answers, parts, 2)
     assert found[experiment.CRITICAL]["freed"][0] == pytest.approx(0.75 / 1.45)
     assert found["sum"]["freed"][0] == pytest.approx(0.7 / 1.45)
     assert found["carry"]["freed"] == (0, 0, 0)
     low, high = found["sum"]["freed"][1:]
     assert low == pytest.approx(0)
     assert high == pytest.approx(1)
-    sums = np.sum(experiment.parts_of(answers) == "sum")
+    sums = np.sum(parts == "sum")
     assert found["sum"]["weight"] == pytest.approx(1 - 0.7 / sums)
     assert found["sum"]["tokens"] == pytest.approx(sums / (3 * len(RIGHT)))
     assert sum(part["tokens"] for part in found.values()) == pytest.approx(1)
     assert sum(part["freed"][0] for part in found.values()) == pytest.approx(1)
+
+
+def test_an_answer_goes_wrong_where_it_first_leaves_the_right_text():
+    texts = [
+        RIGHT,
+        replaced(RIGHT, COMMA, "]"),
+        replaced(RIGHT, SUM, "0"),
+        replaced(replaced(RIGHT, SUM, "0"), len(RIGHT) - 3, "0"),
+    ]
+    answers = made(PROBLEM, [*texts, RIGHT[: SUM + 1]])
+    found = experiment.first_wrong(answers, experiment.parts_of(answers, 2), [RIGHT] * 5)
+    assert {name: share[0] for name, share in found.items()} == {experiment.CRITICAL: 0.25, "sum": 0.75}
 
 
 def test_the_curve_is_the_mean_weight_of_all_and_of_critical_tokens():
@@ -65,6 +81,7 @@ def test_the_command_writes_shares_that_add_up_and_draws_them_again(command, tmp
     experiment.main(command("--beta", "2", "--betas", "1", "10"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["digits"] == 2
+    assert sum(share[0] for share in results["first_wrong"].values()) == pytest.approx(1)
     assert sum(part["freed"][0] for part in results["parts"].values()) == pytest.approx(1)
     assert 0 < results["curve"]["all"][1] < results["curve"]["all"][0] < 1
     assert "mean J^2" in capsys.readouterr().out
