@@ -4,7 +4,7 @@ A chapter is one group of the command line's help. What a field may hold is said
 ``__post_init__`` stand the rules across fields.
 """
 
-from ckl_jax.config.finetuning import Algorithm as Algorithm
+from ckl_jax.config.advantage import Algorithm as Algorithm
 from ckl_jax.config.finetuning import FinetuneConfig as FinetuneConfig
 from ckl_jax.config.finetuning import Recipe as Recipe
 from ckl_jax.config.pretraining import PretrainConfig as PretrainConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ckl_jax.advantage_shaping import AdvantageShaping
-from ckl_jax.certainty import CertaintyKind
+from ckl_jax.config.advantage import Advantage
+from ckl_jax.config.kl import KL
 from ckl_jax.config.pretraining import Scale
 from ckl_jax.config.shape import Attention, Dtype, Precision
 from ckl_jax.errors import require
@@ -18,16 +18,12 @@ from ckl_jax.fields import (
     PositiveFloat,
     PositiveInt,
     PositiveShare,
-    Share,
     require_fields,
 )
 from ckl_jax.resuming import end, speed
 from ckl_jax.tasks.alphabet import VOCAB_SIZE
-from ckl_jax.token_weights import KLWeights
 
 Recipe = Literal["ours", "paper", "authors"]
-Algorithm = Literal["a2c", "reinforce", "ppo", "grpo", "rloo"]
-Reward = Annotated[float, AtLeast(-1e6, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -75,52 +71,6 @@ class Sampling(Chapter):
 
 
 @dataclass(frozen=True)
-class Advantage(Chapter):
-    """How much better than expected an answer is, at each of its tokens."""
-
-    algorithm: Algorithm = "a2c"
-    """Advantage and policy loss. `a2c`: GAE with a critic, advantage times log-probability. `ppo`: the same advantage,
-    clipped ratio. Without critic: `reinforce`, reward minus the mean of the round's other episodes; `rloo`, minus that
-    of the other answers to the same problem; `grpo`, standardized over the answers to it, clipped ratio."""
-    clip: PositiveFloat = 0.2
-    """ppo and grpo: the ratio of new to old probability counts up to 1 +- clip. No effect on the others."""
-    clip_by: Literal["none", "entropy"] = "none"
-    """`entropy`: HAPO (arXiv 2509.16591) with ppo and grpo, by h in [-1, 1], the round's log-entropies, 0 at their
-    `hapo_pivot`-quantile. The clip is 1 + hapo_clip * abs(h) times as wide above where h > 0, below where h < 0. The
-    advantage is A * (1 + hapo_advantage * h) for ratios beyond half the clip where h > 0, and within it where h < 0."""
-    hapo_pivot: Share = 0.8
-    """Quantile of entropy that clip_by entropy takes for neither low nor high."""
-    hapo_clip: NonNegativeFloat = 1.0
-    """Of clip_by entropy."""
-    hapo_advantage: Share = 1.0
-    """Of clip_by entropy; above 1 it would turn the sign of A."""
-    reward_right: Reward = 1.0
-    """Of an answer with the right result."""
-    reward_wrong: Reward = 0.0
-    """Of any other."""
-    discount: Share = 1.0
-    """What a reward one token later counts; 1 for algorithms without critic."""
-    gae_lambda: Share = 1.0
-    """GAE's: 1 waits for the reward, 0 trusts the critic's value of the next token. a2c and ppo alone."""
-    normalize_advantages: bool = True
-    """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0.
-    No effect with grpo, which standardizes within its groups, gtpo, and kl_in episode."""
-    advantage_shaping: AdvantageShaping = "none"
-    """What the policy's entropy H at a token does to its advantage A. `top_entropy`: A where H is among the round's top
-    `entropy_quantile`, else 0 (80/20, arXiv 2506.01939). `entropy_bonus`: A + min(entropy_scale * H, abs(A) /
-    entropy_kappa) (arXiv 2506.14758). `gtpo`: the reward shared out by H among the answers to a problem, then
-    standardized (arXiv 2508.04349); grpo and rloo alone."""
-    entropy_quantile: PositiveShare = 0.2
-    """Share of tokens that top_entropy keeps."""
-    entropy_scale: NonNegativeFloat = 0.4
-    """Of entropy_bonus."""
-    entropy_kappa: PositiveFloat = 2.0
-    """Of entropy_bonus."""
-    gtpo_share: Share = 0.5
-    """Share of the reward that gtpo deals out by entropy."""
-
-
-@dataclass(frozen=True)
 class Optimizer(Chapter):
     """Minibatches, the size of their steps, and the terms of the loss beside the policy's and the KL penalty."""
 
@@ -158,66 +108,6 @@ class Optimizer(Chapter):
     """Number of likeliest characters with entropy_over top."""
     entropy_nucleus: PositiveShare = 0.99
     """Probability that the likeliest characters have together with entropy_over nucleus."""
-
-
-@dataclass(frozen=True)
-class KL(Chapter):
-    """The penalty on leaving the pre-trained model: alpha times the mean over tokens of J^beta * KL."""
-
-    beta: NonNegativeFloat = 150.0
-    """Exponent of the certainty J; 0 is the standard KL penalty."""
-    kl_coefficient: NonNegativeFloat = 5.0
-    """alpha, on the mean over tokens of J^beta * KL (the paper: 5 with the prioritized KL, 10 in section 5.2)."""
-    kl: Literal["k1", "k2", "k3", "exact"] = "exact"
-    """KL to the pre-trained model per token: over the whole vocabulary, or Schulman's estimates on the sampled tokens
-    (the paper's is k2). In a loss without ratio k1 has no gradient in expectation; ppo and grpo multiply estimates by
-    the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
-    kl_correction: Literal["none", "ratio"] = "none"
-    """`ratio`: multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
-    2512.02556). Needs kl k1, k2 or k3, in the loss."""
-    kl_gate: Literal["none", "clip"] = "none"
-    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026).
-    Needs one of them, and the KL in the loss."""
-    kl_in: Literal["loss", "reward", "advantage", "episode"] = "loss"
-    """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
-    that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
-    2601.10201); needs kl k1, or k3 for the tokens after it. `episode`: an answer's advantage, 1 at most in its group,
-    loses alpha * its mean weighted KL less that of the group (ZCPO, Ding 2026); grpo and rloo alone, needs kl exact."""
-    certainty: CertaintyKind = "negentropy"
-    """J, the reference's certainty of its next token."""
-    certainty_temperature: PositiveFloat = 1.0
-    """Temperature of the reference's distribution inside J."""
-    kl_weights: KLWeights = "prioritized"
-    """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
-    round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its
-    mean), `inverted` (1 - J^beta, scaled to the mean of J^beta). `floored`: the greater of J^beta and `kl_weak` (after
-    arXiv 2605.13255). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv
-    2512.04359), `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778). By the task's
-    own critical tokens: `critical_free` (0 at them, else 1), `critical_held` (1 at them, else J^beta), and
-    the same of more places, `overlong_free` and `overlong_held`: also where a number has come to N digits or more."""
-    kl_quantile: PositiveShare = 0.8
-    """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
-    kl_weak: Share = 0.1
-    """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0), and the least
-    weight with kl_weights floored."""
-    kl_target: PositiveFloat | None = None
-    """Exact KL per token in nats that alpha is adapted to after every round (Ziegler et al. 2019); default: a fixed
-    alpha. What is compared with it is the metric `kl`, that of the policy to the reference on the round's tokens before
-    its updates, without weights."""
-    kl_gain: NonNegativeFloat = 0.1
-    """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2."""
-    kl_cov: NonNegativeFloat = 0.0
-    """Coefficient of KL-Cov: abs(log ratio to the policy of the rollout) on the round's tokens with the greatest
-    covariance of advantage and log-probability, if above 0 (arXiv 2505.22617); 0: none."""
-    kl_cov_share: PositiveShare = 0.002
-    """Share of the round's tokens that KL-Cov holds."""
-    lp_reg: NonNegativeFloat = 0.0
-    """Coefficient of Lp-Reg: k3 to the policy without its noise, on the round's least likely tokens of negative
-    advantage, if they are no noise; ppo and grpo do not clip these (arXiv 2510.03222). 0: none."""
-    lp_reg_share: PositiveShare = 0.01
-    """Share of the tokens of negative advantage that Lp-Reg looks after."""
-    lp_reg_min_p: PositiveShare = 0.02
-    """What is less likely than this times the likeliest character is noise for Lp-Reg."""
 
 
 @dataclass(frozen=True)
