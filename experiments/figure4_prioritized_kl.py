@@ -100,7 +100,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
-    top.set_title(f"{run.task.name}, from N = {run.lengths}, {plots.spread(len(results['seeds']))}")
+    whose = ", J of another model" if "certainty_checkpoint" in run.config else ""
+    top.set_title(f"{run.task.name}, from N = {run.lengths}{whose}, {plots.spread(len(results['seeds']))}")
     top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])

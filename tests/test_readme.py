@@ -11,10 +11,12 @@ import shlex
 import subprocess
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hostile import cli
 from names import ROOT, missing
 
+from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
 
@@ -293,6 +295,35 @@ def test_the_search_of_both_coefficients_is_what_was_published():
         assert f"{100 * after['target_after'][0]:.1f}%" in README
     for name, text in (("target", paired + README), ("old", paired)):
         assert "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pair[name])) in text
+
+
+def test_the_gain_of_a_borrowed_certainty_is_what_was_published():
+    borrowed, own = (
+        json.loads((RESULTS / "ladder" / name / "results.json").read_text())
+        for name in ("borrowed_N5", "spared_tokens_N5")
+    )
+    assert borrowed["arms"]["standard"]["learning_curve"] == own["arms"]["standard"]["learning_curve"]
+    rows = {
+        "standard": own["arms"]["standard"],
+        "N5": own["arms"]["prioritized"],
+        "tiny": borrowed["arms"]["prioritized"],
+    }
+
+    def told(values, sign=""):
+        return "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*(100 * x for x in values), s=sign)
+
+    after = {name: np.array(arm["learning_curve"])[:, -1] for name, arm in rows.items()}
+    old = {name: np.array(arm["old_curve"])[:, -1] for name, arm in rows.items()}
+    for name, arm in rows.items():
+        start = "| 1 (standard) | 1.000 | |" if name == "standard" else f"| J^150 of {name} |"
+        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith(start)]
+        assert f"| {told(arm['target_after'])} |" in row
+        assert row.endswith(f"| {100 * old[name].mean():.1f} |")
+        if name != "standard":
+            assert told(mean_interval(after[name] - after["standard"]), "+") in row
+    (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| difference of the two, paired")]
+    assert told(mean_interval(after["tiny"] - after["N5"]), "+") in row
+    assert told(mean_interval(old["tiny"] - old["N5"]), "+") in row
 
 
 def test_a_rounds_speed_is_the_benchmarks():
