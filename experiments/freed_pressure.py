@@ -1,6 +1,7 @@
 """Where does J^beta take the KL off, and where do answers go wrong? By the part of the scratchpad, and by beta.
 
     python -m experiments.freed_pressure --checkpoint N5
+    python -m experiments.freed_pressure --checkpoint N5 --certainty-checkpoint tiny
     python -m experiments.freed_pressure --plot-only            # table and figure again from results.json
 
 The pre-trained model answers problems of N + 1 digits, as at the start of RL. A token's KL keeps the weight J^beta,
@@ -35,6 +36,7 @@ from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
+from ckl_jax.finetune import certainty_model
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import problems as problems_lib
@@ -62,6 +64,8 @@ class FreedPressureCommand:
     sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False
     """Table and figure again from results.json."""
+    certainty_checkpoint: pathlib.Path | None = None
+    """Another pre-trained model of the same N and task, whose J it is."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -72,12 +76,13 @@ class FreedPressureCommand:
 
 def measure(command: FreedPressureCommand) -> Results:
     """Shares of tokens and of what is freed by part, and the mean weight by beta."""
-    model = load_model(command.checkpoint)
+    model, other = load_model(command.checkpoint), certainty_model(command)
     base = model.max_pretrain_digits
     rng = np.random.default_rng([command.sampling.seed, base])
     problems = model.task.rl_problems(rng, command.answers, base + 1, base)
-    answers = critical.sample(model, problems, base + 1, command.sampling)
+    answers = critical.sample(model, problems, base + 1, command.sampling, other)
     config = {"command": COMMAND, **asdict(command), "checkpoint": fingerprint(model.params)}
+    config["certainty_checkpoint"] = None if other is None else fingerprint(other.params)
     for name in ("out", "plot_only"):
         del config[name]
     parts = parts_of(answers, base)
@@ -184,7 +189,8 @@ def draw(results: Results) -> Figure:
         means.plot(results["curve"]["beta"], mean, "o-", color=color, label=label, markersize=4)
     means.set(xscale="log", ylim=(0, 1.02), xlabel="beta", title="mean J^beta")
     means.legend()
-    figure.suptitle(f"answers to {results['digits']} digits before RL", color=plots.INK)
+    whose = ", J of another model" if results["config"].get("certainty_checkpoint") else ""
+    figure.suptitle(f"answers to {results['digits']} digits before RL{whose}", color=plots.INK)
     return figure
 
 

@@ -1,5 +1,7 @@
 """Critical tokens in made answers against hand counts, and the sampling of real ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from ckl_jax.analysis.statistics import share_interval
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
-from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.columns import ADDITION, SUBTRACTION
 
 PROBLEM = tasks.Problem(123, 45)
 RIGHT = ADDITION.answer_text(tasks.Problem(123, 45))
@@ -148,9 +150,23 @@ def test_sampling_that_cannot_work_is_refused_in_one_line(bad):
         Measuring(**bad)
 
 
-def test_a_reference_of_another_shape_and_too_long_episodes_are_refused():
+def test_a_reference_may_have_another_shape():
+    writer, wider = Model(MODEL, 1, policy(MODEL, 0)), dataclasses.replace(MODEL, width=24, block_size=300)
+    judged = critical.sample(writer, PROBLEMS, 2, HOW, Model(wider, 1, policy(wider, 1)))
+    alone = critical.sample(writer, PROBLEMS, 2, HOW)
+    np.testing.assert_array_equal(alone.answers_BxT, judged.answers_BxT)
+    assert np.abs(alone.certainty_BxT - judged.certainty_BxT)[alone.mask_BxT].max() > 0.01
+
+
+def test_a_reference_of_another_n_or_task_and_too_long_episodes_are_refused():
     model = Model(MODEL, 1, policy(MODEL, 0))
-    with pytest.raises(ConfigError, match="reference"):
-        critical.sample(model, PROBLEMS, 2, Measuring(extra_length=3), model._replace(max_pretrain_digits=2))
+    short = dataclasses.replace(MODEL, block_size=60)
+    for wrong in (model._replace(max_pretrain_digits=2), model._replace(task=SUBTRACTION)):
+        with pytest.raises(
+            ConfigError, match=r"^reference: got .*, allowed is the policy's N and task, \(1, 'addition'\)"
+        ):
+            critical.sample(model, PROBLEMS, 2, Measuring(extra_length=3), wrong)
+    with pytest.raises(ConfigError, match=r"extra_length: got 3, allowed is at most -?\d+ \(block_size = 60\)"):
+        critical.sample(model, PROBLEMS, 2, HOW, model._replace(config=short))
     with pytest.raises(ConfigError, match=r"extra_length: got 1000, allowed is at most \d+ \(block_size = 400\)"):
         critical.sample(model, PROBLEMS, 2, Measuring(extra_length=1000))

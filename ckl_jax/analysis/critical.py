@@ -98,16 +98,24 @@ class Generations(NamedTuple):
         return (self.recorded_Bx3x2xC & wrong).sum(axis=(1, 2, 3))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="max_length")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="max_length")
 def _answer(
-    config: ModelConfig, how: Measuring, params: Any, ref_params: Any, problems: Problems, key, *, max_length
+    config: ModelConfig,
+    ref_config: ModelConfig | None,
+    how: Measuring,
+    params: Any,
+    ref_params: Any,
+    problems: Problems,
+    key,
+    *,
+    max_length,
 ) -> tuple[Any, ...]:
-    """The fields of ``Generations``, in their order."""
+    """The fields of ``Generations``, in their order. Without ``ref_config`` the policy is its own reference."""
     trajectory, logits_BxTxV, *_ = rollout.generate(
         config, params, problems, key, rollout.Sampling(max_length, how.temperature), with_scores=True
     )
     assert logits_BxTxV is not None
-    ref_logits_BxTxV = logits_BxTxV if ref_params is None else rollout.score(config, ref_params, trajectory)[0]
+    ref_logits_BxTxV = logits_BxTxV if ref_config is None else rollout.score(ref_config, ref_params, trajectory)[0]
     indices, recorded = problems_lib.critical_indices(trajectory.answers_BxT, problems)
     return (
         trajectory.answers_BxT,
@@ -140,20 +148,22 @@ def sample(
     """The policy's sampled answers to problems of up to ``digits`` digits.
 
     Args:
-      reference: whose certainty is measured, a model of the same shape, N and task; default: the policy itself.
+      reference: whose certainty is measured, a model of the same N and task; default: the policy itself.
 
     Raises:
-      ConfigError: the reference has another shape, N or task, or an episode does not fit into the block.
+      ConfigError: the reference has another N or task, or an episode does not fit into a block.
     """
-    require_room(policy, digits, how.extra_length)
+    for model in (policy, reference or policy):
+        require_room(model, digits, how.extra_length)
     if reference is not None:
-        same = reference._replace(params=None) == policy._replace(params=None)
-        require(same, "reference", reference.config, f"the policy's shape, N and task: {policy.config}")
+        kinds = [(model.max_pretrain_digits, model.task.name) for model in (reference, policy)]
+        require(kinds[0] == kinds[1], "reference", kinds[0], f"the policy's N and task, {kinds[1]}")
     packed = problems_lib.pack(policy.task, problems, digits, policy.max_pretrain_digits)
     parts = [
         jax.device_get(
             _answer(
                 policy.config,
+                None if reference is None else reference.config,
                 how,
                 policy.params,
                 None if reference is None else reference.params,
