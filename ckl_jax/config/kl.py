@@ -43,8 +43,8 @@ class KL(Chapter):
     mean), `inverted` (1 - J^beta, scaled to the mean of J^beta). `floored`: the greater of J^beta and `kl_weak` (after
     arXiv 2605.13255). By the reference's entropy: `threshold` (1 on the round's tokens of low entropy, else 0; arXiv
     2512.04359), `archer` (1 on each episode's tokens of low entropy, else `kl_weak`; arXiv 2507.15778). By the task's
-    own critical tokens: `critical_free` (0 at them, else 1), `critical_held` (1 at them, else J^beta), and
-    the same of more places, `overlong_free` and `overlong_held`: also where a number has come to N digits or more."""
+    own critical tokens: `critical_free` (0 at them, else 1), `critical_held` (1 at them, else J^beta).
+    `overlong_free` and `overlong_held` are the same of more places: also where a number has come to N digits."""
     kl_quantile: PositiveShare = 0.8
     """Share of tokens whose entropy counts as low. No effect but with kl_weights threshold and archer."""
     kl_weak: Share = 0.1

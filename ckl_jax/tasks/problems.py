@@ -170,8 +170,8 @@ def critical_mask(answers_BxT: jax.Array, problems: Problems) -> jax.Array:
 def overlong_mask(answers_BxT: jax.Array, digits: int) -> jax.Array:
     """True where a list, or the result after ``</scratch>``, has come to ``digits`` digits, this character included.
 
-    With the N of a pre-trained model these are the places up to which it has never copied a number on, whatever the
-    policy has written there. A list's end belongs to it, and what follows does not.
+    With the N of a pre-trained model: where a number becomes as long as its longest operands were, or longer, whatever
+    the policy has written there. The bracket that ends a list belongs to it.
 
     Returns:
       bool [B, T].
