@@ -16,9 +16,10 @@ import pytest
 from hostile import cli
 from names import ROOT, missing
 
-from ckl_jax.analysis.statistics import mean_interval
+from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
+from experiments.common import comparison
 
 DIRECTORIES = ["", "experiments", "experiments/regularizers", "tpu_scripts", "tests"]
 TEXTS = {directory: (ROOT / directory / "README.md").read_text() for directory in DIRECTORIES}
@@ -324,6 +325,16 @@ def test_the_gain_of_a_borrowed_certainty_is_what_was_published():
     (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| difference of the two, paired")]
     assert told(mean_interval(after["tiny"] - after["N5"]), "+") in row
     assert told(mean_interval(old["tiny"] - old["N5"]), "+") in row
+
+
+def test_what_the_oracles_of_more_places_gain_is_what_was_published():
+    found = json.loads((RESULTS / "ladder" / "overlong_N5" / "results.json").read_text())["confirmation"]
+    for arm in ("overlong_free", "overlong_held"):
+        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| ") and f"({arm})" in line]
+        pairs = [comparison.pair(found, arm, "standard"), comparison.pair(found, "prioritized", arm)]
+        told = [percent(found["arms"][arm]["target_after"]), *(percent(pair["target"], "+") for pair in pairs)]
+        assert f"| {' | '.join(told)} | {100 * found['arms'][arm]['old_after'][0]:.1f} |" in row
+    assert percent(comparison.pair(found, "overlong_held", "standard")["target"], "+") in README
 
 
 def test_a_rounds_speed_is_the_benchmarks():
