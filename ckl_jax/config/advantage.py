@@ -1,7 +1,5 @@
 """Fine-tuning's chapter of rewards, algorithms and advantages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

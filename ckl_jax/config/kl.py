@@ -1,7 +1,5 @@
 """Fine-tuning's chapter of the KL to the pre-trained model, and of what holds the policy beside it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
