@@ -37,6 +37,11 @@ def stripped(kind):
     return (typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind), False
 
 
+@pytest.mark.parametrize("config", [*CONFIGS, *COMMANDS], ids=lambda config: config.__name__)
+def test_the_types_of_inherited_fields_resolve_where_the_config_stands(config):
+    assert set(typing.get_type_hints(config.__init__)) >= set(kinds(config))
+
+
 def outside(limits):
     """The numbers next to a bound that it excludes."""
     low, high = limits.low, limits.high
