@@ -143,14 +143,16 @@ def test_an_earlier_call_of_other_settings_is_refused(finished, name, options):
 
 
 @pytest.mark.parametrize("share", ["0.5", "2"])
-def test_of_an_earlier_grid_a_few_shares_may_be_asked_for(place, share):
+def test_of_an_earlier_grid_a_few_shares_may_be_asked_for(tmp_path, monkeypatch, small_model, share):
     """What was confirmed at another share than is now the best is trained at this one."""
-    directory = place / "wide"
-    regularizers.main(command(place, "--grid", "0.5", "2", "--out", str(directory)))
+    save_model(tmp_path / "model", Model(small_model, 1, untrained(small_model)), {})
+    monkeypatch.setattr(finetune, "finetune", made_runs.finetune)
+    directory = tmp_path / "wide"
+    regularizers.main(command(tmp_path, "--grid", "0.5", "2", "--out", str(directory)))
     before = json.loads((directory / "results.json").read_text())
-    out = place / f"only_{share}"
+    out = tmp_path / f"only_{share}"
     options = ["--grid", share, "--earlier", str(directory), "--out", str(out)]
-    regularizers.main(command(place, *options))
+    regularizers.main(command(tmp_path, *options))
     results = json.loads((out / "results.json").read_text())
     kept = {name: cell for name, cell in before["screen"].items() if cell["share"] == float(share) or name == "no_kl"}
     assert results["screen"] == kept
@@ -159,7 +161,9 @@ def test_of_an_earlier_grid_a_few_shares_may_be_asked_for(place, share):
     assert trained == {f"{name}_{share}x" for name in set(SOME) - same}
     assert set(results["confirmation"]["arms"]) == set(SOME)
     with pytest.raises(ConfigError, match=r"^grid: got .*, allowed is of \[0.5, 2.0\], that of --earlier"):
-        regularizers.main(command(place, "--grid", "5", "--earlier", str(directory), "--out", str(place / "other")))
+        regularizers.main(
+            command(tmp_path, "--grid", "5", "--earlier", str(directory), "--out", str(tmp_path / "other"))
+        )
 
 
 def test_an_earlier_call_that_is_not_there_is_refused(finished):
