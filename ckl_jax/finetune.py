@@ -199,13 +199,15 @@ def certainty_model(command: Any) -> Model | None:
 
 def describe(command: Any, model: Model, certainty_from: Model | None = None) -> dict[str, Any]:
     """What determines a fine-tuning command's numbers: its config, its seeds, the task, and the models' parameters."""
-    models = {"checkpoint": model} | ({} if certainty_from is None else {"certainty_checkpoint": certainty_from})
-    return {
+    described = {
         "config": dataclasses.asdict(command.config),
         "seeds": command.seeds,
         "task": model.task.name,
-        **{name: fingerprint(found.params) for name, found in models.items()},
+        "checkpoint": fingerprint(model.params),
     }
+    if certainty_from is not None:
+        described["certainty_checkpoint"] = fingerprint(certainty_from.params)
+    return described
 
 
 if __name__ == "__main__":

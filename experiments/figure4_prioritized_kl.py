@@ -27,7 +27,7 @@ from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
-from experiments.common.figure import Results, markdown
+from experiments.common.figure import Results, markdown, whose_certainty
 
 COMMAND = "experiments.figure4_prioritized_kl"
 
@@ -100,8 +100,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
-    whose = ", J of another model" if "certainty_checkpoint" in run.config else ""
-    top.set_title(f"{run.task.name}, from N = {run.lengths}{whose}, {plots.spread(len(results['seeds']))}")
+    start = f"{run.task.name}, from N = {run.lengths}{whose_certainty(run.config)}"
+    top.set_title(f"{start}, {plots.spread(len(results['seeds']))}")
     top.legend(loc="upper left", ncols=2)
     for line, column in ((1, 0), (2, 1)):
         panel = figure.add_subplot(grid[1, column])

@@ -40,7 +40,7 @@ from ckl_jax.finetune import certainty_model
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import problems as problems_lib
-from experiments.common.figure import Results, markdown, publish
+from experiments.common.figure import Results, markdown, publish, whose_certainty
 
 COMMAND = "experiments.freed_pressure"
 CRITICAL = "known critical tokens"
@@ -189,8 +189,8 @@ def draw(results: Results) -> Figure:
         means.plot(results["curve"]["beta"], mean, "o-", color=color, label=label, markersize=4)
     means.set(xscale="log", ylim=(0, 1.02), xlabel="beta", title="mean J^beta")
     means.legend()
-    whose = ", J of another model" if results["config"].get("certainty_checkpoint") else ""
-    figure.suptitle(f"answers to {results['digits']} digits before RL{whose}", color=plots.INK)
+    title = f"answers to {results['digits']} digits before RL{whose_certainty(results['config'])}"
+    figure.suptitle(title, color=plots.INK)
     return figure
 
 

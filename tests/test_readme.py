@@ -11,12 +11,11 @@ import shlex
 import subprocess
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hostile import cli
 from names import ROOT, missing
 
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
 from experiments.common import comparison
@@ -281,59 +280,53 @@ def test_numbers_of_claims_are_those_that_were_published(name, numbers):
     assert [number for number in numbers if number not in measured or number not in told] == []
 
 
+def published_row(start):
+    """The only line of the experiments' page that begins so."""
+    (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith(start)]
+    return row
+
+
+def ladder_results(name):
+    return json.loads((RESULTS / "ladder" / name / "results.json").read_text())
+
+
 def test_the_search_of_both_coefficients_is_what_was_published():
-    found = json.loads((RESULTS / "ladder" / "tuned_N5" / "results.json").read_text())
+    found = ladder_results("tuned_N5")
     (pair,) = found["confirmation"]["against_standard"]
-    (paired,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| searched alike, paired")]
+    paired = published_row("| searched alike, paired")
     for arm in ("standard", "prioritized"):
-        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith(f"| {arm}, searched |")]
         shares = [found["screen"][f"{arm}_{share:g}x"]["success"] for share in found["config"]["grid"]]
         after = found["confirmation"]["arms"][arm]
         told = [f"{100 * sum(seeds) / len(seeds):.1f}" for seeds in shares]
-        told.append("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in after["target_after"])))
-        told += [f"{100 * after['old_after'][0]:.1f}", f"{after['kl_after'][0]:.3f}"]
-        assert row == f"| {arm}, searched | {' | '.join(told)} |"
+        told += [percent(after["target_after"]), f"{100 * after['old_after'][0]:.1f}", f"{after['kl_after'][0]:.3f}"]
+        assert published_row(f"| {arm}, searched |") == f"| {arm}, searched | {' | '.join(told)} |"
         assert f"{100 * after['target_after'][0]:.1f}%" in README
     for name, text in (("target", paired + README), ("old", paired)):
-        assert "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in pair[name])) in text
+        assert percent(pair[name], "+") in text
 
 
 def test_the_gain_of_a_borrowed_certainty_is_what_was_published():
-    borrowed, own = (
-        json.loads((RESULTS / "ladder" / name / "results.json").read_text())
-        for name in ("borrowed_N5", "spared_tokens_N5")
-    )
-    assert borrowed["arms"]["standard"]["learning_curve"] == own["arms"]["standard"]["learning_curve"]
-    rows = {
-        "standard": own["arms"]["standard"],
-        "N5": own["arms"]["prioritized"],
-        "tiny": borrowed["arms"]["prioritized"],
-    }
-
-    def told(values, sign=""):
-        return "{0:{s}.1f} [{1:{s}.1f}, {2:{s}.1f}]".format(*(100 * x for x in values), s=sign)
-
-    after = {name: np.array(arm["learning_curve"])[:, -1] for name, arm in rows.items()}
-    old = {name: np.array(arm["old_curve"])[:, -1] for name, arm in rows.items()}
-    for name, arm in rows.items():
-        start = "| 1 (standard) | 1.000 | |" if name == "standard" else f"| J^150 of {name} |"
-        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith(start)]
-        assert f"| {told(arm['target_after'])} |" in row
-        assert row.endswith(f"| {100 * old[name].mean():.1f} |")
+    borrowed, own = (ladder_results(name)["arms"] for name in ("borrowed_N5", "spared_tokens_N5"))
+    assert borrowed["standard"]["learning_curve"] == own["standard"]["learning_curve"]
+    arms = {"standard": own["standard"], "N5": own["prioritized"], "tiny": borrowed["prioritized"]}
+    for name, arm in arms.items():
+        row = published_row("| 1 (standard) | 1.000 | |" if name == "standard" else f"| J^150 of {name} |")
+        assert f"| {percent(arm['target_after'])} |" in row
+        assert row.endswith(f"| {100 * arm['old_after'][0]:.1f} |")
         if name != "standard":
-            assert told(mean_interval(after[name] - after["standard"]), "+") in row
-    (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| difference of the two, paired")]
-    assert told(mean_interval(after["tiny"] - after["N5"]), "+") in row
-    assert told(mean_interval(old["tiny"] - old["N5"]), "+") in row
+            assert percent(comparison.pair({"arms": arms}, name, "standard")["target"], "+") in row
+    row, pair = published_row("| difference of the two, paired"), comparison.pair({"arms": arms}, "tiny", "N5")
+    for name in ("target", "old"):
+        assert percent(pair[name], "+") in row
 
 
 def test_what_the_oracles_of_more_places_gain_is_what_was_published():
-    found = json.loads((RESULTS / "ladder" / "overlong_N5" / "results.json").read_text())["confirmation"]
-    for arm in ("overlong_free", "overlong_held"):
-        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| ") and f"({arm})" in line]
+    found = ladder_results("overlong_N5")["confirmation"]
+    for arm, start in (("overlong_free", "| 0 at overlong places"), ("overlong_held", "| 1 at overlong places")):
         pairs = [comparison.pair(found, arm, "standard"), comparison.pair(found, "prioritized", arm)]
         told = [percent(found["arms"][arm]["target_after"]), *(percent(pair["target"], "+") for pair in pairs)]
-        assert f"| {' | '.join(told)} | {100 * found['arms'][arm]['old_after'][0]:.1f} |" in row
+        row = published_row(start)
+        assert f"({arm}) | {' | '.join(told)} | {100 * found['arms'][arm]['old_after'][0]:.1f} |" in row
     assert percent(comparison.pair(found, "overlong_held", "standard")["target"], "+") in README
 
 

@@ -85,8 +85,8 @@ def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
 
 def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     config, model = command.config, _model(command)
-    other = certainty_model(command)
-    other = other and _without_numbers(other)
+    lent = certainty_model(command)
+    other = None if lent is None else _without_numbers(lent)
     program = rl_program.make_program(config, model, other)
     runs, hypers = rl_program.make_runs(config, {"run": {}}, command.seeds)
     mesh = rl_program.make_mesh(config, len(runs))

@@ -190,8 +190,7 @@ def overlong_mask(answers_BxT: jax.Array, digits: int) -> jax.Array:
     in_list_BxT = opened_BxT > jnp.pad(closed_BxT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     count_BxT = jnp.cumsum(digit_BxT, axis=1)
     begins_BxT = opening_BxT | (found_B[:, None] & (columns == starts_B[:, None] - 1))
-    before_BxT = jnp.maximum(latest(begins_BxT, count_BxT), 0)
-    return (in_list_BxT | in_result_BxT) & (count_BxT - before_BxT >= digits)
+    return (in_list_BxT | in_result_BxT) & (count_BxT - latest(begins_BxT, count_BxT) >= digits)
 
 
 def critical_characters(problems: Problems) -> jax.Array:

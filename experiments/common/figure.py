@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -96,6 +96,11 @@ def present(
         files += [f"{name}.png", f"{name}.svg"]
         plots.save(picture, out, name)
     print(f"{shown}\n{', '.join(files)} in {out}")
+
+
+def whose_certainty(config: Mapping[str, Any]) -> str:
+    """What a title adds if the J of a run's config.json is not that of the model that was trained."""
+    return ", J of another model" if config.get("certainty_checkpoint") else ""
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
