@@ -35,6 +35,7 @@ from typing import Annotated, Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
@@ -109,7 +110,7 @@ def finetune(
     mesh = make_mesh(config, len(runs))
     hypers = sharding.put(hypers, sharding.by_run(mesh))
     ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    others = () if certainty_from is None else (sharding.put(certainty_from.params, sharding.everywhere(mesh)),)
+    others = certainty_arguments(certainty_from, mesh)
     shapes, create = planned_states(program, mesh, ref_params, hypers)
     restored = directory.checkpoints.restore_latest(shapes)
     done, states = restored or (0, create.run())
@@ -195,6 +196,11 @@ def certainty_model(command: Any) -> Model | None:
         return load_model(command.certainty_checkpoint)
     except ConfigError as error:
         raise ConfigError(f"certainty_{error}") from error  # It begins with checkpoint.
+
+
+def certainty_arguments(certainty_from: Model | None, mesh: Mesh) -> tuple[Any, ...]:
+    """The last arguments of ``train_rounds``: the other model's parameters on all devices, or none."""
+    return () if certainty_from is None else (sharding.put(certainty_from.params, sharding.everywhere(mesh)),)
 
 
 def describe(command: Any, model: Model, certainty_from: Model | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.evaluate import EvaluateConfig
-from ckl_jax.finetune import FinetuneCommand, certainty_model
+from ckl_jax.finetune import FinetuneCommand, certainty_arguments, certainty_model
 from ckl_jax.model import param_shapes
 from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
@@ -95,7 +95,7 @@ def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     states, create = planned_states(program, mesh, ref_params, hypers)
     yield Planned("first states", create)
     problems = sharding.put(rl_program.draw_rounds(program, runs, range(config.test_every)), sharding.by_run(mesh))
-    others = () if other is None else (sharding.put(other.params, sharding.everywhere(mesh)),)
+    others = certainty_arguments(other, mesh)
     arguments = (program, mesh, ref_params, states, hypers, problems, *others)
     yield Planned(f"{config.test_every} rounds of {len(runs)} runs", Call(train_rounds, mesh, arguments))
     policies = states.params["policy"]
