@@ -52,7 +52,7 @@ from ckl_jax.errors import require
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
-from experiments.common.figure import Results, markdown
+from experiments.common.figure import Results, markdown, whose_certainty
 
 COMMAND = "experiments.controls"
 PRIORITIZING = ("prioritized", "renormalized")
@@ -145,7 +145,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])
     comparison.after_panel(panels[1, 0], results, colors, digits)
     comparison.pairs_panel(panels[1, 1], results["pairs"], colors)
-    figure.suptitle(f"RL on {digits} digits, {plots.spread(len(results['seeds']))}")
+    spread = plots.spread(len(results["seeds"]))
+    figure.suptitle(f"RL on {digits} digits{whose_certainty(run.config)}, {spread}")
     return figure
 
 

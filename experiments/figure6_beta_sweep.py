@@ -45,7 +45,7 @@ from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
-from experiments.common.figure import Results, markdown
+from experiments.common.figure import Results, markdown, whose_certainty
 
 COMMAND = "experiments.figure6_beta_sweep"
 STANDARD, STANDARD_COLOR = "standard", "0.25"
@@ -156,7 +156,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         style: dict[str, Any] = {"linewidth": 2.5, "linestyle": "--"} if arm == STANDARD else {"linewidth": 2}
         top.plot(before, 100 * mean, color=colors[arm], label=labels[arm], **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
-    top.set_title(f"from N = {run.lengths}, mean over {len(results['seeds'])} seeds")
+    start = f"from N = {run.lengths}{whose_certainty(run.config)}"
+    top.set_title(f"{start}, mean over {len(results['seeds'])} seeds")
     top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]

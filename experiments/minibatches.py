@@ -40,7 +40,7 @@ from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, Params, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.finetune import describe
+from ckl_jax.finetune import certainty_model, describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl import program
 from ckl_jax.rl.program import make_program, make_runs
@@ -49,7 +49,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import TaskName
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
-from experiments.common.figure import Results, markdown, publish
+from experiments.common.figure import Results, markdown, publish, whose_certainty
 
 COMMAND = "experiments.minibatches"
 KINDS = ("episodes", "transitions")
@@ -103,16 +103,16 @@ def displacement(params: Params, start: Params) -> float:
 
 def measure(command: MinibatchesCommand) -> Results:
     """Both kinds' runs: per arm what ``arms.summarize`` gives, the displacement of every seed, and seconds a round."""
-    model = arms_lib.load(command)
+    model, other = arms_lib.load(command), certainty_model(command)
     for kind in KINDS:
-        make_program(command.configured(kind), model)
+        make_program(command.configured(kind), model, other)
         make_runs(command.configured(kind), command.arms(kind), command.seeds)
     rates = {name: getattr(command, name) for name in ("episode_rates", "transition_rates")}
-    described = {"command": COMMAND, **rates, **describe(command, model)}
+    described = {"command": COMMAND, **rates, **describe(command, model, other)}
     whole = RunDirectory(command.out, described)
     results: dict[str, Any] = {"arms": {}, "seconds": {}}
     for kind in KINDS:
-        found = train(command, model, kind)
+        found = train(command, model, other, kind)
         results["arms"] |= found.pop("arms")
         results["seconds"][kind] = found.pop("seconds")
         results |= found
@@ -121,10 +121,11 @@ def measure(command: MinibatchesCommand) -> Results:
     return {**results, "wall_seconds": sum(results["seconds"].values()), "config": described}
 
 
-def train(command: MinibatchesCommand, model: Model, kind: str) -> dict[str, Any]:
+def train(command: MinibatchesCommand, model: Model, other: Model | None, kind: str) -> dict[str, Any]:
     config, arms = command.configured(kind), command.arms(kind)
     described = {"command": COMMAND, "config": dataclasses.asdict(config), "arms": arms, "seeds": command.seeds}
-    directory = finetune.run(command.out / kind, described, config, model, arms, command.seeds, command.logs)
+    settings = config, model, arms, command.seeds, command.logs
+    directory = finetune.run(command.out / kind, described, *settings, certainty_from=other)
     digits = model.max_pretrain_digits + config.extra_digits
     found = arms_lib.summarize(arms_lib.Run(described, directory.metrics(), {}, digits), arms, {})
     for arm, values in found["arms"].items():
@@ -209,7 +210,8 @@ def draw(results: Results) -> Figure:
         plots.plain_ticks(panel.xaxis)
     panels[0].set_ylabel("accuracy after RL (%)")
     panels[0].legend(title="minibatches of")
-    figure.suptitle(f"Equal samples, several learning rates, {plots.spread(len(results['seeds']))}")
+    borrowed = whose_certainty(results["config"])
+    figure.suptitle(f"Equal samples, several learning rates{borrowed}, {plots.spread(len(results['seeds']))}")
     return figure
 
 

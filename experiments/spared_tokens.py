@@ -49,7 +49,7 @@ from ckl_jax.errors import require
 from ckl_jax.runtime import cli
 from experiments.common import arms as arms_lib
 from experiments.common import comparison
-from experiments.common.figure import Results, markdown
+from experiments.common.figure import Results, markdown, whose_certainty
 
 COMMAND = "experiments.spared_tokens"
 ARMS = {"standard": {"kl_weights": "uniform"}} | {
@@ -129,7 +129,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     curves.legend(loc="upper left")
     comparison.after_panel(after, results, COLORS, run.digits)
     comparison.pairs_panel(pairs, results["pairs"], COLORS)
-    figure.suptitle(f"which tokens must the KL spare? RL on {run.digits} digits, {plots.spread(len(results['seeds']))}")
+    start = f"which tokens must the KL spare? RL on {run.digits} digits{whose_certainty(run.config)}"
+    figure.suptitle(f"{start}, {plots.spread(len(results['seeds']))}")
     return figure
 
 

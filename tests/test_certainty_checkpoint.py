@@ -1,15 +1,19 @@
 """The KL weighted by another model's certainty: what is computed with it, what is refused, and a whole command."""
 
 import dataclasses
+import importlib
 import json
 
 import jax
 import jax.numpy as jnp
+import made_runs
 import numpy as np
 import pytest
+from names import ROOT
 from policies import untrained
 
 from ckl_jax import finetune, losses, token_weights
+from ckl_jax.analysis import plots
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model, fingerprint, save_model
 from ckl_jax.config import FinetuneConfig
@@ -22,6 +26,7 @@ from ckl_jax.rollout.trajectory import score
 from ckl_jax.runtime import cli, targets
 from ckl_jax.tasks.columns import SUBTRACTION
 from experiments import figure4_prioritized_kl as figure4
+from experiments.common import arms
 
 OPTIONS = (
     "--rounds 1 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 2 "
@@ -119,6 +124,44 @@ def test_the_commands_that_compare_arms_take_it_too(models, place, borrowing):
     assert results["config"]["certainty_checkpoint"] == fingerprint(models[1].params)
     assert weights(out, "standard") == [1.0]
     np.testing.assert_allclose(weights(out, "prioritized"), weights(place / "out", "run"), atol=1e-4)
+
+
+COMPARING = [path.stem for path in ROOT.glob("experiments/*.py") if "(arms_lib.ArmsCommand)" in path.read_text()]
+
+
+def test_all_commands_that_compare_arms_were_found():
+    for name in COMPARING:
+        importlib.import_module(f"experiments.{name}")
+    assert len(arms.ArmsCommand.__subclasses__()) == len(COMPARING) > 4
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_every_command_that_compares_arms_hands_it_on_notes_it_and_says_it_in_its_picture(
+    name, models, place, tmp_path, monkeypatch
+):
+    module, titles, lent = importlib.import_module(f"experiments.{name}"), [], []
+    (options,) = (kind for kind in arms.ArmsCommand.__subclasses__() if kind.__module__ == module.__name__)
+
+    def made_finetune(config, model, directory, *rest):
+        lent.append(rest[-1])
+        runs = made_runs.finetune(config, model, directory, *rest)
+        for run in runs:
+            save_model(directory.path / run.name, models[1]._replace(config=model.config, params=moved), {})
+        return runs
+
+    def save(picture, out, name):
+        titles.extend([picture.get_suptitle(), *(axes.get_title() for axes in picture.axes)])
+
+    moved = jax.tree.map(lambda x: x + 0.1, models[0].params)
+    monkeypatch.setattr(finetune, "finetune", made_finetune)
+    monkeypatch.setattr(plots, "save", save)
+    words = [*OPTIONS.removesuffix(" --beta 2").split(), "--checkpoint", str(place / "ours")]
+    words += ["--certainty-checkpoint", str(place / "other"), "--seeds", "2", "--out", str(tmp_path / "out")]
+    module.main(cli.parse(options, module.preset, words))
+    assert {fingerprint(model.params) for model in lent} == {fingerprint(models[1].params)}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["certainty_checkpoint"] == fingerprint(models[1].params)
+    assert any("J of another model" in title for title in titles), titles
 
 
 def test_a_model_that_is_not_there_is_named_by_its_own_option(place):
