@@ -94,3 +94,10 @@ def test_the_command_writes_shares_that_add_up_and_draws_them_again(command, tmp
 def test_what_cannot_work_is_refused_by_name(command, options):
     with pytest.raises(ConfigError, match=rf"^{options[0][2:]}: got"):
         command(*options)
+
+
+def test_another_n_is_refused_by_the_name_of_its_option(command, tmp_path, small_model):
+    save_model(tmp_path / "other", Model(small_model, 2, untrained(small_model)), {})
+    with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got \(2, 'addition'\), allowed is"):
+        experiment.main(command("--certainty-checkpoint", str(tmp_path / "other")))
+    assert not (tmp_path / "out").exists()
