@@ -38,7 +38,7 @@ import tyro
 from jax.sharding import Mesh
 
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
-from ckl_jax.checkpoint.store import Model, fingerprint, load_model, save_model
+from ckl_jax.checkpoint.store import Model, identity, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.fields import require_fields
@@ -209,10 +209,10 @@ def describe(command: Any, model: Model, certainty_from: Model | None = None) ->
         "config": dataclasses.asdict(command.config),
         "seeds": command.seeds,
         "task": model.task.name,
-        "checkpoint": fingerprint(model.params),
+        **identity(model),
     }
     if certainty_from is not None:
-        described["certainty_checkpoint"] = fingerprint(certainty_from.params)
+        described |= {f"certainty_{name}": value for name, value in identity(certainty_from).items()}
     return described
 
 

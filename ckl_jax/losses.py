@@ -202,6 +202,7 @@ def adapted_coefficient(
 ) -> jax.Array:
     """The KL coefficient after a round whose KL was ``kl``: coefficient * (1 + gain * clip(kl / target - 1, +-0.2)).
 
-    A proportional controller in log space (Ziegler et al. 2019, section 2.2).
+    A proportional controller (Ziegler et al. 2019, section 2.2). A gain of 5 or more can make the coefficient 0, where
+    it stays, or negative.
     """
     return coefficient * (1.0 + gain * jnp.clip(kl / target - 1.0, -0.2, 0.2))

@@ -258,9 +258,10 @@ class ValueHead(nn.Module):
     @nn.compact
     def __call__(self, hidden_BxTxD):
         x = hidden_BxTxD
+        dense = functools.partial(nn.Dense, precision="highest")
         for name in ("fc_1", "fc_2"):
-            x = nn.relu(nn.Dense(self.features, name=name)(x))
-        return nn.Dense(1, kernel_init=nn.initializers.zeros, name="out")(x)[..., 0]
+            x = nn.relu(dense(self.features, name=name)(x))
+        return dense(1, kernel_init=nn.initializers.zeros, name="out")(x)[..., 0]
 
 
 def values(params: Any, hidden_BxTxD: jax.Array) -> jax.Array:

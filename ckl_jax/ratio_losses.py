@@ -45,12 +45,18 @@ def clipped_policy_loss(
 
 
 def open_gate(
-    log_probs: jax.Array, old_log_probs: jax.Array, advantages: jax.Array, mask: jax.Array, clip: Clip
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    clip: Clip,
+    free: jax.Array | None = None,
 ) -> jax.Array:
     """True on the masked tokens whose policy gradient ``clipped_policy_loss`` does not stop: [...], as all arguments.
 
-    It stops where A > 0 and r > 1 + clip, and where A < 0 and r < 1 - clip. As a factor of the KL this is the gate F1-B
-    of ZCPO (Ding 2026): a token that the policy loss no longer moves, the KL does not move back. Takes no gradient.
+    It stops where A > 0 and r > 1 + clip, and where A < 0 and r < 1 - clip, but not at ``free`` tokens. As a factor of
+    the KL this is the gate F1-B of ZCPO (Ding 2026): a token that the policy loss no longer moves, the KL does not move
+    back. Takes no gradient.
 
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
@@ -58,6 +64,8 @@ def open_gate(
     below, above = _clip(clip)
     ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
     stopped = ((advantages > 0) & (ratio > 1 + above)) | ((advantages < 0) & (ratio < 1 - below))
+    if free is not None:
+        stopped &= ~as_mask(free, ratio.shape, "free")
     return as_mask(mask, log_probs.shape) & ~stopped
 
 

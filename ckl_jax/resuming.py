@@ -39,9 +39,11 @@ class Resumable:
 
     Args:
       classes: dataclasses; a name means the same in all of them.
+      later: first names that an older config.json does not have at all, and that are then taken for the same.
     """
 
-    def __init__(self, *classes: Any):
+    def __init__(self, *classes: Any, later: frozenset[str] = frozenset()):
+        self._later = later
         fields = [field for cls in classes for field in dataclasses.fields(cls)]
         self._declared: Mapping[str, _Declared] = {f.name: f.metadata[_KEY] for f in fields if _KEY in f.metadata}
         defaults = [(f.name, f.default) for f in fields if f.default is not dataclasses.MISSING]
@@ -76,8 +78,11 @@ class Resumable:
     def _filled(self, old: Any, new: Any) -> tuple[dict[_Name, Any], dict[_Name, Any]]:
         """Both by name; what the old one does not have yet is the default."""
         before, after = (dict(_leaves(config)) for config in (old, new))
+        since = self._later - {name[0] for name in before if name}
         for name in after.keys() - before.keys():
-            if name[:-1] in {known[:-1] for known in before} and name[-1] in self._defaults:
+            if name and name[0] in since:
+                before[name] = after[name]
+            elif name[:-1] in {known[:-1] for known in before} and name[-1] in self._defaults:
                 before[name] = self._defaults[name[-1]]
         return before, after
 

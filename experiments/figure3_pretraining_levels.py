@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
-from ckl_jax.checkpoint.store import Model, fingerprint
+from ckl_jax.checkpoint.store import Model, identity
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -87,6 +87,8 @@ class Figure3Command:
         scale = self.models.scale
         require(self.finetune.scale == scale, "finetune.scale", self.finetune.scale, f"scale = {scale}")
         require(self.finetune.beta == 0, "finetune.beta", self.finetune.beta, "0, the standard KL penalty")
+        word = self.finetune.kl_weights
+        require(word == "prioritized", "finetune.kl_weights", word, "prioritized, with beta 0 the standard KL")
         for config in self.models.configs:
             for extra in self.extra_digits:
                 self.check(Model(config.model, config.max_digits, None), extra)
@@ -213,13 +215,13 @@ def measure(command: Figure3Command) -> Results:
 
 def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, Any]:
     """One model's fine-tuning on N + ``extra`` digits, all seeds, in its own directory; its summary."""
-    base, config, name = model.max_pretrain_digits, command.target(extra), fingerprint(model.params)
-    settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, "checkpoint": name}
+    base, config, named = model.max_pretrain_digits, command.target(extra), identity(model)
+    settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, **named}
     path, described = command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings}
     title = f"N = {base}, {base + extra} digits, {command.seeds} seeds: {path}"
     directory = finetune_lib.run(path, described, config, model, {ARM: {}}, command.seeds, LogOptions(), title)
     found = summarize(config, base, command.seeds, directory.metrics())
-    return found | {"checkpoint": name, "wall_seconds": directory.seconds()}
+    return found | {"checkpoint": named["checkpoint"], "wall_seconds": directory.seconds()}
 
 
 def judge(results: Results) -> Results:

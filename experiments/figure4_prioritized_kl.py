@@ -42,6 +42,8 @@ class Figure4Command(arms_lib.ArmsCommand):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
+        word = self.config.kl_weights
+        require(word == "prioritized", "kl_weights", word, "prioritized: others are arms of experiments.regularizers")
 
 
 preset = Figure4Command.preset
@@ -53,7 +55,8 @@ def arms(config: FinetuneConfig) -> dict[str, dict[str, float]]:
 
 def summarize(run: arms_lib.Run) -> Results:
     """Per-seed values, means with 95% intervals over seeds, paired differences, and the claim."""
-    lines = {f"critical_comma_step{line}": comparison.critical_comma(run.task, line) for line in (1, 2)}
+    extra = run.config["config"]["extra_digits"]
+    lines = {f"critical_comma_step{line}": comparison.critical_comma(run.task, extra, line) for line in (1, 2)}
     results = arms_lib.summarize(run, ("standard", "prioritized"), lines)
     pair = comparison.pair(results, "prioritized", "standard")
     results["paired_difference"] = {name: pair[name] for name in ("target", "old")}

@@ -68,6 +68,8 @@ class Figure6Command(arms_lib.ArmsCommand):
         require(distinct, "betas", self.betas, "1 or more numbers that differ in 6 digits")
         default = FinetuneConfig.beta
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
+        word = self.config.kl_weights
+        require(word == "prioritized", "kl_weights", word, "prioritized, with beta 0 the standard KL")
 
 
 preset = Figure6Command.preset

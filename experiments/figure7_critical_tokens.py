@@ -37,7 +37,7 @@ from ckl_jax.runs.records import by_run, critical_probability, read_json, read_m
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import task_named
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
-from experiments.common.comparison import COMMA
+from experiments.common.comparison import last_comma
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.figure7_critical_tokens"
@@ -74,6 +74,7 @@ def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str
     try:
         settings = config["config"]
         episodes, rounds, first = (int(settings[name]) for name in ("episodes", "rounds", "seed"))
+        comma = last_comma(int(settings["extra_digits"]))
         count, task = int(config["seeds"]), task_named(config.get("task", "addition"), "run")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"run: config.json is not figure 4's ({error!r}); allowed is {FINISHED_RUN}") from error
@@ -90,19 +91,23 @@ def summarize(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str
         "seeds": seeds,
         "episodes": [episodes * (step - 1) for step in steps],
         "task": task.name,
-        "tokens": [summarize_comma(by_arm, step, operand) for step in (1, 2, 3) for operand in task.long_operands],
+        "tokens": [
+            summarize_comma(by_arm, step, operand, comma) for step in (1, 2, 3) for operand in task.long_operands
+        ],
     }
 
 
-def summarize_comma(by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int, operand: int) -> dict[str, Any]:
-    """One token of ``summarize``, from each arm's records [seeds][rounds]."""
+def summarize_comma(
+    by_arm: Mapping[str, list[list[dict[str, Any]]]], step: int, operand: int, comma: int
+) -> dict[str, Any]:
+    """One token of ``summarize``, from each arm's records [seeds][rounds]; ``comma``: as ``last_comma`` gives it."""
     arms: dict[str, Any] = {}
     for arm, of_seeds in by_arm.items():
-        curves = [[critical_probability(record, step, operand, COMMA) for record in row] for row in of_seeds]
+        curves = [[critical_probability(record, step, operand, comma) for record in row] for row in of_seeds]
         mean, low, high = (part.tolist() for part in mean_intervals(np.array(curves)))
         arms[arm] = {
             "curves": curves,
-            "counts": [[r["critical_count_3x2xC"][step - 1][operand - 1][COMMA] for r in row] for row in of_seeds],
+            "counts": [[r["critical_count_3x2xC"][step - 1][operand - 1][comma] for r in row] for row in of_seeds],
             "mean": mean,
             "low": low,
             "high": high,

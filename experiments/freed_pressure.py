@@ -7,8 +7,8 @@
 The pre-trained model answers problems of N + 1 digits, as at the start of RL. A token's KL keeps the weight J^beta,
 so 1 - J^beta of it is freed. Shown is which share of all that is freed lies at the known critical tokens, at the other
 places where a number has come to N digits or more (``overlong``), and in each remaining part of the scratchpad. Beside
-it is the share of the answers whose first character that is not as in the right text stands there, and the mean of
-J^beta against beta, of all tokens and of the critical ones.
+it is the share of the answers with a wrong result whose first character that is not as in the right text stands there,
+and the mean of J^beta against beta, of all tokens and of the critical ones.
 
 Shares of what is freed are ratios of sums over all answers, with the bootstrap's 95% interval over answers; shares of
 the answers have Wilson's. Nothing is decided by a rule: the table describes a model. It takes 14 seconds on 2 CPU
@@ -121,8 +121,9 @@ def parts_of(answers: Generations, max_pretrain_digits: int) -> np.ndarray:
 
 
 def first_wrong(answers: Generations, parts: np.ndarray, right: Sequence[str]) -> dict[str, Any]:
-    """By part: of the answers that leave the right text, the share that do it there first, with its interval."""
-    left = ((row, critical.first_deviation(answers.text(row), text)) for row, text in enumerate(right))
+    """By part: share of the answers with a wrong result that leave the right text there first, with its interval."""
+    wrong = [(row, text) for row, text in enumerate(right) if not answers.reward_B[row]]
+    left = ((row, critical.first_deviation(answers.text(row), text)) for row, text in wrong)
     where = [parts[row, index] for row, index in left if index is not None]
     return {name: share_interval(where.count(name), len(where)) for name in sorted(set(where))}
 
@@ -180,7 +181,7 @@ def draw(results: Results) -> Figure:
     tokens = [100 * parts[name]["tokens"] for name in names]
     shares.plot(tokens, at, "D", color="white", markeredgecolor=plots.INK, markersize=6, label="of all characters")
     wrong = [100 * results["first_wrong"].get(name, (0,))[0] for name in names]
-    shares.plot(wrong, at, "x", color=plots.INK, markersize=7, label="of answers, first wrong there")
+    shares.plot(wrong, at, "x", color=plots.INK, markersize=7, label="of wrong answers, first wrong there")
     shares.set_yticks(at, names)
     shares.invert_yaxis()
     shares.grid(False, axis="y")

@@ -8,7 +8,7 @@ from policies import policy
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.rl.program import make_runs
 
-TOKENS = (3, 2, 2)
+TOKENS = (3, 2, 4)
 
 
 def records(after, *, seed=0, tests=(0, 2), test=lambda arm, seed, step: {}, round_=lambda arm, seed, step: {}):
@@ -33,11 +33,15 @@ def records(after, *, seed=0, tests=(0, 2), test=lambda arm, seed, step: {}, rou
 
 
 def commas(probability, count=1):
-    """A round's critical tokens: each met ``count`` times with that probability, both numbers or arrays [3, 2, 2]."""
+    """A round's critical tokens: each met ``count`` times with that probability, both numbers or arrays [3, 2, C]."""
     return {
-        "critical_probability_3x2xC": np.broadcast_to(probability, TOKENS).tolist(),
-        "critical_count_3x2xC": np.broadcast_to(count, TOKENS).tolist(),
+        "critical_probability_3x2xC": _of_tokens(probability).tolist(),
+        "critical_count_3x2xC": _of_tokens(count).tolist(),
     }
+
+
+def _of_tokens(value):
+    return np.broadcast_to(value, TOKENS) if np.ndim(value) == 0 else np.asarray(value)
 
 
 def finetune(config, model, directory, arms, seeds, progress=print, certainty_from=None):

@@ -16,7 +16,7 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.assessment import assessed
+from ckl_jax.rl.assessment import assessed, corrected
 from ckl_jax.rl.objective import loss_gradient, loss_terms, term_names
 from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
@@ -354,6 +354,34 @@ def test_a_gated_kl_leaves_out_the_tokens_whose_policy_gradient_the_clip_stops(m
     assert gated["policy"] == plain["policy"]
 
 
+def test_a_gated_kl_keeps_the_tokens_that_lp_reg_keeps_from_the_clip(model, moved, answers):
+    """The ratio is a half everywhere: beyond the clip for the tokens of negative advantage."""
+    trajectory, *rest = answers
+    twice = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT + jnp.log(2.0)), *rest)
+    config = dataclasses.replace(CONFIG, algorithm="ppo", lp_reg=1.0, lp_reg_share=1.0, lp_reg_min_p=0.5)
+    episodes = _assessed(config, twice)
+    log_probs_BxT = losses.token_log_probs(answers[2], trajectory.answers_BxT, mask=trajectory.mask_BxT)
+    proxy_BxT = truncation.proxy_log_probs(answers[2], trajectory.answers_BxT, 0.5, mask=trajectory.mask_BxT)
+    stopped_BxT = (episodes.advantages_BxT < 0) & trajectory.mask_BxT
+    pulled_BxT = stopped_BxT & (log_probs_BxT < proxy_BxT)
+    assert 0 < pulled_BxT.sum() < stopped_BxT.sum()
+    left_BxT = jnp.where(stopped_BxT & ~pulled_BxT, 0.0, episodes.kl_weights_BxT)
+    by_hand = _terms(make_program(config, model), moved.params, episodes._replace(kl_weights_BxT=left_BxT))
+    gated = _terms(make_program(dataclasses.replace(config, kl_gate="clip"), model), moved.params, episodes)
+    np.testing.assert_allclose(gated["kl"], by_hand["kl"], rtol=1e-5)
+
+
+def test_the_importance_of_a_clamped_log_prob_is_to_the_samplers_clamped_one(answers):
+    """A token at -18 under both policies counts once, as at any other log-probability."""
+    trajectory, *rest = answers
+    rare = (trajectory._replace(log_probs_BxT=jnp.full((8, 13), -18.0)), *rest)
+    lag = {"staleness": 1, "importance_sampling": "truncated"}
+    for clamps in (False, True):
+        config = dataclasses.replace(CONFIG, clamp_log_probs=clamps, **lag)
+        _, metrics = corrected(config, _assessed(config, rare), jnp.full((8, 13), -18.0))
+        assert metrics["importance"] == 1
+
+
 def test_the_clip_by_entropy_is_that_of_the_rollouts_entropies(model, moved, answers):
     """All ratios are 1: the advantage of a token with h < 0 is A (1 + h), and no other changes."""
     config = dataclasses.replace(CONFIG, algorithm="ppo", clip_by="entropy", hapo_pivot=0.5)
@@ -412,6 +440,7 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"advantage_shaping": "gtpo"}, "advantage_shaping"),
         ({"advantage_shaping": "top"}, "advantage_shaping"),
         ({"algorithm": "reinforce", "value_warmup_rounds": 1}, "value_warmup_rounds"),
+        ({"rounds": 2, "test_every": 2, "value_warmup_rounds": 2}, "value_warmup_rounds"),
         ({"algorithm": "rloo", "group_size": 2, "discount": 0.9}, "discount"),
         ({"kl_in": "reward"}, "kl"),
         ({"kl_in": "episode"}, "kl_in"),
@@ -430,6 +459,7 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_gate": "clip", "algorithm": "rloo", "group_size": 2}, "kl_gate"),
         ({"kl_gate": "clip", "algorithm": "ppo", "kl": "k1", "kl_in": "reward"}, "kl_gate"),
         ({"kl_target": 0.0}, "kl_target"),
+        ({"kl_target": 0.1, "kl_gain": 5.0}, "kl_gain"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
         ({"clip": 0.0}, "clip"),
         ({"clip_by": "entropy"}, "clip_by"),

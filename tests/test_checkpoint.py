@@ -1,6 +1,7 @@
 """Checkpoints come back exactly, and whatever is missing, damaged or of another shape is refused."""
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -16,7 +17,7 @@ from hostile import no_file_above
 from policies import untrained
 
 from ckl_jax.checkpoint.shipped import PRETRAINED, names
-from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, load_model, save_model
+from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, identity, load_model, save_model
 from ckl_jax.errors import ConfigError
 
 MADE_BY = {"command": "a test", "seed": 0}
@@ -190,6 +191,34 @@ def test_a_checkpoint_without_a_manifest_is_unfinished_and_is_written_again(chec
     step, state = _restored_anew(checkpoints)
     assert step == 2
     chex.assert_trees_all_equal(state, _state(2))
+
+
+def test_what_no_array_shows_of_a_model_names_it_too(model):
+    """Of a foreign model N, the activation and the heads may be typed by hand: a corrected one is another model."""
+    config = model.config
+    others = [
+        model._replace(max_pretrain_digits=4),
+        model._replace(config=dataclasses.replace(config, num_heads=1)),
+        model._replace(config=dataclasses.replace(config, activation="gelu_erf")),
+    ]
+    for other in others:
+        assert identity(other) != identity(model)
+        assert identity(other)["checkpoint"] == identity(model)["checkpoint"]
+    assert identity(model._replace(config=dataclasses.replace(config, attention_chunk=80))) == identity(model)
+
+
+def test_one_without_a_manifest_takes_no_complete_ones_place(checkpoints):
+    """A process is killed before a manifest, then again at other steps: the complete checkpoint outlives both."""
+    checkpoints.save(1000, _state(1))
+    for step in (1400, 1300, 1600):
+        with _reopened(checkpoints) as reopened:
+            assert reopened.restore_latest(ABSTRACT)[0] == 1000
+            reopened._finish = lambda path, history: None
+            reopened.save(step, _state(2))
+    step, state = _restored_anew(checkpoints)
+    assert step == 1000
+    chex.assert_trees_all_equal(state, _state(1))
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"1000", "1000.sha256.json"}
 
 
 UNREAD = (

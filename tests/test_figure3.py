@@ -142,6 +142,7 @@ def test_a_real_run_ends_with_results_and_a_policy_per_seed(command):
         (["--seeds", "0"], "seeds"),
         (["--finetune.beta", "1"], "finetune.beta"),
         (["--finetune.scale", "small"], "finetune.scale"),
+        (["--finetune.kl-weights", "threshold"], "finetune.kl_weights"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(options, field):

@@ -119,9 +119,10 @@ def test_an_unknown_task_is_refused(tmp_path):
         command(tmp_path, "--task", "division")
 
 
-def test_beta_zero_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="beta"):
-        command(tmp_path, "--beta", "0")
+def test_beta_zero_and_other_weights_than_j_to_the_beta_are_refused(tmp_path):
+    for option, value in (("beta", "0"), ("kl_weights", "uniform"), ("kl_weights", "threshold")):
+        with pytest.raises(ConfigError, match=rf"^{option}: got"):
+            command(tmp_path, f"--{option.replace('_', '-')}", value)
 
 
 @pytest.mark.parametrize(("extra", "said"), [(1, "8 to 9 digits"), (2, "7 to 9 digits")])

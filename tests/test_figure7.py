@@ -11,7 +11,7 @@ from experiments import figure7_critical_tokens as figure7
 
 CONFIG = {
     "command": "experiments.figure4_prioritized_kl",
-    "config": {"seed": 4, "rounds": 2, "episodes": 10},
+    "config": {"seed": 4, "rounds": 2, "episodes": 10, "extra_digits": 1},
     "seeds": 3,
 }
 SEEDS = (4, 5, 6)
@@ -132,6 +132,19 @@ def test_a_run_that_is_not_there_is_refused_with_the_command_that_makes_it(tmp_p
     with pytest.raises(ConfigError, match=r"^run: .*python -m experiments\.figure4_prioritized_kl --out \S+gone$"):
         figure7.main(command("--run", tmp_path / "gone"))
     assert not list(tmp_path.iterdir())
+
+
+def test_of_n_plus_2_digits_it_is_the_comma_before_the_last():
+    config = CONFIG | {"config": CONFIG["config"] | {"extra_digits": 2}}
+    wider = records()
+    for line in wider:
+        if "success" in line:
+            for name, last in (("critical_probability_3x2xC", 0.9), ("critical_count_3x2xC", 3)):
+                line[name] = [[[*tokens, last, 0] for tokens in of_step] for of_step in line[name]]
+    for token in figure7.summarize(config, wider)["tokens"]:
+        for values in token["arms"].values():
+            assert values["curves"] == [[0.9, 0.9]] * 3
+            assert values["counts"] == [[3, 3]] * 3
 
 
 def test_an_unfinished_run_is_refused(tmp_path):

@@ -47,14 +47,19 @@ def test_shares_are_sums_over_all_answers():
 
 
 def test_an_answer_goes_wrong_where_it_first_leaves_the_right_text():
+    """Of answers with a wrong result; the first two have the right one, the second in spite of a wrong sum."""
+    wrong = replaced(RIGHT, len(RIGHT) - 3, "0")
     texts = [
         RIGHT,
-        replaced(RIGHT, COMMA, "]"),
         replaced(RIGHT, SUM, "0"),
-        replaced(replaced(RIGHT, SUM, "0"), len(RIGHT) - 3, "0"),
+        replaced(wrong, COMMA, "]"),
+        replaced(wrong, SUM, "0"),
+        replaced(replaced(wrong, SUM, "0"), SUM + 2, "0"),
+        RIGHT[: SUM + 1],
     ]
-    answers = made(PROBLEM, [*texts, RIGHT[: SUM + 1]])
-    found = experiment.first_wrong(answers, experiment.parts_of(answers, 2), [RIGHT] * 5)
+    answers = made(PROBLEM, texts)
+    assert answers.reward_B.tolist() == [1, 1, 0, 0, 0, 0]
+    found = experiment.first_wrong(answers, experiment.parts_of(answers, 2), [RIGHT] * 6)
     assert {name: share[0] for name, share in found.items()} == {experiment.CRITICAL: 0.25, "sum": 0.75}
 
 

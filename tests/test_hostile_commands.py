@@ -262,12 +262,12 @@ def test_results_with_one_field_of_junk_are_refused_and_kept(here, capsys, monke
     [
         ([], "", r"run: config\.json is not figure 4's \(.*\); allowed is a finished run of: .*"),
         (
-            {"seeds": 10**9, "config": {"episodes": 1, "rounds": 10**9, "seed": 0}},
+            {"seeds": 10**9, "config": {"episodes": 1, "rounds": 10**9, "seed": 0, "extra_digits": 1}},
             "",
             r"run: got '20{18} or more of 20{18} rounds missing', allowed is a finished run of: .*",
         ),
         (
-            {"seeds": 1, "config": {"episodes": 1, "rounds": 1, "seed": 0}},
+            {"seeds": 1, "config": {"episodes": 1, "rounds": 1, "seed": 0, "extra_digits": 1}},
             "".join(
                 json.dumps({"arm": arm, "seed": 0, "step": 1, "critical_count_3x2xC": 7}) + "\n"
                 for arm in ("standard", "prioritized")

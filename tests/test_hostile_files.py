@@ -171,6 +171,7 @@ PLOTTED = {
     "figure7": "figure7_critical_tokens",
     "table1": "table1_certainty_gap",
     "discovery": "critical_token_discovery",
+    "freed_pressure": "freed_pressure",
     "minibatches": "minibatches",
     "regularizers": "regularizers",
 }

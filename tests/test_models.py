@@ -91,8 +91,11 @@ def test_the_ladders_models_ship(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module", [finetune, figure4, figure6, controls, spared_tokens, regularizers, minibatches])
 def test_what_fine_tunes_starts_from_the_model_of_its_scale(module):
-    started = [module.preset(scale).checkpoint.name for scale in ("tiny", "ladder", "small")]
-    assert started == ["tiny", "N5", "tiny"]
+    started = [module.preset(scale).checkpoint for scale in ("tiny", "ladder", "small", "gpt2")]
+    assert [path.name for path in started] == ["tiny", "N5", "small", "gpt2"]
+    for none_ships in started[2:]:
+        with pytest.raises(ConfigError, match=r"^checkpoint: got '\S*', allowed is .* ckl_jax.pretrain"):
+            load_model(none_ships)
 
 
 @pytest.mark.parametrize("module", [figure4, figure6, controls, spared_tokens, minibatches])

@@ -111,6 +111,8 @@ def test_the_gate_is_open_where_the_clipped_loss_has_a_gradient():
     np.testing.assert_array_equal(found, [False, True, True, True, True, True, False, True, True, False])
     gradient = jax.grad(lambda x: ratio_losses.clipped_policy_loss(x, **arguments))(log_probs)
     np.testing.assert_array_equal(found[:8], gradient[:8] != 0)
+    free = jnp.arange(10) == 6
+    np.testing.assert_array_equal(ratio_losses.open_gate(log_probs, **arguments, free=free), found | free)
     garbage = {"advantages": jnp.where(mask, advantages, NAN), "old_log_probs": jnp.where(mask, 0.0, INF)}
     chex.assert_trees_all_equal(ratio_losses.open_gate(log_probs, **(arguments | garbage)), found)
 

@@ -11,11 +11,12 @@ import shlex
 import subprocess
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hostile import cli
 from names import ROOT, missing
 
-from ckl_jax.analysis.statistics import percent
+from ckl_jax.analysis.statistics import mean_interval, percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
 from experiments.common import comparison
@@ -328,6 +329,49 @@ def test_what_the_oracles_of_more_places_gain_is_what_was_published():
         row = published_row(start)
         assert f"({arm}) | {' | '.join(told)} | {100 * found['arms'][arm]['old_after'][0]:.1f} |" in row
     assert percent(comparison.pair(found, "overlong_held", "standard")["target"], "+") in README
+
+
+def test_the_four_arms_from_n7_are_what_was_published():
+    found = ladder_results("plus2_N7")["confirmation"]
+    for arm, start in (
+        ("standard", "standard |"),
+        ("prioritized", "prioritized |"),
+        ("inverted", "inverted:"),
+        ("no_kl", "no KL"),
+    ):
+        rows = [line for line in EXPERIMENTS.splitlines() if line.startswith(f"| {start}") and "| 10 to 14 |" in line]
+        told = [percent(found["arms"][arm][f"{name}_after"]) for name in ("target", "old")]
+        if arm != "standard":
+            told.append(percent(comparison.pair(found, arm, "standard")["target"], "+"))
+        assert [cell for cell in told if cell not in rows[0]] == []
+    assert percent(comparison.pair(found, "prioritized", "standard")["target"], "+") in README
+
+
+def last_commas(name):
+    """By arm the probability of the last of N + 2 commas in each seed's first and last round: [2, S, 3, 2]."""
+    records = [json.loads(line) for line in (RESULTS / "ladder" / name / "metrics.jsonl").read_text().splitlines()]
+    found = {}
+    for arm in ("standard", "prioritized"):
+        rounds = [r for r in records if r["arm"].startswith(arm) and r["step"] in (1, 14) and "success" in r]
+        at = [[np.array(r["critical_probability_3x2xC"])[..., 2] for r in rounds if r["step"] == k] for k in (1, 14)]
+        found[arm] = np.array(at)
+    return found
+
+
+def test_the_last_commas_from_n7_are_what_was_published():
+    earlier, new = (last_commas(name) for name in ("figure4_N7", "plus2_N7"))
+    both = {arm: np.concatenate([earlier[arm], new[arm]], axis=1) for arm in new}
+    cells = {f"step {step + 1}, operand {operand + 1}": (step, operand) for step in range(3) for operand in range(2)}
+    for start, cell in {**cells, "mean of the six": None}.items():
+
+        def values(of, cell=cell):
+            return of.mean(axis=(2, 3)) if cell is None else of[:, :, *cell]
+
+        before = values(both["standard"])[0].mean()
+        after = [values(both[arm])[1].mean() for arm in ("standard", "prioritized")]
+        pairs = [mean_interval(values(of["prioritized"])[1] - values(of["standard"])[1]) for of in (earlier, new)]
+        told = [*(f"{100 * value:.1f}" for value in (before, *after)), *(percent(pair, "+") for pair in pairs)]
+        assert published_row(f"| {start} |") == f"| {start} | {' | '.join(told)} |"
 
 
 def test_a_rounds_speed_is_the_benchmarks():

@@ -226,7 +226,7 @@ def test_the_screens_accuracy_is_that_of_the_last_three_rounds():
         for step in range(1, 6)
         for seed in (0, 1)
     ] + [{"arm": "k2_1x", "seed": seed, "step": 5, "test_old": 0.9} for seed in (0, 1)]
-    run = arms_lib.Run({"config": {"rounds": 5, "seed": 0}, "seeds": 2}, records, {}, 2)
+    run = arms_lib.Run({"config": {"rounds": 5, "seed": 0, "extra_digits": 1}, "seeds": 2}, records, {}, 2)
     screen = found.screened(run, [Cell(BY_NAME["k2"], 1.0)])
     assert screen["k2_1x"]["success"] == pytest.approx([0.4, 1.4])
     assert screen["k2_1x"]["old"] == [0.9, 0.9]
@@ -247,7 +247,7 @@ AFTER = {
 def confirmation(after):
     cells = [Cell(BY_NAME[name], 0.2) for name in after]
     records = made_runs.records({cell.name: after[cell.method.name] for cell in cells})
-    config = {"config": {"seed": 0, "episodes": 4}, "seeds": 4}
+    config = {"config": {"seed": 0, "episodes": 4, "extra_digits": 1}, "seeds": 4}
     return found.confirmed(arms_lib.Run(config, records, {}, 2), cells, after, {"arms": {}})
 
 

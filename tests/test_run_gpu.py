@@ -25,6 +25,10 @@ PYTHON = (
 import json, os, signal, sys, time
 if os.environ.get("SLOW") == "saves":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if os.environ.get("SLOW") == "stays":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.environ.get("SAVED"):
+        open(os.environ["SAVED"], "w").close()
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 codes = os.environ["CODES"].split()
@@ -66,7 +70,9 @@ def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
     assert figure2.models.configs == [config], "the model that is there, not another one"
 
 
-@pytest.mark.parametrize(("codes", "expected", "count"), [("75", 75, 1), ("0 75", 75, 2), ("137", 75, 1), ("2", 2, 1)])
+@pytest.mark.parametrize(
+    ("codes", "expected", "count"), [("75", 75, 1), ("0 75", 75, 2), ("137", 137, 1), ("0 137", 137, 2), ("2", 2, 1)]
+)
 def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, count):
     done, calls = call("gpt2", "runs/x", codes=codes)
     assert (done.returncode, len(calls)) == (expected, count)
@@ -77,6 +83,16 @@ def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, co
 def test_a_stage_ends_in_time_by_sigterm(call, slow):
     done, calls = call("small", "runs/x", SLOW=slow, STAGE_SECONDS="3")
     assert (done.returncode, len(calls)) == (75, 1)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_stage_that_has_to_be_killed_goes_on_only_if_it_has_saved_a_checkpoint(call, tmp_path, saves):
+    directory = tmp_path / "made"
+    directory.mkdir()
+    saved = {"SAVED": str(directory / "7.sha256.json")} if saves else {}
+    done, calls = call("small", str(directory), SLOW="stays", STAGE_SECONDS="2", GRACE_SECONDS="1", **saved)
+    assert (done.returncode, len(calls)) == ((75, 1) if saves else (2, 1)), done.stderr
+    assert ("STAGE_SECONDS: got 2, in which ckl_jax.pretrain saved no checkpoint" in done.stderr) == (not saves)
 
 
 READERS = {"read": "", "died": "2>&1 | head -0", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}

@@ -100,6 +100,19 @@ def test_every_field_has_to_stay_but_those_of_speed_and_a_later_end(tmp_path, cl
         assert _contents(tmp_path) == before
 
 
+def test_a_run_that_did_not_note_yet_what_its_arrays_do_not_show_goes_on(tmp_path):
+    older = {"command": "finetune", "checkpoint": "abc", "config": {"seed": 0}}
+    noted = older | {"model": {"max_pretrain_digits": 7, "num_heads": 4}}
+    directory = RunDirectory(tmp_path, older)
+    directory.close()
+    directory = RunDirectory(tmp_path, noted)
+    directory.record_config()
+    directory.close()
+    for other in ({"max_pretrain_digits": 9, "num_heads": 4}, {"max_pretrain_digits": 7, "num_heads": 2}):
+        with pytest.raises(ConfigError, match=r"differing: model\.(max_pretrain_digits|num_heads)\)"):
+            RunDirectory(tmp_path, noted | {"model": other})
+
+
 @pytest.mark.parametrize("cls", SPEED)
 def test_a_field_that_an_older_run_did_not_have_yet_was_its_default(tmp_path, cls):
     config = dataclasses.asdict(cls())

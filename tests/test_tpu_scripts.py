@@ -309,8 +309,20 @@ def test_setup_copies_what_git_does_not_ignore_and_drops_what_is_gone(cloud):
     for worker in "01":
         there = {path.name for path in (cloud.path / "0" / worker / "ckl_jax").iterdir()}
         assert there == {".gitignore", "tpu_scripts", "with space", "new\nline", ".venv"}
+        result = cloud.path / "0" / worker / "ckl_jax" / "runs" / "x" / "results.json"
+        result.parent.mkdir(parents=True)
+        result.touch()
+    for name in ("with space", "new\nline"):
+        (cloud.checkout / name).unlink()
+    (cloud.checkout / "tpu_scripts" / "later").touch()
+    assert cloud.run("setup.sh").returncode == 0
+    for worker in "01":
+        checkout = cloud.path / "0" / worker / "ckl_jax"
+        assert {path.name for path in checkout.iterdir()} == {".gitignore", "tpu_scripts", ".venv", "runs"}
+        assert (checkout / "tpu_scripts" / "later").exists()
+        assert (checkout / "runs" / "x" / "results.json").exists()
     installed = (cloud.path / "uv").read_text().splitlines()
-    assert len(installed) == 4
+    assert len(installed) == 6
     assert all(line.endswith("/ckl_jax sync --quiet --frozen --extra tpu --python 3.12") for line in installed)
 
 
@@ -817,6 +829,36 @@ def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(monkeypat
     printed = capsys.readouterr()
     assert (found, printed.out) == (code, "")
     assert printed.err.startswith("error: ") == bool(code)
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("checkpoint", "code"),
+    [("N5", 0), ("gs://bucket/model", 0), ("ckl_jax/pretrained/N7", 0), ("runs/mine", 2), ("{here}", 2)],
+)
+def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch, capsys, tmp_path, checkpoint, code):
+    monkeypatch.setattr(cli, "run", cli.run)
+    monkeypatch.chdir(ROOT)
+    exists = pathlib.Path.exists
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: str(path) == "runs/mine" or exists(path))
+    words = ["--checkpoint", checkpoint.format(here=tmp_path), "--out", "gs://bucket/run"]
+    monkeypatch.setattr(sys, "argv", [str(PARSE), "ckl_jax.finetune", *words])
+    found = 0
+    try:
+        runpy.run_path(str(PARSE), run_name="__main__")
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code, capsys.readouterr().err
+    assert ("error: checkpoint: got " in capsys.readouterr().err) == bool(code)
+
+
+@pytest.mark.parametrize("words", [["--log-to", "wandb"], ["--log-to=tensorboard"]])
+def test_copies_of_the_records_that_the_machine_cannot_make_are_refused_before_it_is_paid_for(cloud, words):
+    (cloud.checkout / "pyproject.toml").touch()
+    done = cloud.run("supervise.sh", "a.module", *words)
+    assert done.returncode == 2
+    assert "metrics.jsonl" in done.err
+    assert not cloud.records("calls.jsonl")
 
 
 def test_the_process_that_reads_them_ends_with_the_modules_code():

@@ -45,9 +45,14 @@ check_command() {
 here_python() { if [[ -x $here/../.venv/bin/python ]]; then echo "$here/../.venv/bin/python"; else echo python3; fi; }
 
 # check_arguments MODULE ARG...: ends with code 2 where this checkout has no such module, or, as far as a python with its
-# packages is at hand, the module refuses the arguments.
+# packages is at hand, the module refuses the arguments or they name what will not be on the machine.
 check_arguments() {
-  local root=$here/.. file python answer code=0
+  local root=$here/.. file python word answer code=0
+  for word in "$@"; do
+    if [[ $word =~ ^--log[-_]to(=|$) ]]; then
+      fail 2 "$word: the machine has no TensorBoard and no Weights & Biases; metrics.jsonl in OUT has all that they would show"
+    fi
+  done
   if [[ ! -e $root/pyproject.toml ]]; then return; fi
   file=$root/${1//.//}
   if [[ -f $file.py ]]; then file=$file.py; else file=$file/__main__.py; fi
@@ -56,7 +61,7 @@ check_arguments() {
   if ! grep -q 'cli\.run(' "$file"; then return; fi
   answer=$(export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" &&
     bounded "$python" "$here/parse.py" "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
-  if ((code == 2)) && [[ $answer == *error:* && $answer != *"with the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
+  if ((code == 2)) && [[ $answer == *error:* && $answer != *"the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
 }
 
 # check_fits MODULE ARG...: ends with code 2 where the command's programs do not fit the memory of ACCELERATOR_TYPE (preflight's
@@ -64,7 +69,7 @@ check_arguments() {
 check_fits() {
   local root=$here/.. python name=${1#ckl_jax.} code=0
   python=$(here_python)
-  if [[ ! -e $root/ckl_jax/preflight/__main__.py || ! $1 =~ ^ckl_jax\.(pretrain|finetune|evaluate)$ ]]; then return; fi
+  if [[ ! -e $root/ckl_jax/preflight/__main__.py || ! $1 =~ ^ckl_jax\.(pretrain|finetune)$ ]]; then return; fi
   if ! "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("libtpu", "jax"))))'; then
     say "not compiled beforehand: the extra preflight is not installed"
     return

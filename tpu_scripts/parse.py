@@ -1,17 +1,44 @@
-"""parse.py MODULE ARG...: has MODULE read its arguments, without running it. Exit code 2: it refuses them."""
+"""parse.py MODULE ARG...: has MODULE read its arguments, without running it.
 
+Exit code 2: it refuses them, or one is a path that is here and will not be on another machine.
+"""
+
+import dataclasses
+import pathlib
 import runpy
+import subprocess
 import sys
 from typing import Any
 
+from ckl_jax.errors import require
 from ckl_jax.runtime import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MADE_THERE = ("out", "data_dir")
 
 run = cli.run
 
 
 def _parse_only(main: Any, *types: Any, **options: Any) -> None:
     del main
-    run(lambda command: None, *types, **{**options, "joins_hosts": False})
+    run(_require_paths_that_travel, *types, **{**options, "joins_hosts": False})
+
+
+def _require_paths_that_travel(command: Any) -> None:
+    given = {word.partition("=")[2] if word.startswith("--") else word for word in sys.argv}
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if dataclasses.is_dataclass(value):
+            _require_paths_that_travel(value)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, pathlib.Path) and str(path) in given and field.name not in MADE_THERE and path.exists():
+                allowed = "a path in a bucket, or from here one of the checkout's files: nothing else is on the machine"
+                require(_travels(path), field.name, str(path), allowed)
+
+
+def _travels(path: pathlib.Path) -> bool:
+    inside = not path.is_absolute() and path.resolve() == (ROOT / path).resolve()
+    return inside and subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode != 0
 
 
 cli.run = _parse_only

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The part that runs on a worker; setup.sh puts it there.
 #
-#   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax and makes its venv
+#   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax, in place of what it unpacked before, and makes
+#                                      its venv; results that lie there stay
 #   remote.sh start NAME ATTEMPT ARG...   runs the venv's python with ARG... in the background, once per ATTEMPT
 #   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word)
 #   remote.sh log NAME LINES [follow]  the last lines of its output; NAME may be "latest"
@@ -12,6 +13,7 @@
 set -euo pipefail
 checkout=$HOME/ckl_jax
 runs=$HOME/ckl_runs
+unpacked=$HOME/ckl_jax.files
 
 is_running() { [[ -e $1/running ]] && ! flock -n "$1/running" true; }
 
@@ -24,9 +26,14 @@ install() {
     fi
   done
   mkdir -p "$checkout"
-  find "$checkout" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-  tar -xzf "$HOME/ckl_jax.tar.gz" -C "$checkout"
   cd "$checkout"
+  if [[ -e $unpacked ]]; then xargs -0 rm -f -- <"$unpacked"; fi
+  rm -rf "$checkout.new"
+  mkdir "$checkout.new"
+  tar -xzf "$HOME/ckl_jax.tar.gz" -C "$checkout.new"
+  (cd "$checkout.new" && find . ! -type d -print0) >"$unpacked"
+  cp -a "$checkout.new/." .
+  rm -rf "$checkout.new"
   PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   uv sync --quiet --frozen --extra tpu --python 3.12

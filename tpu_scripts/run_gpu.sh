@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # run_gpu.sh [--dry-run] SCALE DIRECTORY: one stage of the paper's experiments on this GPU host. SCALE is small or gpt2.
 #
-# A stage ends after STAGE_SECONDS (540) with what it has made in DIRECTORY; the same command is the next stage. Exit code
-# 75: there is more to do. 0: DIRECTORY/report.html is complete. 129, 130, 131, 143: interrupted, what was made is saved. 2:
-# bad arguments. Anything else: what failed.
+# A stage ends after STAGE_SECONDS (540), and GRACE_SECONDS (60) at most to save, with what it has made in DIRECTORY; the same
+# command is the next stage. Exit code 75: there is more to do. 0: DIRECTORY/report.html is complete. 129, 130, 131, 143:
+# interrupted, what was made is saved. 2: bad arguments, or STAGE_SECONDS too few for a first checkpoint. Anything else: what
+# failed.
 #
 #   until tpu_scripts/run_gpu.sh small runs/small; do [ $? -eq 75 ] || break; done
 #
@@ -24,9 +25,9 @@ if (($# != 2)) || [[ $1 != small && $1 != gpt2 ]]; then
   echo "run_gpu.sh: got '$*', allowed is [--dry-run] small|gpt2 DIRECTORY" >&2
   exit 2
 fi
-scale=$1 directory=$2 digits=${DIGITS:-7} seconds=${STAGE_SECONDS:-540}
-if ! [[ $seconds =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9][0-9]?$ ]]; then
-  echo "run_gpu.sh: got STAGE_SECONDS=$seconds and DIGITS=$digits, allowed are whole numbers above 0" >&2
+scale=$1 directory=$2 digits=${DIGITS:-7} seconds=${STAGE_SECONDS:-540} grace=${GRACE_SECONDS:-60}
+if ! [[ $seconds =~ ^[1-9][0-9]*$ && $grace =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9][0-9]?$ ]]; then
+  echo "run_gpu.sh: got STAGE_SECONDS=$seconds, GRACE_SECONDS=$grace, DIGITS=$digits, allowed are whole numbers above 0" >&2
   exit 2
 fi
 read -ra items <<<"${ITEMS:-table1 figure2 figure4 figure6}"
@@ -51,22 +52,30 @@ for signal in 129:HUP 130:INT 131:QUIT 143:TERM; do
 done
 
 # SIGTERM saves the work (exit code 75). It comes twice, and may find a program that has saved and is ending, or has not
-# begun (143). What does not end in a minute is killed (137), and goes on from its last checkpoint.
+# begun (143). What does not end in GRACE_SECONDS is killed (137), and goes on from its last checkpoint, if it has made one.
 stage() {
-  local code=0
+  local code=0 begun=$SECONDS mark
   if [[ $dry_run ]]; then
     printf '%q ' "$@"
     echo
     return
   fi
-  timeout --preserve-status --signal=TERM --kill-after=60 "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
+  mark=$(mktemp)
+  timeout --preserve-status --signal=TERM --kill-after="$grace" "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
   wait "$!" || code=$?
-  if ((code == 75 || code == 137 || (code == 143 && SECONDS >= seconds))); then
+  if ((code == 137 && SECONDS >= seconds && 2 * begun <= seconds)) && ! is_saved_since "$mark"; then
+    echo "run_gpu.sh: STAGE_SECONDS: got $seconds, in which $3 saved no checkpoint; allowed is more" >&2 || true
+    code=2
+  elif ((code == 75 || ((code == 137 || code == 143) && SECONDS >= seconds))); then
+    rm -f "$mark"
     echo "run_gpu.sh: this stage is over; the same command goes on" || true
     exit 75
   fi
+  rm -f "$mark"
   return "$code"
 }
+
+is_saved_since() { [[ $(find "$directory" -name '*.sha256.json' -newer "$1" -print -quit 2>/dev/null) ]]; }
 
 python=${PYTHON:-python}
 stage "$python" -m ckl_jax.pretrain --scale "$scale" --max-digits "$digits" "${pretrain[@]}" --out "$model"

@@ -3,8 +3,8 @@
 #
 # After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
 # ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
-# taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain, .finetune and
-# .evaluate are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
+# taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune
+# are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
 # where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed

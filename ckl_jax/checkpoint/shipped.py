@@ -19,14 +19,14 @@ def names() -> list[str]:
 
 
 def shipped(task: str = "addition", scale: str = "tiny") -> pathlib.Path:
-    """The model of a task that ships and that fine-tuning starts from, or where it would.
+    """The model of a task that ships and that fine-tuning starts from, or where it would: of larger scales none does.
 
     That is the tiny one, and for addition at the scale ``ladder`` the one of N = 5: the least certain of the ladder at
     critical tokens. Raises ConfigError for an unknown task.
     """
-    if task_named(task) is not ADDITION:
-        return PRETRAINED / f"tiny_{task}"
-    return PRETRAINED / "N5" if scale == "ladder" else SHIPPED_TINY
+    addition = task_named(task) is ADDITION
+    name = ("N5" if addition else "tiny") if scale == "ladder" else scale
+    return PRETRAINED / (name if addition else f"{name}_{task}")
 
 
 def located(checkpoint: AnyPath) -> AnyPath:

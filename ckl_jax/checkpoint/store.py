@@ -95,7 +95,7 @@ class StateCheckpoints:
                 stale.unlink()
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
-        """The newest complete checkpoint as (step, state), or None.
+        """The newest complete checkpoint as (step, state), or None. Those without a manifest are removed.
 
         Args:
           abstract_state: shapes, types and shardings, as ``jax.eval_shape`` gives them.
@@ -103,7 +103,9 @@ class StateCheckpoints:
         Raises:
           ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
         """
-        step = hosts.of_first(self._newest)
+        step, unfinished = hosts.of_first(self._newest)
+        for number in unfinished:  # One that stayed would count among those that are kept, in a complete one's place.
+            self.manager.delete(number)
         if step is None:
             return None
         path = self.directory / str(step)
@@ -113,13 +115,14 @@ class StateCheckpoints:
             _require_same(path, _shapes(stored), _shapes(wanted), "this run")
             return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
 
-    def _newest(self) -> int | None:
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            path = self.directory / str(step)
-            if _manifest_path(path).exists():
-                _verify(path)
-                return step
-        return None
+    def _newest(self) -> tuple[int | None, list[int]]:
+        """The newest step with a manifest, and all steps without."""
+        steps = self.manager.all_steps()
+        complete = [step for step in steps if _manifest_path(self.directory / str(step)).exists()]
+        newest = max(complete, default=None)
+        if newest is not None:
+            _verify(self.directory / str(newest))
+        return newest, sorted(set(steps) - set(complete))
 
     def restore_history(self, step: int) -> Any:
         """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""
@@ -197,6 +200,13 @@ def load_model(directory: AnyPath) -> Model:
         named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
         require(finite, "checkpoint", named, "finite parameters")
     return Model(config, max_pretrain_digits, params, task)
+
+
+def identity(model: Model) -> dict[str, Any]:
+    """What names a model in a config.json: its parameters, and what decides beside them what it computes and learns."""
+    of_config = {name: getattr(model.config, name) for name in ("num_heads", "activation")}
+    described = {"max_pretrain_digits": model.max_pretrain_digits, **of_config}
+    return {"checkpoint": fingerprint(model.params), "model": described}
 
 
 def fingerprint(params: Params) -> str:

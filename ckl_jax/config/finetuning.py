@@ -198,6 +198,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("importance_sampling", lags or self.importance_sampling == "none", exactly),
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
+            ("value_warmup_rounds", self.value_warmup_rounds < self.rounds, f"0 or more, below rounds = {self.rounds}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
             ("kl", self.kl_in != "reward" or self.kl == "k1", "k1 with kl_in reward"),
             ("kl", self.kl_in != "advantage" or self.kl in ("k1", "k3"), "k1 or k3 with kl_in advantage"),

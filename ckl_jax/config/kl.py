@@ -1,10 +1,10 @@
 """Fine-tuning's chapter of the KL to the pre-trained model, and of what holds the policy beside it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ckl_jax.certainty import CertaintyKind
-from ckl_jax.fields import Chapter, NonNegativeFloat, PositiveFloat, PositiveShare, Share
+from ckl_jax.fields import AtLeast, Chapter, NonNegativeFloat, PositiveFloat, PositiveShare, Share
 from ckl_jax.token_weights import KLWeights
 
 
@@ -22,9 +22,11 @@ class KL(Chapter):
     the ratio, so that with data used again all three have the gradient of KL(policy || reference)."""
     kl_correction: Literal["none", "ratio"] = "none"
     """`ratio`: multiply the estimates by the ratio with the other algorithms too; k3 so is that of DeepSeek-V3.2 (arXiv
-    2512.02556). Needs kl k1, k2 or k3, in the loss."""
+    2512.02556). Needs kl k1, k2 or k3, in the loss. The ratio is to the policy before the round's updates, with
+    `staleness` too: then it is not to the one that wrote the answers."""
     kl_gate: Literal["none", "clip"] = "none"
-    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026).
+    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026),
+    so not at those that `lp_reg` keeps from it.
     Needs one of them, and the KL in the loss."""
     kl_in: Literal["loss", "reward", "advantage", "episode"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
@@ -52,8 +54,9 @@ class KL(Chapter):
     """Exact KL per token in nats that alpha is adapted to after every round (Ziegler et al. 2019); default: a fixed
     alpha. What is compared with it is the metric `kl`, that of the policy to the reference on the round's tokens before
     its updates, without weights."""
-    kl_gain: NonNegativeFloat = 0.1
-    """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2."""
+    kl_gain: Annotated[float, AtLeast(0, 4.5)] = 0.1
+    """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2. So at most
+    from 0.1 to 1.9; with a gain of 5 it could be 0 and stay so, with more negative: a reward for leaving."""
     kl_cov: NonNegativeFloat = 0.0
     """Coefficient of KL-Cov: abs(log ratio to the policy of the rollout) on the round's tokens with the greatest
     covariance of advantage and log-probability, if above 0 (arXiv 2505.22617); 0: none."""

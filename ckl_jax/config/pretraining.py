@@ -68,7 +68,7 @@ class Optimizer(Chapter):
     adam_beta2: Annotated[float, Above(0, 0.9999)] = 0.99
     """Decay of the mean of squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of matrices and embeddings; biases and norms have none."""
+    """Of matrices and embeddings with adamw, of the layers' matrices alone with muon; biases and norms have none."""
     clip_norm: PositiveFloat = 1.0
     """Global gradient norm is clipped to this."""
     position_init: Literal["normal", "sinusoidal"] = "normal"

@@ -189,6 +189,8 @@ def corrected(
     if config.importance_sampling == "none":
         return episodes, {}
     mask_BxT = episodes.trajectory.mask_BxT
+    if config.clamp_log_probs:  # As those of the trajectory are.
+        sampled_log_probs_BxT = losses.clamped(sampled_log_probs_BxT)
     importance_BxT = ratio_losses.truncated_importance(
         episodes.trajectory.log_probs_BxT, sampled_log_probs_BxT, mask_BxT, config.importance_limit
     )

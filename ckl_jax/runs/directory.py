@@ -23,7 +23,8 @@ from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
 from ckl_jax.runtime.strays import first_owned
 
-RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig)
+LATER = frozenset({"model", "certainty_model"})  # Of ``identity``, since runs note them.
+RESUMABLE = Resumable(ModelConfig, PretrainConfig, FinetuneConfig, later=LATER)
 
 
 class RunDirectory:

@@ -99,7 +99,7 @@ def speculation(plan: Plan, progress: Progress) -> dict[str, Any]:
     cases = [("pre-trained", model, known + more, temperature) for more, temperature in plan.speculation]
     cases.append(("random weights", unending_model(plan, "tiny")._replace(max_pretrain_digits=known), known, 1.0))
     for path in plan.policies:
-        cases.append((f"fine-tuned ({pathlib.Path(path).parent.name})", load_model(pathlib.Path(path)), known + 1, 1.0))
+        cases.append((f"fine-tuned ({path})", load_model(pathlib.Path(path)), known + 1, 1.0))
     found = {}
     for name, policy, digits, temperature in cases:
         title = f"{name}, {digits} digits, temperature {temperature:g}"

@@ -15,7 +15,7 @@ from ckl_jax import finetune
 from ckl_jax.analysis.statistics import mean_interval
 from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
-from ckl_jax.checkpoint.store import Model, fingerprint, load_model
+from ckl_jax.checkpoint.store import Model, identity, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -156,7 +156,8 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a finished run's directory")
     config = read_json(command.out / "config.json", "plot_only")
     with reading.only_read(command.out / "config.json", "plot_only", applies=True):
-        same = config["checkpoint"] == fingerprint(model.params)
+        ours = identity(model)
+        same = {name: config.get(name, ours[name]) for name in ours} == ours
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
         digits = model.max_pretrain_digits + config["config"]["extra_digits"]

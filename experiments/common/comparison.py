@@ -15,22 +15,27 @@ from ckl_jax.tasks.task import Task
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, markdown
 
-COMMA = 0
 JUDGED: dict[Side, str] = {"above": "better", "below": "worse", "undecided": "undecided"}
 """A pair's verdict from its difference."""
 SAID = {"better": "better than", "worse": "worse than", "undecided": "not told apart from"}
 
 
-def critical_comma(task: Task, step: int = 1) -> Callable[[Mapping[str, Any]], float]:
+def last_comma(extra_digits: int) -> int:
+    """Where a record's critical tokens have the comma before the last digit of a list of that many more than N."""
+    return 2 * (extra_digits - 1)
+
+
+def critical_comma(task: Task, extra_digits: int, step: int = 1) -> Callable[[Mapping[str, Any]], float]:
     """Probability of the right character at a step's critical comma of the last operand that can have one (operand 2,
     in multiplication 1), as a function of a round's record."""
-    return lambda record: critical_probability(record, step, task.long_operands[-1], COMMA)
+    return lambda record: critical_probability(record, step, task.long_operands[-1], last_comma(extra_digits))
 
 
 def summarize(run: arms_lib.Run, arms: Iterable[str]) -> Results:
     """``arms.summarize`` with the weight of the KL and the critical comma of every round, the mean of that weight over
     the rounds, and the last KL and comma."""
-    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": critical_comma(run.task)}
+    comma = critical_comma(run.task, run.config["config"]["extra_digits"])
+    of_rounds = {"kl_weight": lambda record: record["kl_weight"], "comma": comma}
     results = arms_lib.summarize(run, arms, of_rounds)
     for values in results["arms"].values():
         commas = np.array(values["comma"], float)[:, -1]

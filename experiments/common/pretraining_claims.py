@@ -12,7 +12,7 @@ PAPER = {
     "high at N": "91.2 to 98.9% identical, 94.4 to 100% varying (N = 7 to 13)",
     "falls at N+1": "48.8% identical, 69.0% varying (N = 7)",
     "almost none at N+3": "0.0% (N = 7, 9)",
-    "larger N better": "higher for larger N, except identical lengths at N+1 from 9 to 11",
+    "larger N better": "higher for larger N, except at N+1 from 9 to 11",
     "the paper's number": "its own cell, see Tables 4 and 5",
     "larger N starts higher": "drawn, no numbers (N = 7 to 13)",
     "larger N ends higher": "drawn, no numbers (N = 7 to 13)",

@@ -142,7 +142,8 @@ def measure(command: Figure5Command) -> Results:
         policies["After RL"] = load_model(command.finetuned)
         same = policies["After RL"]._replace(params=None) == reference._replace(params=None)
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
-    rng = np.random.default_rng([command.sampling.seed, digits - 1])
+    # A fine-tuned policy may have learned from the problems that these two numbers give: a round's are drawn so.
+    rng = np.random.default_rng([command.sampling.seed, digits - 1, *(1,) * (len(policies) - 1)])
     problems = reference.task.rl_problems(rng, command.generations, digits, digits - 1)
     summaries: dict[str, Any] = {}
     for name, policy in policies.items():

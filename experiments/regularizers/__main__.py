@@ -188,8 +188,9 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
     require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
     assert found is not None
     with reading.only_read(command.earlier / "results.json", "earlier", applies=True):
-        theirs, ours = ({"task": "addition", **config} for config in (found["config"], described))
-        for name in ("task", "checkpoint", "screen_seeds", "screen_rounds", "seeds"):
+        older = {"task": "addition", "model": described["model"]}
+        theirs, ours = ({**older, **config} for config in (found["config"], described))
+        for name in ("task", "checkpoint", "model", "screen_seeds", "screen_rounds", "seeds"):
             require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
         require(
             set(ours["grid"]) <= set(theirs["grid"]), "grid", ours["grid"], f"of {theirs['grid']}, that of --earlier"
