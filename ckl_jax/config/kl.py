@@ -25,9 +25,8 @@ class KL(Chapter):
     2512.02556). Needs kl k1, k2 or k3, in the loss. The ratio is to the policy before the round's updates, with
     `staleness` too: then it is not to the one that wrote the answers."""
     kl_gate: Literal["none", "clip"] = "none"
-    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026),
-    so not at those that `lp_reg` keeps from it.
-    Needs one of them, and the KL in the loss."""
+    """`clip`: a token's KL counts 0 where ppo's and grpo's clip stops its policy gradient (F1-B of ZCPO, Ding 2026), so
+    not at tokens that `lp_reg` keeps from it. Needs one of them, and the KL in the loss."""
     kl_in: Literal["loss", "reward", "advantage", "episode"] = "loss"
     """`reward`: every token's advantage loses alpha * the weighted k1 of itself and of all after it, less the mean of
     that over the round's other episodes; needs kl k1. `advantage`: the same without that baseline (FRPO, arXiv
