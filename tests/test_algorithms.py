@@ -246,6 +246,29 @@ def test_the_kl_in_the_reward_is_not_rescaled_by_normalized_advantages(answers):
         np.testing.assert_allclose(difference, -2.0 * centered, atol=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["a2c", "ppo"])
+def test_the_advantage_with_a_critic_is_gae_of_a_reward_at_the_last_token(answers, algorithm):
+    """By a plain loop from every token's end backwards; then less its mean and over its deviation over all tokens."""
+    rewards = {"reward_right": 2.0, "reward_wrong": -1.0}
+    config = dataclasses.replace(CONFIG, algorithm=algorithm, discount=0.9, gae_lambda=0.8, **rewards)
+    trajectory, *_, values_BxT = answers
+    mask_BxT, values_BxT = np.asarray(trajectory.mask_BxT), np.asarray(values_BxT, np.float64)
+    expected_BxT = np.zeros(mask_BxT.shape)
+    for b, length in enumerate(mask_BxT.sum(axis=1)):
+        ahead, following = 0.0, 0.0
+        for t in reversed(range(length)):
+            reward = 0.0 if t < length - 1 else (2.0 if b % 2 == 0 else -1.0)
+            ahead = reward + 0.9 * following - values_BxT[b, t] + 0.9 * 0.8 * ahead
+            expected_BxT[b, t], following = ahead, values_BxT[b, t]
+    found = _assessed(config, answers)
+    np.testing.assert_allclose(found.advantages_BxT, expected_BxT, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.returns_BxT[mask_BxT], (expected_BxT + values_BxT)[mask_BxT], rtol=1e-4, atol=1e-5)
+    of_mask = expected_BxT[mask_BxT]
+    normalized = _assessed(dataclasses.replace(config, normalize_advantages=True), answers)
+    standard = (of_mask - of_mask.mean()) / of_mask.std()
+    np.testing.assert_allclose(normalized.advantages_BxT[mask_BxT], standard, rtol=1e-3, atol=1e-4)
+
+
 def test_clamped_log_probs_bound_every_loss_of_a_token_that_the_reference_excludes(model, moved, answers):
     """Every token of the answers has a log-prob of about -100 for the reference, hence -15.942385."""
     trajectory, critical, logits, ref_logits, values = answers

@@ -10,6 +10,7 @@ import pytest
 import torch
 from policies import untrained
 
+from ckl_jax import losses
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
@@ -107,6 +108,14 @@ def round_of(two_layers):
     run = jax.jit(lambda p, r, problems: collect(program, p, r, hyper, problems, (key, key), None)[0])
     episodes = run(params, reference, draw_problems(program, 0, 0))
     return program, hyper, params, reference, episodes
+
+
+def test_the_answers_are_sampled_at_the_configs_temperature(round_of):
+    program, _, params, _, episodes = round_of
+    trajectory = episodes.trajectory
+    logits, _ = score(program.model, params["policy"], trajectory)
+    expected = losses.token_log_probs(logits, trajectory.answers_BxT, 1.5, trajectory.mask_BxT)
+    np.testing.assert_allclose(trajectory.log_probs_BxT, expected, atol=1e-4)
 
 
 def make_networks(round_of):

@@ -182,6 +182,24 @@ def test_a_policy_that_wavers_where_it_matters_and_where_it_does_not(finished):
     assert found["types_known"] == len(ADDITION.critical_tokens(tasks.Problem(21, 43), 1))
 
 
+def test_what_is_judged_again_has_noise_of_its_own(tmp_path, monkeypatch):
+    """The first completions choose the better branch, so the later ones must not repeat them."""
+    seeds = []
+
+    def judged(model, problems, digits, *, seed, **how):
+        seeds.append(seed)
+        return np.arange(len(problems)) % 2.0
+
+    save_model(tmp_path / "model", policy_that_says(SAID, (RESULT,)), {})
+    monkeypatch.setattr(ColumnTask, "rl_problems", lambda task, rng, count, *digits: [tasks.Problem(21, 43)] * count)
+    monkeypatch.setattr(experiment, "judge", judged)
+    experiment.main(command(tmp_path))
+    assert len(seeds) == 8
+    own, runner_up, own_again, runner_up_again = (seeds[first : first + 2] for first in range(0, 8, 2))
+    assert (own, own_again) == (runner_up, runner_up_again)
+    assert len({0, *own, *own_again}) == 5
+
+
 def test_results_say_how_they_were_made_and_are_drawn_again(finished, monkeypatch, capsys):
     results = json.loads((finished / "out" / "results.json").read_text())
     assert results["config"]["digits"] == 2

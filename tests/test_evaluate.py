@@ -92,6 +92,23 @@ def test_a_moved_model_reads_as_the_whole_one_further_on_in_its_block(small_mode
         moved(model, 400)
 
 
+def test_the_command_judges_both_kinds_of_operands_with_its_options(small_model, tmp_path, monkeypatch, capsys):
+    judged = []
+
+    def fake(model, problems, digits, **options):
+        judged.append((problems, digits, options))
+        return np.full(len(problems), float(all(len(str(p.a)) == len(str(p.b)) == digits for p in problems)))
+
+    save_model(tmp_path, Model(small_model, 2, untrained(small_model)), {})
+    monkeypatch.setattr(evaluate, "judge", fake)
+    evaluate.main(EvaluateConfig(tmp_path, problems=30, temperature=0.7, seed=3))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[1], row[4]) for row in rows if "possible:" not in row] == [("100.0", "0.0")] * (len(judged) // 2)
+    assert len(judged) >= 4
+    for problems, _, options in judged:
+        assert (len(problems), options["temperature"], options["seed"]) == (30, 0.7, 3)
+
+
 def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_path, monkeypatch, capsys):
     save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
     by_block = {400: [1.0, 1.0, 0.0, 0.0], 380: [1.0, 0.0, 0.0, 0.0]}

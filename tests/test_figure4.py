@@ -125,6 +125,17 @@ def test_beta_zero_and_other_weights_than_j_to_the_beta_are_refused(tmp_path):
             command(tmp_path, f"--{option.replace('_', '-')}", value)
 
 
+@pytest.mark.parametrize(
+    ("prioritized", "verdict"),
+    [([0.5, 0.51, 0.52], "reproduced"), ([0.1, 0.11, 0.12], "not reproduced"), ([0.1, 0.3, 0.5], "undecided")],
+)
+def test_the_claim_is_judged_by_the_difference_to_the_standard_arm(prioritized, verdict):
+    config = {"config": {"seed": 0, "episodes": 10, "extra_digits": 1}, "seeds": 3}
+    records = made_runs.records({"standard": [0.3, 0.31, 0.32], "prioritized": prioritized})
+    results = figure4.summarize(arms_lib.Run(config, records, {"wall_seconds": 1.0}, 6))
+    assert results["claims"][0]["verdict"] == verdict
+
+
 @pytest.mark.parametrize(("extra", "said"), [(1, "8 to 9 digits"), (2, "7 to 9 digits")])
 def test_claim_and_title_say_from_which_n_it_went(extra, said):
     config = {"config": {"seed": 0, "episodes": 10, "extra_digits": extra}, "seeds": 2}
@@ -132,4 +143,5 @@ def test_claim_and_title_say_from_which_n_it_went(extra, said):
     run = arms_lib.Run(config, records, {"wall_seconds": 1.0}, 9)
     results = figure4.summarize(run)
     assert f"({said}, 2 seeds)" in results["claims"][0]["here"]
+    assert results["paired_difference"]["target"][0] == pytest.approx(0.15)
     assert f"from N = {said}" in figure4.draw(results, run).axes[0].get_title()

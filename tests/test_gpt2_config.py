@@ -69,7 +69,7 @@ def test_activations_by_name_are_that_function_or_refused(name, tmp_path):
     write_nano(tmp_path / "source", activation_function=name)
     if name not in ACTIVATIONS:
         with pytest.raises(
-            ConfigError, match=rf"^config\.json activation_function: got '{name}', allowed is gelu_new | "
+            ConfigError, match=rf"^config\.json activation_function: got '{name}', allowed is gelu_new \| "
         ):
             load_foreign(tmp_path / "source", ADDITION, 7)
         return

@@ -1,6 +1,7 @@
 """Logs: copies in TensorBoard and Weights & Biases hold metrics.jsonl, samples are what was sampled, quiet is quiet."""
 
 import contextlib
+import dataclasses
 import html
 import io
 import json
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import wandb
-from policies import SCRIPT_MODEL, policy, scripted_policy
+from policies import SCRIPT_MODEL, policy, scripted_policy, untrained
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -207,6 +208,29 @@ def test_a_sample_has_the_reward_of_its_text():
     assert tested.accuracy["target"].tolist() == [0, pytest.approx(tested.rewards_RxS[1].mean())]
 
 
+def test_the_old_lengths_are_tested_on_fewer_problems_of_up_to_n_digits():
+    program = make_program(dataclasses.replace(CONFIG, old_problems=7), Model(SCRIPT_MODEL, 1, policy(SCRIPT_MODEL)))
+    for count in (5, 20):
+        (target, digits), (old, base) = evaluation.problem_sets(program, count).values()
+        assert (len(target), digits, len(old), base) == (count, 2, min(count, 7), 1)
+        assert {len(str(max(problem.a, problem.b))) for problem in target} == {2}
+        assert {len(str(max(problem.a, problem.b))) for problem in old} == {1}
+
+
+def test_a_test_samples_at_its_own_temperature():
+    model = Model(SCRIPT_MODEL, 1, untrained(SCRIPT_MODEL, contrast=10))
+    params = jax.tree.map(lambda x: x[None], model.params)
+
+    def answers(**options):
+        program = make_program(dataclasses.replace(CONFIG, **options), model)
+        return evaluation.test(program, params, 3).answers_RxSxT
+
+    usual = answers()
+    np.testing.assert_array_equal(usual, answers(temperature=5.0))
+    assert (usual != answers(test_temperature=5.0)).any()
+    assert (usual != answers(test_temperature=0.01)).any()
+
+
 def test_quiet_prints_the_end_and_nothing_else(whole, resumed):
     out, printed = whole
     assert printed == [f"saved: {out}/run/seed_3, {out}/run/seed_4"]
@@ -225,7 +249,7 @@ def test_a_missing_library_is_an_error_that_names_the_extra(name, library, monke
 
 
 def test_another_value_is_refused():
-    with pytest.raises(ConfigError, match=r"^log_to: got 'mlflow', allowed is tensorboard | wandb$"):
+    with pytest.raises(ConfigError, match=r"^log_to: got 'mlflow', allowed is tensorboard \| wandb$"):
         LogOptions(("mlflow",))
     with pytest.raises(ConfigError, match=r"^quiet: got 'no', allowed is True or False$"):
         LogOptions(quiet="no")

@@ -165,6 +165,49 @@ def test_the_learning_rate_ends_at_its_share_of_the_peak(config):
     np.testing.assert_allclose([sizes[config.warmup_steps], sizes[-1]], [config.learning_rate, 0.0], atol=1e-6)
 
 
+PARAMS = {"wte": {"w": jnp.ones((2, 3))}, "h_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+
+
+def first_updates(config, gradient, **changes):
+    """At the peak of the learning rate: of the shapes of ``PARAMS``."""
+    config = dataclasses.replace(config, warmup_steps=0, **changes)
+    optimizer = make_optimizer(config)
+    gradients = jax.tree.map(lambda x: jnp.full(x.shape, gradient), PARAMS)
+    return config, optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weights_decay_and_biases_do_not(config, name):
+    config, updates = first_updates(config, 0.0, optimizer=name, weight_decay=0.5)
+    decayed = -config.learning_rate * 0.5
+    np.testing.assert_allclose(updates["h_0"]["kernel"], decayed, rtol=1e-5)
+    np.testing.assert_allclose(updates["wte"]["w"], decayed if name == "adamw" else 0.0, rtol=1e-5)
+    np.testing.assert_array_equal(updates["h_0"]["bias"], 0.0)
+
+
+def test_muon_is_for_the_layers_matrices_and_adam_for_the_rest(config):
+    """Of one gradient everywhere Adam makes one step everywhere, Muon one of its own size."""
+    _, updates = first_updates(config, 0.1, optimizer="muon", weight_decay=0.0)
+    adam = updates["h_0"]["bias"][0]
+    np.testing.assert_allclose(updates["wte"]["w"], adam, rtol=1e-5)
+    assert np.abs(updates["h_0"]["kernel"] / adam - 1).min() > 0.1
+
+
+def test_gradients_are_clipped_by_their_global_norm(config):
+    """Beyond the norm the optimizer's state does not depend on their size, below it does."""
+    optimizer = make_optimizer(dataclasses.replace(config, optimizer="adamw", clip_norm=0.1))
+
+    def after(size):
+        gradients = jax.tree.map(lambda x: jnp.full(x.shape, size), PARAMS)
+        return optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)[1]
+
+    def size(state):
+        return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(state) if x.ndim)
+
+    chex.assert_trees_all_close(after(1.0), after(100.0), rtol=1e-5)
+    assert size(after(1.0)) > 3 * size(after(1e-3))
+
+
 @pytest.mark.parametrize("width", [8, 7])
 def test_sinusoids_say_how_far_two_positions_are_apart(width):
     rows = np.asarray(sinusoids(50, width), np.float64)
