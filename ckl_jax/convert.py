@@ -146,9 +146,9 @@ def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
     if digits is None:
         digits = said.get("max_pretrain_digits")
     if digits is None:
-        named = re.search(r"_(\d{1,2})digits", config.source)
-        require(named is not None, "digits", None, "a number, for neither config.json nor the name says it")
-        digits = int(named[1]) if named else None
+        named = re.findall(r"_(\d{1,2})digits", pathlib.PurePath(config.source).name)
+        require(len(named) == 1, "digits", None, "a number, for neither config.json nor the name says it once")
+        digits = int(named[0])
     tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer", TOKENIZER_FILES)
     activation = config.activation
     if activation is None and config.source.startswith(AUTHORS) and "activation_function" not in said:

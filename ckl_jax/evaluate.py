@@ -150,6 +150,11 @@ class EvaluateConfig:
         require(len(self.offsets) > 0, "offsets", self.offsets, "1 or more positions")
 
 
+def lengths(model: Model) -> range:
+    """N to N + 3 digits, as far as problems go."""
+    return range(model.max_pretrain_digits, min(model.max_pretrain_digits + 3, tasks.MAX_DIGITS) + 1)
+
+
 def main(config: EvaluateConfig) -> None:
     model = load_model(config.checkpoint)
     base, block_size = model.max_pretrain_digits, model.config.block_size
@@ -158,7 +163,7 @@ def main(config: EvaluateConfig) -> None:
         f"{model.task.name}, N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval"
     )
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
-    for digits in range(base, base + 4):
+    for digits in lengths(model):
         length = model.task.longest_episode(digits) + max(config.offsets)
         if length > block_size:
             print(f"{digits:>8}  not possible: up to {length} positions, block_size = {block_size}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from made_answers import made, replaced
-from policies import SCRIPT_MODEL, policy, scripted_policy
+from policies import SCRIPT_MODEL, policy, scripted_policy, untrained
 
 from ckl_jax import tasks
 from ckl_jax.analysis import critical
@@ -158,6 +158,14 @@ def test_a_reference_may_have_another_shape():
     assert np.abs(alone.certainty_BxT - judged.certainty_BxT)[alone.mask_BxT].max() > 0.01
 
 
+def test_certainty_is_measured_in_float32_whatever_pre_training_had():
+    """So is it in RL: bfloat16 would round a J close to 1."""
+    params = untrained(MODEL, contrast=10)
+    low = dataclasses.replace(MODEL, dtype="bfloat16", precision="default")
+    found = [critical.sample(Model(config, 1, params), PROBLEMS, 2, Measuring()) for config in (MODEL, low)]
+    np.testing.assert_array_equal(found[0].certainty_BxT, found[1].certainty_BxT)
+
+
 def test_a_reference_of_another_n_or_task_and_too_long_episodes_are_refused():
     model = Model(MODEL, 1, policy(MODEL, 0))
     short = dataclasses.replace(MODEL, block_size=60)
@@ -166,7 +174,9 @@ def test_a_reference_of_another_n_or_task_and_too_long_episodes_are_refused():
             ConfigError, match=r"^reference: got .*, allowed is the policy's N and task, \(1, 'addition'\)"
         ):
             critical.sample(model, PROBLEMS, 2, Measuring(extra_length=3), wrong)
-    with pytest.raises(ConfigError, match=r"extra_length: got 3, allowed is at most -?\d+ \(block_size = 60\)"):
+    with pytest.raises(
+        ConfigError, match=r"digits: got 2, allowed is what fits the block: 177 characters \(block_size = 60\)"
+    ):
         critical.sample(model, PROBLEMS, 2, HOW, model._replace(config=short))
     with pytest.raises(ConfigError, match=r"extra_length: got 1000, allowed is at most \d+ \(block_size = 400\)"):
         critical.sample(model, PROBLEMS, 2, Measuring(extra_length=1000))

@@ -240,7 +240,7 @@ def test_a_model_that_solves_nothing_has_nothing_open_and_one_that_is_sure_nothi
         (["--least-drop", "0"], "least_drop"),
         (["--least-answers", "1"], "least_answers"),
         (["--temperature", "0"], "temperature"),
-        (["--digits", "9"], "extra_length"),
+        (["--digits", "9"], "digits: got 9, allowed is what fits the block"),
         (["--checkpoint", "missing"], "checkpoint"),
         (["--plot-only", "--out", "missing"], "plot_only"),
     ],

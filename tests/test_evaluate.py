@@ -109,6 +109,11 @@ def test_the_command_judges_both_kinds_of_operands_with_its_options(small_model,
         assert (len(problems), options["temperature"], options["seed"]) == (30, 0.7, 3)
 
 
+def test_lengths_end_where_problems_do(small_model):
+    assert [*evaluate.lengths(Model(small_model, 5, None))] == [5, 6, 7, 8]
+    assert [*evaluate.lengths(Model(small_model, 17, None))] == [17, 18]
+
+
 def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_path, monkeypatch, capsys):
     save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
     by_block = {400: [1.0, 1.0, 0.0, 0.0], 380: [1.0, 0.0, 0.0, 0.0]}

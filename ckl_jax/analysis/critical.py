@@ -1,5 +1,6 @@
 """Critical tokens in a model's own answers: where they are met, how sure it is of them, what they decide."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ class Measuring:
     temperature: PositiveFloat = 1.0
     """Sampling temperature."""
     certainty: CertaintyKind = "negentropy"
-    """J, the pre-trained model's certainty of its next token."""
+    """J, the model's certainty of its next token; of the pre-trained one where the answers are another policy's."""
     certainty_temperature: PositiveFloat = 1.0
-    """Temperature of the pre-trained model's distribution inside J."""
+    """Temperature of that model's distribution inside J."""
     extra_length: NonNegativeInt = tasks.EXTRA_LENGTH
     """Characters that an answer may be longer than the longest right one."""
     seed: NonNegativeInt = 0
@@ -131,10 +132,17 @@ def _answer(
     )
 
 
+def exactly(config: ModelConfig) -> ModelConfig:
+    """The config in the arithmetic that RL has by default, whatever pre-training had: J close to 1 needs it."""
+    return dataclasses.replace(config, dtype="float32", precision="highest")
+
+
 def require_room(model: Model, digits: int, extra_length: int) -> None:
     """Raises ConfigError where episodes of that many digits do not fit into the model's block."""
-    total = model.task.longest_episode(digits, extra_length)
     room = model.config.block_size
+    shortest = model.task.longest_episode(digits, 0)
+    require(shortest <= room, "digits", digits, f"what fits the block: {shortest} characters (block_size = {room})")
+    total = model.task.longest_episode(digits, extra_length)
     require(total <= room, "extra_length", extra_length, f"at most {extra_length - total + room} (block_size = {room})")
 
 
@@ -162,8 +170,8 @@ def sample(
     parts = [
         jax.device_get(
             _answer(
-                policy.config,
-                None if reference is None else reference.config,
+                exactly(policy.config),
+                None if reference is None else exactly(reference.config),
                 how,
                 policy.params,
                 None if reference is None else reference.params,

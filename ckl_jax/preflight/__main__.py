@@ -6,7 +6,8 @@
 What stands behind ``pretrain``, ``finetune`` or ``evaluate`` are that command's own options. Nothing is computed, no
 dataset is needed and no TPU, only the extra ``preflight`` (libtpu). For every program there are a device's memory, its
 matrix products and traffic, and the shortest time that arithmetic, memory or links allow, whichever is longest. Where
-loops end early by data, they count with all their turns (marked ``<=``).
+loops end early by data, they count with all their turns (marked ``<=``). Answers count as decoded step by step up to
+the limit: a loop over drafts, whose turns nothing bounds, counts once, so ``--rollout speculative`` says too little.
 
 A program that does not fit is tried again with what makes it smaller, until something does. Exit code 8 says that one
 did not fit; any other but 0, that this command itself failed.
@@ -23,7 +24,7 @@ from typing import Any
 
 import jax
 
-from ckl_jax.errors import require
+from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
 from ckl_jax.preflight.chips import GIB, Chip, topology
 from ckl_jax.preflight.programs import COMMANDS
@@ -92,7 +93,11 @@ def main(name: str, arguments: list[str], command: PreflightCommand) -> None:
 def _tried(planned: Any, options: Any, index: int, chip: Chip) -> list[str]:
     found = []
     for option, smaller in planned.smaller(options):
-        verdict = judged(list(planned.programs(smaller))[index], chip)
+        try:
+            verdict = judged(list(planned.programs(smaller))[index], chip)
+        except ConfigError as error:  # The devices cannot share it so.
+            found.append(f"With {option} it is not possible ({error})")
+            continue
         word = "fits" if verdict.fits else "does not fit either"
         found.append(f"With {option} it {word} ({_gib(verdict.needed)})")
         if verdict.fits:

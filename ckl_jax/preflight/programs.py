@@ -75,10 +75,9 @@ def _evaluation(model: Model, problems: Any, digits: int, temperature: float | N
 
 
 def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
-    model = _without_numbers(load_model(command.checkpoint))
-    base, block = model.max_pretrain_digits, model.config.block_size
-    for digits in range(base, base + 4):
-        if model.task.longest_episode(digits) <= block:
+    model = _without_numbers(evaluate.moved(load_model(command.checkpoint), max(command.offsets)))
+    for digits in evaluate.lengths(model):
+        if model.task.longest_episode(digits) <= model.config.block_size:
             problems = model.task.varying_problems(np.random.default_rng(0), command.problems, digits)
             yield from _evaluation(model, problems, digits, command.temperature, 0)
 

@@ -17,7 +17,7 @@ from ckl_jax.fields import AtLeast
 from ckl_jax.runtime import sharding
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
-from ckl_jax.tasks.task import Task
+from ckl_jax.tasks.task import MAX_DIGITS, Task
 
 Arms = Mapping[str, Mapping[str, Any]]
 MOST_SEEDS = 1_000
@@ -79,6 +79,8 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
     in_rl = dataclasses.replace(model.config, **arithmetic)
     other = None if certainty_from is None else dataclasses.replace(certainty_from.config, **arithmetic)
     program = Program(in_rl, config, model.max_pretrain_digits, model.task, other)
+    possible = f"at most {MAX_DIGITS - model.max_pretrain_digits}: problems have up to {MAX_DIGITS} digits"
+    require(program.digits <= MAX_DIGITS, "extra_digits", config.extra_digits, possible)
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)

@@ -22,7 +22,7 @@ CACHE_BLOCK = 128
 
 
 class _Decoding(NamedTuple):
-    step: jax.Array
+    turn: jax.Array
     active: jax.Array
     logits_BxV: jax.Array
     cache: Cache | None
@@ -32,8 +32,8 @@ class _Decoding(NamedTuple):
     in_result_B: jax.Array
 
 
-def _continues(limit: int, state: _Decoding) -> jax.Array:
-    return state.active & (state.step < limit)
+def _continues(turns: int, state: _Decoding) -> jax.Array:
+    return state.active & (state.turn < turns)
 
 
 def rollout(
@@ -97,8 +97,8 @@ def _decode(
         active = ~done_B.all()
         return active if axis_name is None else jax.lax.pmax(active.astype(jnp.int32), axis_name) > 0
 
-    def decode_step(state: _Decoding) -> _Decoding:
-        step = state.step
+    def decode_step(begun: int, state: _Decoding) -> _Decoding:
+        step = begun + state.turn
         scaled_BxV = state.logits_BxV / temperature
         steps_Bx1 = jnp.broadcast_to(step, (batch, 1))
         noise_BxV = 0.0 if greedy else gumbel_noise(key, episodes_B, steps_Bx1, config.vocab_size)[:, 0]
@@ -117,7 +117,7 @@ def _decode(
         done_B = state.done_B | ended_B
         output = extend(tokens_B[:, None], num_prompt + step, 1, state.cache)
         return _Decoding(
-            step + 1,
+            state.turn + 1,
             any_active(done_B),
             output.logits_BxTxV[:, 0],
             output.cache,
@@ -141,13 +141,15 @@ def _decode(
         done_B,
         done_B,
     )
-    while True:
-        state = jax.lax.while_loop(functools.partial(_continues, slots - num_prompt), decode_step, state)
+    begun = 0
+    while True:  # Every loop counts from 0, so that its most turns can be read from it.
+        turns = functools.partial(_continues, slots - num_prompt - begun)
+        state = jax.lax.while_loop(turns, functools.partial(decode_step, begun), state)
         if slots == total:
             break
-        slots = min(total, slots + CACHE_BLOCK)
+        begun, slots = slots - num_prompt, min(total, slots + CACHE_BLOCK)
         assert state.cache is not None
-        state = state._replace(cache=state.cache.grown(slots))
+        state = state._replace(turn=jnp.zeros((), jnp.int32), cache=state.cache.grown(slots))
 
     return judged(problems, state.answers_BxT[:, len(mark) :], state.log_probs_BxT)
 

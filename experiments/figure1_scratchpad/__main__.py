@@ -10,8 +10,8 @@ triangle is where the text first leaves the right answer.
 
 The default operands show the paper's case with the shipped model: at the critical comma of operand 2 in step 1, where
 J has its minimum over the whole answer, it closes the list a digit too early, copies on without a doubt, and ends with
-a wrong result. They were picked for it: of 40 random problems of two 6-digit operands 7 first went wrong at a critical
-token; the others did elsewhere, since a model of this size is unsure at other places too. It takes seconds.
+a wrong result. They were picked for it: most of this model's wrong answers first go wrong elsewhere
+(``experiments.freed_pressure``). It takes seconds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from ckl_jax import tasks
+from ckl_jax.analysis.critical import exactly
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, fingerprint, load_model
@@ -102,7 +103,7 @@ def answer(model: Model, a: int, b: int, *, temperature: float | None = None, se
     problem = model.task.problem(a, b)
     problems = problems_lib.pack(model.task, [problem], digits, base)
     trajectory, logits_1xTxV, (indices, recorded) = _write(
-        model.config,
+        exactly(model.config),
         model.params,
         problems,
         jax.random.key(seed),

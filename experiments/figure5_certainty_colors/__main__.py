@@ -140,7 +140,8 @@ def measure(command: Figure5Command) -> Results:
     policies = {"Before RL": reference}
     if command.finetuned is not None:
         policies["After RL"] = load_model(command.finetuned)
-        same = policies["After RL"]._replace(params=None) == reference._replace(params=None)
+        kinds = [found._replace(params=None, config=critical.exactly(found.config)) for found in policies.values()]
+        same = kinds[0] == kinds[1]
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
     # A fine-tuned policy may have learned from the problems that these two numbers give: a round's are drawn so.
     rng = np.random.default_rng([command.sampling.seed, digits - 1, *(1,) * (len(policies) - 1)])
