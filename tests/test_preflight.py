@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 from policies import untrained
@@ -24,8 +25,11 @@ from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
+from ckl_jax.rollout.decoding import rollout
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, targets
 from ckl_jax.runtime.targets import Call
+from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "tpu_programs.json"
@@ -70,6 +74,23 @@ def test_a_loop_that_data_ends_counts_with_all_its_turns_and_says_so():
     found = _cost(until_large, _array(32, 32), _array(32, 32))
     assert found.flops == 9 * 2 * 32**3
     assert found.guessed
+
+
+def test_answers_that_all_end_at_the_limit_turn_the_loops_of_decoding_as_often(small_model):
+    """A loop for each size of the cache: together they have a turn for every character."""
+    drawn = ADDITION.rl_problems(np.random.default_rng(0), 2, 2, 1)
+    packed = problems_lib.pack(ADDITION, drawn, 2, 1)
+    length = 300
+
+    def written(params):
+        return rollout(small_model, params, packed, jax.random.key(0), Sampling(length, greedy=True)).tokens_BxL
+
+    text = jax.jit(written).lower(untrained(small_model)).compile().as_text()
+    computations, _ = hlo.parsed(text)
+    loops = [x for found in computations.values() for x in found.values() if x.opcode == "while"]
+    turns = [costs._turns(computations[loop.called()["condition"][0]], computations)[0] for loop in loops]
+    assert len(turns) == 3
+    assert sum(turns) == length
 
 
 def test_a_program_that_asks_python_in_a_loop_is_told_from_one_that_does_not():
