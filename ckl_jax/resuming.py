@@ -76,7 +76,7 @@ class Resumable:
             self._require_later(name, before, after[name], where)
 
     def _filled(self, old: Any, new: Any) -> tuple[dict[_Name, Any], dict[_Name, Any]]:
-        """Both by name; what the old one does not have yet is the default."""
+        """Both by name; what the old one does not have yet is the default, or of ``later`` what the new one has."""
         before, after = (dict(_leaves(config)) for config in (old, new))
         since = self._later - {name[0] for name in before if name}
         for name in after.keys() - before.keys():

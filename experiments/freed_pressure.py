@@ -78,12 +78,9 @@ def measure(command: FreedPressureCommand) -> Results:
     """Shares of tokens and of what is freed by part, and the mean weight by beta."""
     model, other = load_model(command.checkpoint), certainty_model(command)
     base = model.max_pretrain_digits
-    if other is not None:
-        kinds = [(found.max_pretrain_digits, found.task.name) for found in (other, model)]
-        require(kinds[0] == kinds[1], "certainty_checkpoint", kinds[0], f"the checkpoint's N and task, {kinds[1]}")
     rng = np.random.default_rng([command.sampling.seed, base])
     problems = model.task.rl_problems(rng, command.answers, base + 1, base)
-    answers = critical.sample(model, problems, base + 1, command.sampling, other)
+    answers = critical.sample(model, problems, base + 1, command.sampling, other, named="certainty_checkpoint")
     config = {"command": COMMAND, **asdict(command), "checkpoint": fingerprint(model.params)}
     config["certainty_checkpoint"] = None if other is None else fingerprint(other.params)
     for name in ("out", "plot_only"):

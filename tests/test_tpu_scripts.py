@@ -814,6 +814,14 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
+def code_of_parse():
+    try:
+        runpy.run_path(str(PARSE), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     ("words", "code"), [("--seeds 2", 0), ("--seeds x", 2), ("--no-such 1", 2), ("--beta -1", 2), ("--quiet", 0)]
@@ -821,11 +829,7 @@ PARSE = ROOT / "tpu_scripts" / "parse.py"
 def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(monkeypatch, capsys, words, code):
     monkeypatch.setattr(cli, "run", cli.run)  # parse.py replaces it.
     monkeypatch.setattr(sys, "argv", [str(PARSE), "ckl_jax.finetune", *words.split(), "--out", "gs://bucket/run"])
-    found = 0
-    try:
-        runpy.run_path(str(PARSE), run_name="__main__")
-    except SystemExit as stop:
-        found = stop.code
+    found = code_of_parse()
     printed = capsys.readouterr()
     assert (found, printed.out) == (code, "")
     assert printed.err.startswith("error: ") == bool(code)
@@ -843,11 +847,7 @@ def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch,
     monkeypatch.setattr(pathlib.Path, "exists", lambda path: str(path) == "runs/mine" or exists(path))
     words = ["--checkpoint", checkpoint.format(here=tmp_path), "--out", "gs://bucket/run"]
     monkeypatch.setattr(sys, "argv", [str(PARSE), "ckl_jax.finetune", *words])
-    found = 0
-    try:
-        runpy.run_path(str(PARSE), run_name="__main__")
-    except SystemExit as stop:
-        found = stop.code
+    found = code_of_parse()
     assert found == code, capsys.readouterr().err
     assert ("error: checkpoint: got " in capsys.readouterr().err) == bool(code)
 

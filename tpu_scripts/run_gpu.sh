@@ -54,28 +54,26 @@ done
 # SIGTERM saves the work (exit code 75). It comes twice, and may find a program that has saved and is ending, or has not
 # begun (143). What does not end in GRACE_SECONDS is killed (137), and goes on from its last checkpoint, if it has made one.
 stage() {
-  local code=0 begun=$SECONDS mark
+  local code=0 begun=$SECONDS started
   if [[ $dry_run ]]; then
     printf '%q ' "$@"
     echo
     return
   fi
-  mark=$(mktemp)
+  started=$(date +%s)
   timeout --preserve-status --signal=TERM --kill-after="$grace" "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
   wait "$!" || code=$?
-  if ((code == 137 && SECONDS >= seconds && 2 * begun <= seconds)) && ! is_saved_since "$mark"; then
+  if ((code == 137 && SECONDS >= seconds && 2 * begun <= seconds)) && ! is_saved_since "$started"; then
     echo "run_gpu.sh: STAGE_SECONDS: got $seconds, in which $3 saved no checkpoint; allowed is more" >&2 || true
     code=2
   elif ((code == 75 || ((code == 137 || code == 143) && SECONDS >= seconds))); then
-    rm -f "$mark"
     echo "run_gpu.sh: this stage is over; the same command goes on" || true
     exit 75
   fi
-  rm -f "$mark"
   return "$code"
 }
 
-is_saved_since() { [[ $(find "$directory" -name '*.sha256.json' -newer "$1" -print -quit 2>/dev/null) ]]; }
+is_saved_since() { [[ $(find "$directory" -name '*.sha256.json' -newermt "@$1" -print -quit 2>/dev/null) ]]; }
 
 python=${PYTHON:-python}
 stage "$python" -m ckl_jax.pretrain --scale "$scale" --max-digits "$digits" "${pretrain[@]}" --out "$model"

@@ -152,11 +152,13 @@ def sample(
     digits: int,
     how: Measuring,
     reference: Model | None = None,
+    named: str = "reference",
 ) -> Generations:
     """The policy's sampled answers to problems of up to ``digits`` digits.
 
     Args:
       reference: whose certainty is measured, a model of the same N and task; default: the policy itself.
+      named: the option that it came by, for the error.
 
     Raises:
       ConfigError: the reference has another N or task, or an episode does not fit into a block.
@@ -165,7 +167,7 @@ def sample(
         require_room(model, digits, how.extra_length)
     if reference is not None:
         kinds = [(model.max_pretrain_digits, model.task.name) for model in (reference, policy)]
-        require(kinds[0] == kinds[1], "reference", kinds[0], f"the policy's N and task, {kinds[1]}")
+        require(kinds[0] == kinds[1], named, kinds[0], f"the policy's N and task, {kinds[1]}")
     packed = problems_lib.pack(policy.task, problems, digits, policy.max_pretrain_digits)
     parts = [
         jax.device_get(

@@ -74,9 +74,8 @@ def _terms(
 
     def policy():
         if config.has_ratio:
-            free_BxT = unclipped()
             return ratio_losses.clipped_policy_loss(
-                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip, free_BxT
+                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip, unclipped()
             )
         return losses.policy_gradient_loss(log_probs_BxT, advantages_BxT, mask_BxT)
 
@@ -107,8 +106,9 @@ def _terms(
                 kl_BxT = ratio_losses.off_policy_kl(kl_BxT, config.kl, log_probs_BxT, old_log_probs_BxT, mask_BxT)
         weights_BxT = episodes.kl_weights_BxT
         if config.kl_gate == "clip":
-            ratio_of = log_probs_BxT, old_log_probs_BxT
-            gate_BxT = ratio_losses.open_gate(*ratio_of, advantages_BxT, mask_BxT, clip, unclipped())
+            gate_BxT = ratio_losses.open_gate(
+                log_probs_BxT, old_log_probs_BxT, advantages_BxT, mask_BxT, clip, unclipped()
+            )
             weights_BxT = jnp.where(gate_BxT, weights_BxT, 0.0)
         return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 

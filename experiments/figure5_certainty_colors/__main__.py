@@ -143,8 +143,9 @@ def measure(command: Figure5Command) -> Results:
         kinds = [found._replace(params=None, config=critical.exactly(found.config)) for found in policies.values()]
         same = kinds[0] == kinds[1]
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
-    # A fine-tuned policy may have learned from the problems that these two numbers give: a round's are drawn so.
-    rng = np.random.default_rng([command.sampling.seed, digits - 1, *(1,) * (len(policies) - 1)])
+    # A fine-tuned policy may have learned from the problems that two numbers give: a round's are drawn so.
+    apart = [] if command.finetuned is None else [1]
+    rng = np.random.default_rng([command.sampling.seed, digits - 1, *apart])
     problems = reference.task.rl_problems(rng, command.generations, digits, digits - 1)
     summaries: dict[str, Any] = {}
     for name, policy in policies.items():
