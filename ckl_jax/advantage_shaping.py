@@ -63,7 +63,7 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
     require(0 <= share <= 1, "share", share, "0 to 1")
     num_episodes, num_steps = mask_BxT.shape
     require(num_episodes % group_size == 0, "group_size", group_size, f"a divisor of the {num_episodes} episodes")
-    mask_BxT, entropy_BxT, _ = as_constants(mask_BxT, entropy_BxT, entropy_BxT)
+    mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy_BxT)
     right_GxKx1 = success_B.reshape(-1, group_size, 1) > 0
     mask_GxKxT, entropy_GxKxT = (x.reshape(-1, group_size, num_steps) for x in (mask_BxT, entropy_BxT))
     entropy_GxKxT = jnp.maximum(entropy_GxKxT, 1e-6)

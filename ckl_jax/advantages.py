@@ -26,7 +26,8 @@ def gae(
     end: the length limit counts as a true end.
 
     Args:
-      rewards_BxT: reward of each token. values_BxT: value of the state before each token.
+      rewards_BxT: reward of each token.
+      values_BxT: value of the state before each token.
       mask_BxT: True on an episode's tokens, a prefix of each row.
 
     Returns:
@@ -105,8 +106,7 @@ def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     Returns:
       float32 [B, T], 0 outside the mask.
     """
-    mask_BxT = as_mask(mask_BxT, kl_BxT.shape)
-    kl_BxT = jax.lax.stop_gradient(jnp.where(mask_BxT, kl_BxT.astype(jnp.float32), 0.0))
+    mask_BxT, kl_BxT = as_constants(mask_BxT, kl_BxT)
     to_go_BxT = jnp.where(mask_BxT, _summed_from(kl_BxT), 0.0)
     # Above the least of their column: equal ones are then no advantage, whatever their sum is rounded to.
     least_T = jnp.where(mask_BxT, to_go_BxT, jnp.inf).min(axis=0)

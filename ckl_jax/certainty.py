@@ -31,7 +31,7 @@ def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature
       float32 [...].
 
     Raises:
-      ValueError: unknown kind, temperature not above 0, or V < 2.
+      ConfigError: unknown kind, temperature not above 0, or V < 2.
     """
     require(kind in get_args(CertaintyKind), "kind", kind, " | ".join(get_args(CertaintyKind)))
     require_temperature(temperature)

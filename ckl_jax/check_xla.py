@@ -26,18 +26,17 @@ from ckl_jax import next_character
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.datasets.stream import TokenStream
+from ckl_jax.datasets.stream import token_stream
 from ckl_jax.errors import require
 from ckl_jax.fields import AtLeast, require_fields
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.evaluation import test
-from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.program import draw_problems, draw_rounds, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.rollout import generation
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, sharding, xla_cpu
 from ckl_jax.runtime.processes import Process, on_all
-from ckl_jax.tasks import alphabet
 
 Stage = Literal[
     "pretraining", "rollout", "speculative", "test", "a2c", "reinforce", "ppo", "grpo", "rloo", "transitions", "vmapped"
@@ -134,9 +133,7 @@ def pretraining(model: Model, steps: int = 3) -> dict[str, np.ndarray]:
     digits, task, rng = model.max_pretrain_digits, model.task, np.random.default_rng(0)
     config = dataclasses.replace(pretrain_preset("tiny"), max_digits=digits, model=model.config)
     drawn = task.varying_problems(rng, 500, digits)
-    documents = [alphabet.encode(task.prompt_text(p) + task.answer_text(p)) for p in drawn]
-    starts = np.cumsum([0, *map(len, documents[:-1])])
-    stream = jax.tree.map(jnp.asarray, TokenStream(np.concatenate(documents), starts.astype(np.int32)))
+    stream = jax.tree.map(jnp.asarray, token_stream(task.prompt_text(p) + task.answer_text(p) for p in drawn))
     state = jax.jit(lambda: next_character.init_state(config))()
     found = []
     with jax.set_mesh(next_character.make_mesh(config)):
@@ -156,8 +153,7 @@ def round_of(config: FinetuneConfig, model: Model) -> dict[str, np.ndarray]:
     runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
     mesh = sharding.make_mesh(len(runs), config.episodes, run_devices=1, data_devices=1)
     states = jax.jit(jax.vmap(lambda hyper: init_run(program, policy, hyper)))(hypers)
-    drawn = draw_problems(program, 0, 0)
-    problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
+    problems = draw_rounds(program, runs, [0])
     _, metrics = train_rounds(program, mesh, model.params, states, hypers, problems)
     return sharding.to_host(metrics)
 

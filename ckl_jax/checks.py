@@ -52,10 +52,10 @@ def _require_kind(array: Any, name: str, kind: Any, allowed: str) -> None:
     require(jnp.issubdtype(array.dtype, kind), name, str(array.dtype), allowed)
 
 
-def require_logits(logits: Any, name: str = "logits") -> None:
+def require_logits(logits: Any) -> None:
     """Raises a ConfigError unless it is an array of floats [..., V] with V of 2 or more."""
-    require_floats(logits, name)
-    require(logits.ndim >= 1 and logits.shape[-1] >= 2, name, logits.shape, "[..., V] with V >= 2")
+    require_floats(logits, "logits")
+    require(logits.ndim >= 1 and logits.shape[-1] >= 2, "logits", logits.shape, "[..., V] with V >= 2")
 
 
 def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
@@ -70,6 +70,6 @@ def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
     require(fits, name, value, allowed)
 
 
-def require_temperature(value: Any, name: str = "temperature", note: str = "") -> None:
+def require_temperature(value: Any, note: str = "") -> None:
     """Raises a ConfigError unless it is a finite number above 0, in float32 too."""
-    require_at_least(value, name, float(FLOAT32.tiny), f"above 0 and finite{note}")
+    require_at_least(value, "temperature", float(FLOAT32.tiny), f"above 0 and finite{note}")

@@ -73,10 +73,10 @@ def run(
       certainty_from: another model whose certainty weighs the KL.
 
     Raises:
-      ConfigError: what ``make_program``, ``make_runs`` and ``RunDirectory`` refuse; nothing is touched.
+      ConfigError: what ``make_program``, ``make_runs``, ``make_mesh`` and ``RunDirectory`` refuse; nothing is touched.
     """
-    make_program(config, model, certainty_from)
-    make_runs(config, arms, seeds)
+    make_program(config, model, certainty_from)  # What these refuse is refused before the directory is made.
+    make_mesh(config, len(make_runs(config, arms, seeds)[0]))
     with contextlib.closing(RunDirectory(path, described, logs)) as directory, display(logs.quiet) as progress:
         if title:
             progress(title)
@@ -120,7 +120,7 @@ def finetune(
         recorded=done if restored else None,
         tested=logbook.problems_at(done) if restored else None,
     )
-    if again:  # Until now the run was to end here.
+    if again:  # The run was to end here until now, so it was tested on more problems.
         logbook.test(done, states)
     if not restored:
         logbook.tell_start(logbook.test(0, states))
@@ -144,7 +144,7 @@ def finetune(
         directory.checkpoints.save(done, states)
         directory.log_seconds(done, time.monotonic() - chunk_start)
         logbook.tell(done, target, metrics["kl"][:, -1])
-    trained = dataclasses.replace(model.config, dtype=config.dtype, precision=config.precision)
+    trained = dataclasses.replace(program.model, attention="auto", remat=False)  # Those are this machine's.
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}

@@ -110,7 +110,7 @@ def kl_estimate(
       float32 [...].
 
     Raises:
-      ValueError: unknown kind or different shapes.
+      ConfigError: unknown kind or different shapes.
     """
     require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
     same = log_probs.shape == ref_log_probs.shape
@@ -179,7 +179,7 @@ def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array,
       float32 [].
 
     Raises:
-      ValueError: negative beta or different shapes.
+      ConfigError: negative beta or different shapes.
     """
     require(kl.shape == certainty.shape, "certainty", certainty.shape, f"the shape of kl, {kl.shape}")
     return weighted_kl(kl, token_weights.prioritized(certainty, beta, mask), mask)

@@ -247,6 +247,11 @@ def param_shapes(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: GPT2(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
 
 
+def num_parameters(params: Any) -> int:
+    """How many numbers a tree of parameters, or of their shapes, has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 class ValueHead(nn.Module):
     """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code).
 

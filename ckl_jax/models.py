@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-
 from ckl_jax.checkpoint import shipped
 from ckl_jax.checkpoint.store import read_description
 from ckl_jax.config import ModelConfig
-from ckl_jax.model import param_shapes
+from ckl_jax.model import num_parameters, param_shapes
 from ckl_jax.runtime import cli
 
 
@@ -49,7 +47,7 @@ ACCURACY: Mapping[str, Accuracy] = {
 
 def parameters(config: ModelConfig) -> int:
     """How many numbers a model of this shape has."""
-    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
+    return num_parameters(param_shapes(config))
 
 
 @dataclass(frozen=True)

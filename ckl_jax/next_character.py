@@ -166,7 +166,7 @@ def train_step(config: PretrainConfig, state: PretrainState, stream: TokenStream
 
 def planned_state(config: PretrainConfig, mesh: Mesh) -> tuple[PretrainState, Call]:
     """The shapes of the state on the mesh, and what makes the first one there."""
-    return sharding.planned(functools.partial(init_state, config), (), mesh, config.shard_state)
+    return sharding.planned_state(functools.partial(init_state, config), (), mesh, config.shard_state)
 
 
 def make_mesh(config: PretrainConfig) -> Mesh:

@@ -53,7 +53,7 @@ _LOW: dict[str, Any] = {"dtype": "bfloat16", "precision": "default"}
 
 
 def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
-    """The pre-training of a named scale and task. Raises ValueError for another name."""
+    """The pre-training of a named scale and task. Raises ConfigError for another name."""
     tiny = PretrainConfig(
         scale="tiny",
         max_digits=5,
@@ -97,7 +97,7 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
 
 
 def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
-    """The fine-tuning of a named scale and recipe. Raises ValueError for another name."""
+    """The fine-tuning of a named scale and recipe. Raises ConfigError for another name."""
     require(scale in _SPEED, "scale", scale, " | ".join(_SPEED))
     recipes: dict[str, dict[str, Any]] = {"ours": _OURS[scale], "paper": _PAPER, "authors": _AUTHORS}
     require(recipe in recipes, "recipe", recipe, " | ".join(recipes))

@@ -25,6 +25,7 @@ from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets.stream import dataset_directory, load_stream
 from ckl_jax.evaluate import judge
 from ckl_jax.fields import require_fields
+from ckl_jax.model import num_parameters
 from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.runs.directory import RunDirectory
@@ -51,8 +52,8 @@ def pretrain(
       OSError: a file cannot be written. All three leave what was saved before.
     """
     run, task = f"seed {config.seed}", task_named(config.task)
-    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir, task=config.task)
     mesh = make_mesh(config)
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir, task=config.task)
     stream = sharding.put(stream, sharding.everywhere(mesh))
     shapes, create = planned_state(config, mesh)
     done, state = directory.checkpoints.restore_latest(shapes) or (0, create.run())
@@ -134,14 +135,15 @@ def preset(scale: str = "tiny", task: TaskName = "addition") -> PretrainCommand:
 
 
 def main(command: PretrainCommand) -> None:
-    dataset_directory(command.data_dir)  # Refuses here what would be refused after the run's directory is made.
+    dataset_directory(command.data_dir)  # What these refuse is refused before the run's directory is made.
+    make_mesh(command.config)
     config = {"command": "pretrain", **dataclasses.asdict(command.config)}
     with (
         contextlib.closing(RunDirectory(command.out, config, command.logs)) as directory,
         display(command.logs.quiet) as progress,
     ):
         model = pretrain(command.config, directory, command.data_dir, progress)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    parameters = num_parameters(model.params)
     print(f"saved: {directory.path} ({parameters:,} parameters)")
 
 

@@ -128,7 +128,8 @@ def truncated_importance(
     limit bounds its variance, and biases it; google-tunix has 2.
 
     Args:
-      log_probs, sampler_log_probs: [...] of the policy, and of the one that sampled. mask: bool [...].
+      log_probs, sampler_log_probs: [...] of the policy, and of the one that sampled.
+      mask: bool [...].
 
     Returns:
       float32 [...], without gradient; 0 outside the mask.

@@ -56,8 +56,12 @@ class Resumable:
 
     def same_numbers(self, old: Any, new: Any) -> bool:
         """Whether two configs, as dictionaries, make the same numbers, but for rounding."""
+        return not self.differing(old, new)
+
+    def differing(self, old: Any, new: Any) -> list[str]:
+        """Names of what makes other numbers in ``new`` than in ``old``, both dictionaries; a later end does too."""
         ends, others = self._differing(*self._filled(old, new))
-        return not ends and not others
+        return sorted([".".join(name) for name in ends] + others)
 
     def require(self, old: Any, new: Any, where: str) -> None:
         """Raises a ConfigError unless a run of the config ``old`` may go on as one of ``new``.

@@ -189,7 +189,7 @@ class Tokens(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How they do; every word of ``KLWeights`` reads what its function has for arguments."""
+    """The arguments of the weight functions beside the tokens; each reads those that it has."""
 
     beta: float | jax.Array
     share: float

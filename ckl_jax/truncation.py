@@ -45,7 +45,9 @@ def entropy_within(
     So its maximum is that of ``entropy``, log V. As a bonus it moves no token outside: TRE (arXiv 2602.03635).
 
     Args:
-      logits: [..., V]. inside: bool [..., V], from ``top_tokens`` or ``nucleus``. mask: bool [...].
+      logits: [..., V].
+      inside: bool [..., V], from ``top_tokens`` or ``nucleus``.
+      mask: bool [...].
 
     Returns:
       float32 [...]; 0 where one token is inside.
@@ -65,7 +67,10 @@ def proxy_log_probs(
     """Log-probs of tokens under the policy without its noise: what is below ``min_p`` times the likeliest is left out.
 
     Args:
-      logits: [..., V]. tokens: [...]. min_p: in (0, 1]. mask: bool [...].
+      logits: [..., V].
+      tokens: [...].
+      min_p: in (0, 1].
+      mask: bool [...].
 
     Returns:
       float32 [...], without gradient: log pi less the log of the probability that is kept, -inf for a token left out; 0
@@ -81,7 +86,9 @@ def lp_reg(log_probs: jax.Array, proxy: jax.Array, pulled: jax.Array, mask: jax.
     """Lp-Reg: mean over the masked tokens of k3(pi, proxy) where ``pulled``, else 0 (arXiv 2510.03222).
 
     Args:
-      log_probs: [...]. proxy: [...], from ``proxy_log_probs``. mask: bool [...].
+      log_probs: [...].
+      proxy: [...], from ``proxy_log_probs``.
+      mask: bool [...].
       pulled: bool [...], the unlikely tokens of bad answers to which the proxy gives more than the policy does.
     """
     pulled = as_mask(pulled, log_probs.shape, "pulled") & as_mask(mask, log_probs.shape)

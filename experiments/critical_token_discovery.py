@@ -60,6 +60,7 @@ from ckl_jax.errors import require
 from ckl_jax.evaluate import judge
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
+from ckl_jax.tasks import problems as problems_lib
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.critical_token_discovery"
@@ -208,7 +209,7 @@ def measure(command: DiscoveryCommand) -> Results:
     base = model.max_pretrain_digits
     digits = base + 1 if command.digits is None else command.digits
     critical.require_room(model, digits, command.sampling.extra_length)
-    rng = np.random.default_rng([command.sampling.seed, digits])
+    rng = problems_lib.measured_on(command.sampling.seed, digits)
     longer = digits > base
     draw_problems = model.task.rl_problems if longer else model.task.varying_problems
     problems = draw_problems(rng, command.answers, digits, *([base] if longer else []))

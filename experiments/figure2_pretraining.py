@@ -49,7 +49,7 @@ from ckl_jax.runtime import cli
 from experiments.common.claims import LIES_ABOVE, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
-from experiments.common.pretraining_claims import figure2_claims
+from experiments.common.pretraining_claims import compared, figure2_claims
 
 COMMAND = "experiments.figure2_pretraining"
 BEYOND = range(4)
@@ -114,8 +114,11 @@ def measure_cell(command: Figure2Command, model: Model, operands: str, digits: i
     }
 
 
-def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
-    """The module's rules on all cells: claim, operands, N (or the two compared), verdict, the intervals that decide."""
+def verdicts(cells: list[dict[str, Any]], scale: str, task: str = "addition") -> list[dict[str, Any]]:
+    """The module's rules on all cells: claim, operands, N (or the two compared), verdict, the intervals that decide.
+
+    The paper's numbers are of additions at its own scale, and compared with these alone.
+    """
     found = []
 
     def add(claim: str, operands: str, digits: list[int], one: Any, other: Any, rule=LIES_ABOVE) -> None:
@@ -132,7 +135,7 @@ def verdicts(cells: list[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
             add("falls at N+1", operands, [base], at[0], at[1])
             if base <= NONE_UP_TO:
                 add("almost none at N+3", operands, [base], ALMOST_NONE, at[3])
-            if scale == "gpt2" and base in PAPER[operands]:
+            if scale == "gpt2" and task == "addition" and base in PAPER[operands]:
                 for k, (mean, half) in enumerate(PAPER[operands][base]):
                     theirs = Interval(mean / 100, (mean - half) / 100, (mean + half) / 100)
                     add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, OVERLAP)
@@ -154,10 +157,7 @@ def table(results: Results) -> str:
         lines += [[operands, str(base), *cells] for base, cells in rows.items()]
         for base, numbers in PAPER[operands].items():
             lines.append([f"{operands}, paper (85M)", str(base), *(f"{mean:g} ± {half:g}" for mean, half in numbers)])
-    said = [
-        [row["claim"], row["operands"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
-        for row in results["verdicts"]
-    ]
+    said = [[row["claim"], row["operands"], compared(row), row["verdict"]] for row in results["verdicts"]]
     cells = markdown(["operands", "N", "N digits", *LENGTHS[1:]], lines)
     return f"{cells}\n\n{markdown(['claim', 'operands', 'N', 'verdict'], said)}"
 
@@ -208,7 +208,7 @@ def measure(command: Figure2Command) -> Results:
             print(f"N = {config.max_digits}, {digits} digits, {operands}: {_shown(done[key])}", flush=True)
     return {
         "cells": cells,
-        "verdicts": verdicts(cells, command.models.scale),
+        "verdicts": verdicts(cells, command.models.scale, command.models.pretrain.task),
         "paper": {operands: {str(base): row for base, row in rows.items()} for operands, rows in PAPER.items()},
         "seeds": [command.seed],
         "config": described,

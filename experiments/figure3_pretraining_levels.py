@@ -31,6 +31,7 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -47,11 +48,12 @@ from ckl_jax.rl.program import Seeds, make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runtime import cli
+from ckl_jax.tasks.catalog import task_named
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
-from experiments.common.pretraining_claims import from_verdicts
+from experiments.common.pretraining_claims import compared, from_verdicts
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -87,11 +89,13 @@ class Figure3Command:
         scale = self.models.scale
         require(self.finetune.scale == scale, "finetune.scale", self.finetune.scale, f"scale = {scale}")
         require(self.finetune.beta == 0, "finetune.beta", self.finetune.beta, "0, the standard KL penalty")
+        alpha = self.finetune.kl_coefficient
+        require(alpha > 0, "finetune.kl_coefficient", alpha, "above 0")
         word = self.finetune.kl_weights
         require(word == "prioritized", "finetune.kl_weights", word, "prioritized, with beta 0 the standard KL")
         for config in self.models.configs:
             for extra in self.extra_digits:
-                self.check(Model(config.model, config.max_digits, None), extra)
+                self.check(Model(config.model, config.max_digits, None, task_named(config.task)), extra)
 
     def target(self, extra: int) -> FinetuneConfig:
         """The fine-tuning on N + ``extra`` digits."""
@@ -162,10 +166,7 @@ def table(results: Results) -> str:
         ]
         for run in results["runs"]
     ]
-    said = [
-        [row["claim"], " against ".join(map(str, row["max_pretrain_digits"])), row["verdict"]]
-        for row in results["verdicts"]
-    ]
+    said = [[row["claim"], compared(row), row["verdict"]] for row in results["verdicts"]]
     changes = ("before", "after", "gain", "since the test before", "old lengths before", "old lengths after")
     return f"{markdown(['N', 'digits', *changes], rows)}\n\n{markdown(['claim', 'N', 'verdict'], said)}"
 
@@ -181,7 +182,7 @@ def draw(results: Results) -> Figure:
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"
             of_name = {name: colors[run["max_pretrain_digits"]]}
-            before = arms_lib.episodes_before(run)
+            before = arms_lib.episodes_before(run, results["config"]["finetune"].get("staleness", 0))
             plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100, colors=of_name)
             tested = {name: np.array(run["learning_curve"])}
             plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_", colors=of_name)
@@ -201,6 +202,7 @@ def measure(command: Figure3Command) -> Results:
     for config in command.models.configs:
         model = command.models.load(config)
         for extra in command.extra_digits:
+            jax.clear_caches()  # Of all programs together the memory maps would exceed what Linux allows a process.
             runs.append(run_target(command, model, extra))
     whole.record_config()
     whole.close()

@@ -41,6 +41,7 @@ class Figure4Command(arms_lib.ArmsCommand):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.config.kl_coefficient > 0, "kl_coefficient", self.config.kl_coefficient, "above 0")
         require(self.config.beta > 0, "beta", self.config.beta, "above 0, the standard arm has 0")
         word = self.config.kl_weights
         require(word == "prioritized", "kl_weights", word, "prioritized: others are arms of experiments.regularizers")
@@ -100,7 +101,8 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     tested = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
     before = arms_lib.episodes_before(results)
-    plots.curves(top, before, collected, scale=100, label="{arm}, each round's new problems")
+    answered = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
+    plots.curves(top, answered, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))
     start = f"{run.task.name}, from N = {run.lengths}{whose_certainty(run.config)}"

@@ -68,6 +68,9 @@ class Figure6Command(arms_lib.ArmsCommand):
         require(distinct, "betas", self.betas, "1 or more numbers that differ in 6 digits")
         default = FinetuneConfig.beta
         require(self.config.beta == default, "beta", self.config.beta, f"{default:g}: here --betas names them")
+        require(self.config.kl_coefficient > 0, "kl_coefficient", self.config.kl_coefficient, "above 0")
+        place = self.config.kl_in
+        require(place == "loss", "kl_in", place, "loss: the figure draws the KL as a term of it")
         word = self.config.kl_weights
         require(word == "prioritized", "kl_weights", word, "prioritized, with beta 0 the standard KL")
 
@@ -151,7 +154,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    before = arms_lib.episodes_before(results)
+    before = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
     labels = {STANDARD: STANDARD} | {arm_name(beta): f"beta {beta:,.12g}" for beta in betas}
     for arm, values in results["arms"].items():
         mean, _, _ = mean_intervals(np.array(values["collect_success"]))

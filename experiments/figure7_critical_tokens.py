@@ -38,7 +38,7 @@ from ckl_jax.runtime import cli
 from ckl_jax.tasks.catalog import task_named
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import last_comma
-from experiments.common.figure import Results, markdown, publish
+from experiments.common.figure import Results, markdown, publish, whose_certainty
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")
@@ -180,8 +180,8 @@ def draw(results: Results) -> Figure:
         panel.set_xlabel("RL episodes")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     caption = (
-        f"mean over {len(results['seeds'])} seeds; below the panels' names: prioritized minus standard "
-        "in the last round, paired by seed, with 95% interval"
+        f"{plots.spread(len(results['seeds']))}{whose_certainty(results['config']['run'])}; below the panels' names: "
+        "prioritized minus standard in the last round, paired by seed, with 95% interval"
     )
     place: dict[str, Any] = {"loc": "outside upper center", "ncols": len(ARMS)}
     figure.legend(handles, labels, title=caption, **place)

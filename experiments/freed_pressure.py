@@ -78,7 +78,7 @@ def measure(command: FreedPressureCommand) -> Results:
     """Shares of tokens and of what is freed by part, and the mean weight by beta."""
     model, other = load_model(command.checkpoint), certainty_model(command)
     base = model.max_pretrain_digits
-    rng = np.random.default_rng([command.sampling.seed, base])
+    rng = problems_lib.measured_on(command.sampling.seed, base + 1)
     problems = model.task.rl_problems(rng, command.answers, base + 1, base)
     answers = critical.sample(model, problems, base + 1, command.sampling, other, named="certainty_checkpoint")
     config = {"command": COMMAND, **asdict(command), "checkpoint": fingerprint(model.params)}

@@ -45,6 +45,7 @@ from ckl_jax.analysis.statistics import share_interval
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import load_model
+from ckl_jax.model import num_parameters
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import gradient_norms
@@ -125,8 +126,7 @@ for mark in MARKS:
 # %%
 model = load_model(SHIPPED_TINY)
 reference = model.params
-num_parameters = sum(x.size for x in jax.tree.leaves(reference))
-print(f"{num_parameters:,} parameters, pre-trained on up to {model.max_pretrain_digits} digits")
+print(f"{num_parameters(reference):,} parameters, pre-trained on up to {model.max_pretrain_digits} digits")
 
 # %% [markdown]
 # `ckl_jax.tasks.pack` turns problems into arrays of fixed shape, and `ckl_jax.rollout.generate` samples an

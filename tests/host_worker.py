@@ -27,6 +27,17 @@ def refusal(call, *arguments):
         return str(error)
 
 
+def failure(call, *arguments):
+    try:
+        call(*arguments)
+    except OSError as error:
+        return [error.errno, error.filename]
+
+
+def full_disk():
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+
+
 def refuse(where):
     if jax.process_index() == where:
         raise ConfigError(f"refused by {where}")
@@ -62,6 +73,7 @@ def main(directory):
         "any": [hosts.any_host(jax.process_index() == number) for number in range(3)],
         "of_first": hosts.of_first(lambda: np.full(5000, 7 + jax.process_index())).tolist() == [7] * 5000,
         "of_first refused": refusal(hosts.of_first, lambda: refuse(0)),
+        "of_first failed": failure(hosts.of_first, full_disk),
         "together": hosts.together(jax.process_index),
         "together refused": [refusal(hosts.together, lambda number=number: refuse(number)) for number in range(2)],
         "own part": np.asarray(by_run.addressable_data(0)).tolist(),

@@ -121,8 +121,18 @@ def answers(model, moved):
 @functools.partial(jax.jit, static_argnums=0)
 def _assessed(config, answers, hyper=HYPER):
     trajectory, places, logits, ref_logits, values_BxT = answers
-    all_logits = logits, ref_logits, ref_logits
-    return assessed(config, trajectory, places, all_logits, values_BxT, hyper, jax.random.key(4))
+    return assessed(
+        config,
+        trajectory,
+        hyper,
+        jax.random.key(4),
+        logits_BxTxV=logits,
+        ref_logits_BxTxV=ref_logits,
+        sure_logits_BxTxV=ref_logits,
+        values_BxT=values_BxT,
+        critical_BxT=places[0],
+        overlong_BxT=places[1],
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -487,6 +497,7 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"clip": 0.0}, "clip"),
         ({"clip_by": "entropy"}, "clip_by"),
         ({"clip_by": "entropy", "algorithm": "rloo", "group_size": 2}, "clip_by"),
+        ({"algorithm": "reinforce", "episodes": 1, "minibatch_episodes": 1, "diagnostic_episodes": 1}, "episodes"),
         ({"hapo_pivot": 1.5}, "hapo_pivot"),
         ({"hapo_clip": -1.0}, "hapo_clip"),
         ({"hapo_advantage": 1.5}, "hapo_advantage"),

@@ -167,7 +167,8 @@ def test_a_tpu_fuses_in_bfloat16_what_fits_and_a_cpu_nothing(monkeypatch):
     assert fuses_attention(low)
     assert fuses_attention(CONFIG)
     assert not fuses_attention(dataclasses.replace(low, attention="plain"))
-    for odd in ({"width": 96}, {"num_heads": 8}, {"block_size": 1025}, {"precision": "high"}):
+    wide = ({"num_heads": 2, "width": 512}, {"num_heads": 1, "width": 384}, {"num_heads": 1, "width": 768})
+    for odd in ({"width": 96}, {"num_heads": 8}, {"block_size": 1025}, {"precision": "high"}, *wide):
         assert not fuses_attention(dataclasses.replace(low, **odd))
 
 

@@ -1,5 +1,7 @@
 """Accuracy: the bootstrap's intervals, and answers that depend neither on the batch nor on the call."""
 
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,3 +124,25 @@ def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_pat
     first, *others = capsys.readouterr().out.splitlines()[2:]
     assert first.split()[:2] == ["1", "37.5"]
     assert others[-1].split("not possible: ")[1].endswith("positions, block_size = 400")
+
+
+def test_accuracies_are_shares_of_counts_in_float64(fingerprints):
+    """Else 0.9 of float32 lies below the 0.9 that was asked for as a target."""
+    assert fingerprints().dtype == np.float64
+
+
+@pytest.mark.parametrize("digits", range(1, 18))
+def test_a_model_is_not_measured_on_what_a_round_of_rl_draws(digits):
+    for seed in range(4):
+        drawn = [np.random.default_rng([seed, index]).integers(2**63, size=4) for index in range(200)]
+        found = problems_lib.measured_on(seed, digits).integers(2**63, size=4)
+        assert not any((found == numbers).any() for numbers in drawn)
+
+
+def test_only_measured_on_and_training_seed_what_draws_problems():
+    """What is drawn elsewhere with a seed and another number would be some round's problems."""
+    root = pathlib.Path(__file__).parents[1]
+    files = [path for part in ("ckl_jax", "experiments") for path in (root / part).rglob("*.py")]
+    found = {str(path.relative_to(root)) for path in files if "default_rng([" in path.read_text()}
+    training = {"ckl_jax/rl/program.py", "ckl_jax/pretrain.py", "ckl_jax/datasets/scratchpads.py"}
+    assert found == training | {"ckl_jax/tasks/problems.py", "experiments/benchmark/speculation.py"}

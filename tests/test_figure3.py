@@ -143,6 +143,8 @@ def test_a_real_run_ends_with_results_and_a_policy_per_seed(command):
         (["--finetune.beta", "1"], "finetune.beta"),
         (["--finetune.scale", "small"], "finetune.scale"),
         (["--finetune.kl-weights", "threshold"], "finetune.kl_weights"),
+        (["--finetune.kl-coefficient", "0"], "finetune.kl_coefficient"),
+        (["--digits", "5", "--pretrain.task", "subtraction", "--pretrain.model.block-size", "583"], "digits"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(options, field):

@@ -119,8 +119,13 @@ def test_an_unknown_task_is_refused(tmp_path):
         command(tmp_path, "--task", "division")
 
 
-def test_beta_zero_and_other_weights_than_j_to_the_beta_are_refused(tmp_path):
-    for option, value in (("beta", "0"), ("kl_weights", "uniform"), ("kl_weights", "threshold")):
+def test_what_leaves_no_prioritized_kl_to_compare_is_refused(tmp_path):
+    for option, value in (
+        ("beta", "0"),
+        ("kl_weights", "uniform"),
+        ("kl_weights", "threshold"),
+        ("kl_coefficient", "0"),
+    ):
         with pytest.raises(ConfigError, match=rf"^{option}: got"):
             command(tmp_path, f"--{option.replace('_', '-')}", value)
 

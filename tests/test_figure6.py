@@ -165,6 +165,12 @@ def test_betas_that_are_no_exponents_are_refused(tmp_path, betas):
         command(tmp_path, "--betas", *betas)
 
 
+@pytest.mark.parametrize("options", [("--kl-coefficient", "0"), ("--kl-in", "reward", "--kl", "k1")])
+def test_a_run_without_a_kl_in_its_loss_is_refused(tmp_path, options):
+    with pytest.raises(ConfigError, match=rf"\b{options[0].strip('-').replace('-', '_')}: got"):
+        command(tmp_path, *options)
+
+
 def test_the_single_beta_has_no_meaning_here(tmp_path):
     with pytest.raises(ConfigError, match=r"\bbeta: .*--betas"):
         command(tmp_path, "--beta", "7")

@@ -369,8 +369,18 @@ def test_weights_look_at_the_references_entropy_at_the_certaintys_temperature(pr
     _, episodes, _ = _collected(program, model.params)
     trajectory, logits_BxTxV, mask = episodes.trajectory, episodes.ref_logits_BxTxV, episodes.trajectory.mask_BxT
     hyper = HYPER._replace(kl_weights=index_of("threshold"))
-    of_models = (logits_BxTxV,) * 3, jnp.zeros(mask.shape)
-    found = assessed(config, trajectory, (mask, mask), *of_models, hyper, jax.random.key(4)).kl_weights_BxT
+    found = assessed(
+        config,
+        trajectory,
+        hyper,
+        jax.random.key(4),
+        logits_BxTxV=logits_BxTxV,
+        ref_logits_BxTxV=logits_BxTxV,
+        sure_logits_BxTxV=logits_BxTxV,
+        values_BxT=jnp.zeros(mask.shape),
+        critical_BxT=mask,
+        overlong_BxT=mask,
+    ).kl_weights_BxT
     mask, entropy = np.asarray(mask), np.asarray(losses.entropy(logits_BxTxV, 4.0))
     np.testing.assert_array_equal(found[mask], entropy[mask] <= np.sort(entropy[mask])[round(mask.sum() / 2) - 1])
 
@@ -520,7 +530,9 @@ def uninterrupted(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_lib, "train_rounds", recorded)
         # What pre-training computed in has no part in it, and the policies say what they were trained in.
-        pretrained = dataclasses.replace(model.config, dtype="bfloat16", precision="default")
+        pretrained = dataclasses.replace(
+            model.config, dtype="bfloat16", precision="default", attention="plain", remat=True
+        )
         runs = _run(CONFIG, model._replace(config=pretrained), path)
     return path, runs, drawn
 

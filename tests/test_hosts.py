@@ -214,6 +214,7 @@ def test_two_processes_agree_and_share_files_and_devices(machine):
         "any": [True, True, False],
         "of_first": True,
         "of_first refused": "refused by 0",
+        "of_first failed": [28, "metrics.jsonl"],
         "whole": [[0, 1, 2], [3, 4, 5]],
         "uneven": "number of processes: got 2, allowed is one that evenly shares 1 runs, or 3 rows of each, or both",
         "judged": [1.0, 0.0, 1.0],

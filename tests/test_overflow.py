@@ -217,8 +217,8 @@ def spoiled(outputs, episodes, of_policy, of_reference):
     return (logits(outputs[0], of_policy), garbage(outputs[1], of_policy)), episodes._replace(
         trajectory=trajectory,
         ref_logits_BxTxV=logits(episodes.ref_logits_BxTxV, of_reference),
-        kl_cov_BxT=episodes.kl_cov_BxT | PADDING,
-        lp_reg_BxT=episodes.lp_reg_BxT | PADDING,
+        in_kl_cov_BxT=episodes.in_kl_cov_BxT | PADDING,
+        in_lp_reg_BxT=episodes.in_lp_reg_BxT | PADDING,
         **per_token,
     )
 

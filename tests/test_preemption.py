@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from ckl_jax.errors import ConfigError
-from ckl_jax.runtime import cli, finite, preemption
+from ckl_jax.runtime import cli, finite, hosts
 from ckl_jax.runtime.preemption import PreemptedError, deferred, requested
 
 
@@ -106,8 +106,8 @@ def test_other_threads_work_without_a_handler():
 
 
 def test_one_process_agrees_with_itself():
-    assert preemption.agreed(True)
-    assert not preemption.agreed(False)
+    assert hosts.any_host(True)
+    assert not hosts.any_host(False)
 
 
 @dataclasses.dataclass(frozen=True)

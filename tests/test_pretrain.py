@@ -256,6 +256,14 @@ def test_another_task_is_learned_from_its_own_dataset_and_tested_on_its_own_prob
     assert [record["step"] for record in metrics] == [8]
 
 
+def test_devices_that_cannot_share_a_batch_are_refused_before_the_dataset_is_prepared(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_lib, "load_stream", lambda *_, **__: pytest.fail("prepared"))
+    command = pretrain_lib.PretrainCommand(dataclasses.replace(config, data_devices=3), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^data_devices: got 3"):
+        pretrain_lib.main(command)
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_ends_at_the_target_accuracy_and_stays_there(config, data_dir, tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.0, 0.9, 0.0])
     monkeypatch.setattr(pretrain_lib, "judge", lambda *arguments: np.array([next(accuracies)]))

@@ -16,7 +16,7 @@ import pytest
 from hostile import cli
 from names import ROOT, missing
 
-from ckl_jax.analysis.statistics import mean_interval, percent
+from ckl_jax.analysis.statistics import holm, mean_interval, paired_p, percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
 from experiments.common import comparison
@@ -345,6 +345,29 @@ def test_the_four_arms_from_n7_are_what_was_published():
             told.append(percent(comparison.pair(found, arm, "standard")["target"], "+"))
         assert [cell for cell in told if cell not in rows[0]] == []
     assert percent(comparison.pair(found, "prioritized", "standard")["target"], "+") in README
+
+
+def test_the_oracles_from_n7_are_what_was_published():
+    found = ladder_results("oracles_N7")["confirmation"]
+    assert found["arms"]["standard"] == ladder_results("plus2_N7")["confirmation"]["arms"]["standard"]
+    for arm in ("standard", "prioritized", "critical_free", "critical_held"):
+        row = next(line for line in EXPERIMENTS.splitlines() if line.startswith("| from N7: ") and f"({arm})" in line)
+        values = found["arms"][arm]
+        told = [percent(values[name]) for name in ("target_after", "comma_after")]
+        if arm != "standard":
+            told.append(percent(comparison.pair(found, arm, "standard")["target"], "+"))
+        assert [cell for cell in told if cell not in row] == []
+        assert row.endswith(f"| {100 * values['old_after'][0]:.1f} |")
+    for arm in ("critical_free", "critical_held"):
+        assert percent(comparison.pair(found, arm, "standard")["target"], "+") in README.replace(" points [", " [")
+    asked = ("prioritized", "critical_held"), ("critical_free", "standard")
+    differences = [np.array(comparison.pair(found, *names)["differences"]) for names in asked]
+    assert holm([paired_p(of_seeds) for of_seeds in differences]) == pytest.approx([0.0903, 0.00005], rel=0.01)
+    mean, low, high = mean_interval(differences[0])
+    assert f"ends {100 * mean:.1f} points lower" in EXPERIMENTS
+    assert f"undecided, [{100 * low:.1f}, +{100 * high:.1f}]" in EXPERIMENTS
+    between = comparison.pair(found, "critical_free", "critical_held")["target"]
+    assert f"ends {percent(between, '+')[1:]} above" in EXPERIMENTS
 
 
 def last_commas(name):

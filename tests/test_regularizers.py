@@ -142,6 +142,39 @@ def test_an_earlier_call_of_other_settings_is_refused(finished, name, options):
     assert not out.exists()
 
 
+def test_an_earlier_call_from_before_a_field_had_its_default(finished):
+    directory, before = finished
+    older = directory.parent / "older"
+    older.mkdir()
+    config = before["config"] | {"config": dict(before["config"]["config"])}
+    del config["config"]["clamp_log_probs"], config["config"]["precision"]
+    (older / "results.json").write_text(json.dumps(before | {"config": config}))
+    options = ["--earlier", str(older), "--out", str(directory.parent / "since")]
+    for option in (["--clamp-log-probs"], ["--precision", "high"]):
+        field = option[0].strip("-").replace("-", "_")
+        with pytest.raises(ConfigError, match=f"^{field}: got .* that of --earlier"):
+            regularizers.main(command(directory.parent, *options, *option))
+    regularizers.main(command(directory.parent, *options))
+    assert json.loads((directory.parent / "since" / "results.json").read_text())["screen"] == before["screen"]
+
+
+def test_a_screen_alone_does_not_overwrite_a_confirmation(finished):
+    directory, before = finished
+    with pytest.raises(ConfigError, match=r"^screen_only: got True, allowed is no: "):
+        regularizers.main(command(directory.parent, "--screen-only"))
+    assert json.loads((directory / "results.json").read_text()) == before
+
+
+def test_a_stale_method_is_screened_by_the_test_of_the_policy_that_learned():
+    cells = [Cell(BY_NAME[name], 1.0) for name in ("standard", "stale")]
+    rounds = [{"success": 0.1, "kl": 0.0, "step": step} for step in (1, 2, 3, 4)]
+    tests = [{"test_target": 0.4, "test_old": 1.0, "step": 4}]
+    records = [{**record, "arm": cell.name, "seed": 0} for cell in cells for record in rounds + tests]
+    run = arms_lib.Run({"config": {"rounds": 4, "seed": 0}, "seeds": 1}, records, {}, 2)
+    screen = found.screened(run, cells)
+    assert [screen[cell.name]["success"] for cell in cells] == [[pytest.approx(0.1)], [0.4]]
+
+
 @pytest.mark.parametrize("share", ["0.5", "2"])
 def test_of_an_earlier_grid_a_few_shares_may_be_asked_for(tmp_path, monkeypatch, small_model, share):
     """What was confirmed at another share than is now the best is trained at this one."""

@@ -12,6 +12,7 @@ from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.preemption import PreemptedError
+from experiments.common.models import pretrained
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce.__main__ import Item, ReproduceCommand
 
@@ -132,6 +133,41 @@ def test_an_item_whose_input_is_not_there_is_not_run(stand_ins):
     assert "It reads the results of figure4" in (stand_ins / "out" / "report.html").read_text()
     call(stand_ins, "--items", "figure4", "figure7")
     assert calls(stand_ins) == {"figure4": 1, "figure7": 1}
+
+
+def test_an_item_whose_input_failed_is_not_run_on_an_older_one(stand_ins):
+    call(stand_ins)
+    path = stand_ins / "out" / "reproduce.json"
+    notes = json.loads(path.read_text())
+    path.write_text(json.dumps(notes | {"figure4": notes["figure4"] | {"error": "exit code 2"}}))
+    with pytest.raises(SystemExit):
+        call(stand_ins, "--items", "figure7")
+    assert calls(stand_ins)["figure7"] == 1
+    assert "of a call that failed" in json.loads(path.read_text())["figure7"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("scale", ["--scale", "ladder"]), ("checkpoint", ["--checkpoint", "tiny_subtraction"])]
+)
+def test_a_directory_is_of_one_scale_and_model(stand_ins, option, words):
+    call(stand_ins, "--items", "table1")
+    with pytest.raises(ConfigError, match=rf"^{option}: got .*that of the earlier call in"):
+        call(stand_ins, *words)
+    assert calls(stand_ins) == {"table1": 1}
+
+
+def test_a_page_that_is_written_again_keeps_its_title(stand_ins):
+    call(stand_ins, "--scale", "ladder", "--items", "table1")
+    call(stand_ins, "--report-only")
+    assert "every figure and table at the ladder scale, addition" in (stand_ins / "out" / "report.html").read_text()
+
+
+def test_the_levels_of_a_task_are_pretrained_as_its_shipped_model_was(tmp_path):
+    command = ReproduceCommand(checkpoint=shipped("multiplication"), out=tmp_path)
+    for item in (item for item in reproduce.ITEMS if item.name in ("figure2", "figure3")):
+        _, config_type, preset = command_of(item.module)
+        models = cli.parse(config_type, preset, reproduce.arguments(command, item)[2:]).models
+        assert pretrained(models.configs[-1], tmp_path) == shipped("multiplication")
 
 
 def test_several_hosts_are_refused_before_anything_is_written(stand_ins, monkeypatch):

@@ -335,3 +335,14 @@ def test_seconds_add_up_over_interrupted_attempts(tmp_path):
     run = RunDirectory(tmp_path, CONFIG)
     run.log_seconds(1, 2.0)
     assert run.seconds() == 3.5
+
+
+def test_seconds_add_up_where_a_run_begins_again_because_its_checkpoints_are_gone(tmp_path):
+    for total in (3.0, 6.0, 9.0):
+        run = RunDirectory(tmp_path, CONFIG)
+        run.rewind_metrics(-1)
+        for step in (0, 7):
+            run.log([{"step": step}])
+            run.log_seconds(step, 1.5)
+        assert run.seconds() == total
+        run.close()

@@ -88,6 +88,17 @@ def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
     assert found["right"]["share"][0] == 0.4
 
 
+def row_of(critical, others, share, **more):
+    gap, criterion = {"critical": critical, "noncritical_minimum": others}, {"share": share}
+    row = {"max_pretrain_digits": 5, "delta_j": gap, "criterion_1": {"wrong_critical_ended_wrong": criterion}}
+    return row | more
+
+
+def test_models_of_the_same_n_are_told_apart_by_their_names():
+    rows = [{"max_pretrain_digits": base, "name": name} for base, name in ((5, "tiny"), (5, "N5"), (7, "N7"))]
+    assert verdicts.labels(rows) == ["5 (tiny)", "5 (N5)", "7"]
+
+
 @pytest.mark.parametrize(
     ("critical", "others", "share", "expected"),
     [
@@ -97,17 +108,17 @@ def test_criterion_1_counts_what_became_of_wrong_and_right_critical_tokens():
     ],
 )
 def test_verdicts_follow_their_rules(critical, others, share, expected):
-    row = {"critical": critical, "noncritical_minimum": others}
-    said = verdicts.verdicts(verdicts.sides(row, {"wrong_critical_ended_wrong": {"share": share}}, 5))
+    said = verdicts.verdicts(verdicts.sides(row_of(critical, others, share)))
     assert (said["gap"], said["wrong_critical_token_decides"], said["size"]) == expected
 
 
 def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
-    row = {"critical": (-0.3, -0.4, -0.2), "noncritical_minimum": (0.0, 0.0, 0.0)}
-    criterion = {"wrong_critical_ended_wrong": {"share": (1.0, 0.9, 1.0)}}
-    assert "size" not in verdicts.sides(row, criterion, 4)
+    critical, others, share = (-0.3, -0.4, -0.2), (0.0, 0.0, 0.0), (1.0, 0.9, 1.0)
+    assert "size" in verdicts.sides(row_of(critical, others, share))
+    assert "size" not in verdicts.sides(row_of(critical, others, share, max_pretrain_digits=4))
+    assert "size" not in verdicts.sides(row_of(critical, others, share, task="subtraction"))
     nan = float("nan")
-    said = verdicts.verdicts(verdicts.sides({**row, "critical": (nan, nan, nan)}, criterion, 5))
+    said = verdicts.verdicts(verdicts.sides(row_of((nan, nan, nan), others, share)))
     assert "size" not in said
     assert said["gap"] == "undecided"
 

@@ -166,7 +166,11 @@ def drops(probes: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def type_verdict(count: int, drop: tuple[float, float, float], least_answers: int, least_drop: float) -> str:
-    """What the drops of a type say, by the rule of this module's docstring."""
+    """What the drops of a type say.
+
+    ``too few`` of them; ``critical``: their mean is ``least_drop`` or more and their interval lies above 0; ``not
+    critical``: it lies below ``least_drop``; else ``undecided``.
+    """
     mean, low, high = drop
     if count < least_answers:
         return "too few"
@@ -176,6 +180,6 @@ def type_verdict(count: int, drop: tuple[float, float, float], least_answers: in
 
 
 def verdict(share: tuple[float, float, float]) -> str:
-    """Is it most of them? By the rule of this module's docstring."""
+    """Is it most of them? It ``holds`` if the interval lies above one half, ``fails`` if below, else ``undecided``."""
     _, low, high = share
     return "holds" if low > 0.5 else "fails" if high < 0.5 else "undecided"

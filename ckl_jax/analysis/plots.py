@@ -105,7 +105,7 @@ def plain_ticks(axis: Axis) -> None:
 
 
 def save(figure: Figure, directory: AnyPath, name: str) -> None:
-    """Writes ``name.png`` and ``name.svg``, of several processes 0 does."""
+    """Writes ``name.png`` and ``name.svg``; only process 0 writes."""
     for suffix in ("png", "svg") if hosts.is_first() else ():
         drawn = io.BytesIO()
         figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")

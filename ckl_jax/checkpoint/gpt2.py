@@ -71,22 +71,24 @@ def load_foreign(
     contents = tensor_files.contents(source)
     tensors = tensor_names.canonical(contents)
     found = gpt2_config.settings(described(source), contents.settings)
+    is_linear = _is_linear(found, tensors)
     config = gpt2_config.model_config(
         found,
-        is_linear=_is_linear(found, tensors),
+        is_linear=is_linear,
         biased="h.0.attn.c_attn.bias" in tensors,
         activation=activation,
     )
-    most_tokens = config.vocab_size if reduced else reading.MOST_TOKENS
+    most_tokens = config.vocab_size if reduced else alphabet.MOST_TOKENS
     fits = alphabet.VOCAB_SIZE <= config.vocab_size <= most_tokens
-    allowed = f"{alphabet.VOCAB_SIZE}..{reading.MOST_TOKENS}; --vocabulary ours keeps only our characters"
+    allowed = f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}; --vocabulary ours keeps only our characters"
     require(fits, "config.json vocab_size", config.vocab_size, allowed)
     few = config.num_weights <= contents.size  # One byte at least for each.
     allowed = f"at most {contents.size}, by the size of the files of weights"
     require(few, "config.json", f"{config.num_weights} weights", allowed)
     place = tokenizer or (source if source.is_dir() else source.parent)
     rows_V = token_files.rows(place, config.vocab_size)
-    params = _params(config, tensors, rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V, found)
+    rows_V = rows_V[: alphabet.VOCAB_SIZE] if reduced else rows_V
+    params = _params(config, tensors, rows_V, is_linear=is_linear, unbiased=found.get("bias") is False)
     kept = alphabet.VOCAB_SIZE if reduced else config.vocab_size
     return Model(dataclasses.replace(config, vocab_size=kept), digits, {"params": params}, task)
 
@@ -118,11 +120,12 @@ def _shapes(config: ModelConfig, is_linear: bool) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _params(config: ModelConfig, tensors: Mapping[str, Stored], rows_V: np.ndarray, found: Mapping[str, Any]) -> Any:
-    is_linear = _is_linear(found, tensors)
+def _params(
+    config: ModelConfig, tensors: Mapping[str, Stored], rows_V: np.ndarray, *, is_linear: bool, unbiased: bool
+) -> Any:
     shapes = _shapes(config, is_linear)
     whole = _shapes(dataclasses.replace(config, use_bias=True), is_linear)
-    zero = (whole.keys() - shapes.keys()) & tensors.keys() if found.get("bias") is False else set()
+    zero = (whole.keys() - shapes.keys()) & tensors.keys() if unbiased else set()
     missing = sorted(shapes.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - shapes.keys() - zero - {HEAD})
     require(not missing, "source", f"no tensors {', '.join(missing[:5])}", f"all {len(shapes)} of config.json's model")

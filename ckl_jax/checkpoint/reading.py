@@ -29,7 +29,6 @@ MOST_JSON_BYTES = 2**24
 MOST_INFLATED = 1_000
 MOST_SAID = 200
 AS_MADE = "what the command that made it wrote"
-MOST_TOKENS = 256  # Tokens are kept as uint8.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SHAPE = ("num_layers", "num_heads", "width", "block_size", "vocab_size")
 
@@ -118,8 +117,8 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, Task]:
         require(not unknown, "model", unknown, f"fields of {', '.join(sorted(names))}")
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
         config = ModelConfig(**model)
-        fits = alphabet.VOCAB_SIZE <= config.vocab_size <= MOST_TOKENS
-        require(fits, "vocab_size", config.vocab_size, f"{alphabet.VOCAB_SIZE}..{MOST_TOKENS}")
+        fits = alphabet.VOCAB_SIZE <= config.vocab_size <= alphabet.MOST_TOKENS
+        require(fits, "vocab_size", config.vocab_size, f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}")
         require_digits(digits)
         task = task_named(described.get("task", ADDITION.name))
     except ConfigError as error:

@@ -31,7 +31,7 @@ HISTORY_NAME = "history.json"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part; of several processes 0 does."""
+    """Writes JSON so that a reader sees the old file or the new one, never a part; only process 0 writes."""
     if hosts.is_first():
         replace(path, json.dumps(value, indent=2) + "\n")
 

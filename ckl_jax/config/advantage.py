@@ -27,13 +27,13 @@ class Advantage(Chapter):
     hapo_pivot: Share = 0.8
     """Quantile of entropy that clip_by entropy takes for neither low nor high."""
     hapo_clip: NonNegativeFloat = 1.0
-    """Of clip_by entropy."""
+    """How much wider clip_by entropy makes the clip where abs(h) is 1: 1 doubles it."""
     hapo_advantage: Share = 1.0
-    """Of clip_by entropy; above 1 it would turn the sign of A."""
+    """How much clip_by entropy changes the advantage where abs(h) is 1; above 1 it would turn the sign of A."""
     reward_right: Reward = 1.0
-    """Of an answer with the right result."""
+    """Reward of an answer with the right result."""
     reward_wrong: Reward = 0.0
-    """Of any other."""
+    """Reward of any other answer."""
     discount: Share = 1.0
     """What a reward one token later counts; 1 for algorithms without critic."""
     gae_lambda: Share = 1.0
@@ -49,8 +49,8 @@ class Advantage(Chapter):
     entropy_quantile: PositiveShare = 0.2
     """Share of tokens that top_entropy keeps."""
     entropy_scale: NonNegativeFloat = 0.4
-    """Of entropy_bonus."""
+    """What entropy_bonus multiplies H by."""
     entropy_kappa: PositiveFloat = 2.0
-    """Of entropy_bonus."""
+    """The bonus of entropy_bonus is at most abs(A) / entropy_kappa."""
     gtpo_share: Share = 0.5
     """Share of the reward that gtpo deals out by entropy."""

@@ -57,7 +57,7 @@ class Sampling(Chapter):
     extra_length: NonNegativeInt = 100
     """Characters that an answer may be longer than the longest right one."""
     temperature: PositiveFloat = 1.0
-    """Of sampling, log-probs, entropy and reference log-probs in training."""
+    """Temperature of sampling, log-probs, entropy and reference log-probs in training."""
     staleness: NonNegativeInt = 0
     """Rounds by which the policy that writes the answers lags behind the one that learns from them, as where the two
     run side by side on machines of their own. The first policy writes those of the first rounds. A run keeps as many
@@ -67,7 +67,7 @@ class Sampling(Chapter):
     the policy at the start of the round gives it over that of the policy that wrote it. For answers that are stale, or
     written at another precision than learned from."""
     importance_limit: PositiveFloat = 2.0
-    """Of importance_sampling truncated."""
+    """Greatest ratio that importance_sampling truncated multiplies an advantage by."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,18 @@ class Optimizer(Chapter):
     learning_rate_decay: bool = True
     """Linear decay of the policy's learning rate, from its full value in the first round towards 0 after the last."""
     value_learning_rate: PositiveFloat = 1e-2
-    """Adam's, for the value head, which starts at random."""
+    """Adam's, for the value head, whose output starts at 0."""
     value_warmup_rounds: NonNegativeInt = 0
     """First rounds in which only the value head learns; Adam's statistics of the policy warm up meanwhile. 0 for
     algorithms without critic."""
     adam_epsilon: PositiveFloat = 1e-8
     """Adam's, for both."""
     value_coefficient: NonNegativeFloat = 0.1
-    """Of the value loss."""
+    """Weight of the value loss."""
     detach_critic: bool = False
     """Keep the value loss's gradient out of the trunk."""
     entropy_coefficient: NonNegativeFloat = 0.0005
-    """Of the entropy bonus."""
+    """Weight of the entropy bonus."""
     entropy_over: Literal["all", "top", "nucleus"] = "all"
     """Characters that share in the entropy bonus: all, or the likeliest alone, their entropy scaled to the range that
     all have (TRE, arXiv 2602.03635)."""
@@ -123,7 +123,7 @@ class Testing(Chapter):
     old_problems: PositiveInt = 200
     """Problems of the old lengths in every test, at most as many as of the target length."""
     test_temperature: PositiveFloat = 1.0
-    """Of sampling in tests."""
+    """Temperature of sampling in tests."""
     diagnostic_episodes: PositiveInt = 4
     """Episodes of each round on which the gradient norm of each loss term is measured; at most `episodes`."""
 
@@ -150,7 +150,8 @@ class Speed(Chapter):
     """How episodes are generated: the policy verifies drafts that the task writes, or decodes step by step, or the
     first unless the task has none or it turns out too slow."""
     rollout_batch: PositiveInt = speed(128)
-    """Episodes generated together, at most."""
+    """Episodes generated together, at most. Step by step they are equal groups: a prime number of test problems is
+    answered one after another."""
     transition_batch: PositiveInt = speed(8)
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length."""
@@ -189,6 +190,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         exactly = "none where the policy that learns writes the answers, in float32 at precision highest"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
+            ("episodes", episodes >= 2 or self.algorithm != "reinforce", "at least 2 with algorithm reinforce"),
             ("diagnostic_episodes", self.diagnostic_episodes <= episodes, f"at least 1, at most {episodes}"),
             ("minibatch_episodes", divides, divisor),
             ("group_size", self.group_size >= least, f"at least {least}"),

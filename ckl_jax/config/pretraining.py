@@ -21,9 +21,11 @@ from ckl_jax.fields import (
     require_fields,
 )
 from ckl_jax.resuming import end, speed
+from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.catalog import TaskName, task_named
 
 Scale = Literal["tiny", "ladder", "small", "gpt2"]
+MOST_CHARACTERS = 2**31 - 1  # Places in the text are int32.
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,12 @@ class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields
         require(self.packing == "documents" or self.start_share == 0, "start_share", self.start_share, starts)
         fewest = self.max_digits**2
         require(self.num_documents >= fewest, "num_documents", self.num_documents, f"at least {fewest}")
+        most = MOST_CHARACTERS // task_named(self.task).longest_episode(self.max_digits, extra=0)
+        allowed = f"at most {most}: up to {MOST_CHARACTERS} characters"
+        require(self.num_documents <= most, "num_documents", self.num_documents, allowed)
+        known = alphabet.VOCAB_SIZE <= self.model.vocab_size <= alphabet.MOST_TOKENS
+        allowed = f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}"
+        require(known, "model.vocab_size", self.model.vocab_size, allowed)
         tested = self.max_digits + 1
         longest = task_named(self.task).longest_episode(tested)
         fits = f"at least {longest}, the longest episode of the tests on max_digits + 1 = {tested}"

@@ -60,7 +60,7 @@ class ModelConfig:
         if self.attention == "fused":
             shape = f"{self.num_heads} heads of width {self.width // self.num_heads}, {self.block_size} positions"
             shape += f", precision {self.precision}"
-            allowed = "plain: fused takes heads of width 32, 64 or 128 k, a width of 128 k, up to 1,024 positions, and "
+            allowed = "plain: fused takes heads of width 32, 64 or 128, a width of 128 k, up to 1,024 positions, and "
             allowed += "precision default or highest"
             require(self.can_fuse_attention, "attention", f"fused with {shape}", allowed)
         few = self.num_weights <= MOST_WEIGHTS
@@ -70,9 +70,8 @@ class ModelConfig:
     @property
     def can_fuse_attention(self) -> bool:
         """Whether the kernel can compute it: heads fill blocks of 128 lanes, and scores the fast memory."""
-        head_width = self.width // self.num_heads
-        lanes = (head_width in (32, 64) or head_width % 128 == 0) and self.width % 128 == 0
-        return lanes and self.block_size <= 1024 and self.precision != "high"
+        fills = self.width // self.num_heads in (32, 64, 128) and self.width % 128 == 0
+        return fills and self.block_size <= 1024 and self.precision != "high"
 
     @property
     def num_weights(self) -> int:

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -69,9 +70,13 @@ def _read_stream(
 ) -> TokenStream:
     directory = str(dataset_directory(data_dir))
     make = functools.partial(Scratchpads, max_digits=max_digits, num_examples=num_examples, seed=seed, task=task)
-    encoded = [alphabet.encode(document) for document in documents(lambda: make(data_dir=directory), split)]
-    lengths = np.array([len(tokens) for tokens in encoded])
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    return token_stream(documents(lambda: make(data_dir=directory), split))
+
+
+def token_stream(texts: Iterable[str]) -> TokenStream:
+    """Documents back to back, as tokens."""
+    encoded = [alphabet.encode(text) for text in texts]
+    starts = np.cumsum([0, *map(len, encoded[:-1])])
     return TokenStream(np.concatenate(encoded), starts.astype(np.int32))
 
 

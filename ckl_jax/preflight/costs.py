@@ -20,7 +20,7 @@ PASSES = {"high": 3, "highest": 6}
 
 
 class Cost(NamedTuple):
-    """Of one device.
+    """What a program costs one device.
 
     Attributes:
       flops: of matrix products and convolutions, two a multiplication.
@@ -61,7 +61,7 @@ def _added(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
 
 
 def cost(text: str) -> Cost:
-    """Of a whole program, from ``compiled.as_text()``."""
+    """The cost of a whole program, from ``compiled.as_text()``."""
     computations, entry = hlo.parsed(text)
     known: dict[str, Cost] = {}
 

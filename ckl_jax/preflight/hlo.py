@@ -54,7 +54,7 @@ class Instruction(NamedTuple):
         return found
 
     def numbers(self, pattern: str) -> list[int]:
-        """Those of the first group of a pattern in the attributes, between commas."""
+        """The comma-separated integers that the first group of a pattern finds in the attributes."""
         match = re.search(pattern, self.attributes)
         return [int(number) for number in match.group(1).split(",") if number] if match else []
 

@@ -1,8 +1,9 @@
 """The programs of a command, as calls that can be lowered: the same code makes them that the command runs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ from ckl_jax.rl.updates import planned_states, train_rounds
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.catalog import task_named
+
+AnyCommand = TypeVar("AnyCommand", PretrainCommand, FinetuneCommand)
 
 
 class Planned(NamedTuple):
@@ -47,7 +50,7 @@ class Command(NamedTuple):
 
 
 def _bytes(shapes: Any) -> int:
-    """Of one device."""
+    """Bytes on one device."""
     leaves = jax.tree.leaves(shapes)
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
 
@@ -70,7 +73,7 @@ def of_pretraining(command: PretrainCommand) -> Iterator[Planned]:
 
 def _evaluation(model: Model, problems: Any, digits: int, temperature: float | None, beside: int) -> Iterator[Planned]:
     sampling = evaluate.sampled_at(temperature, model.task.max_answer_length(digits))
-    first, _ = next(evaluate.planned(model, problems, digits, sampling))
+    first, _ = next(evaluate.judge_calls(model, problems, digits, sampling))
     yield Planned(f"evaluation, {digits} digits", first, beside)
 
 
@@ -100,7 +103,7 @@ def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
     policies = states.params["policy"]
     beside = _bytes(states) - _bytes(policies) + _bytes((ref_params, others))
     for name, (drawn, digits) in evaluation.problem_sets(program, config.test_problems).items():
-        first, _ = next(evaluation.planned(program, policies, drawn, digits))
+        first, _ = next(evaluation.answer_calls(program, policies, drawn, digits))
         yield Planned(f"test on {name} lengths", first, beside)
 
 
@@ -117,12 +120,13 @@ def _without_numbers(model: Model) -> Model:
     return model._replace(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params))
 
 
+def _with(command: AnyCommand, **changes: Any) -> AnyCommand:
+    """The command with another config."""
+    return dataclasses.replace(command, config=dataclasses.replace(command.config, **changes))
+
+
 def _smaller_pretraining(command: PretrainCommand) -> Iterator[tuple[str, PretrainCommand]]:
-    config = command.config
-
-    def with_(**changes: Any) -> PretrainCommand:
-        return dataclasses.replace(command, config=dataclasses.replace(config, **changes))
-
+    config, with_ = command.config, functools.partial(_with, command)
     if not config.shard_state:
         yield "--shard-state", with_(shard_state=True)
     for parts in (2, 4, 8):
@@ -136,11 +140,7 @@ def _smaller_pretraining(command: PretrainCommand) -> Iterator[tuple[str, Pretra
 
 
 def _smaller_finetuning(command: FinetuneCommand) -> Iterator[tuple[str, FinetuneCommand]]:
-    config = command.config
-
-    def with_(**changes: Any) -> FinetuneCommand:
-        return dataclasses.replace(command, config=dataclasses.replace(config, **changes))
-
+    config, with_ = command.config, functools.partial(_with, command)
     if config.runs_at_once > 1:
         yield "--runs-at-once 1", with_(runs_at_once=1)
     if config.minibatch == "episodes":

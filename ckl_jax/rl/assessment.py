@@ -15,7 +15,7 @@ from ckl_jax.rollout.trajectory import Trajectory
 class Episodes(NamedTuple):
     """A round's collect with everything that its updates need; the reference's pass is done once.
 
-    ``kl_cov_BxT`` marks the tokens that KL-Cov holds, ``lp_reg_BxT`` those that Lp-Reg looks after;
+    ``in_kl_cov_BxT`` marks the tokens that KL-Cov holds, ``in_lp_reg_BxT`` those that Lp-Reg looks after;
     ``signed_entropy_BxT`` is h of HAPO.
     """
 
@@ -25,47 +25,56 @@ class Episodes(NamedTuple):
     advantages_BxT: jax.Array
     returns_BxT: jax.Array
     kl_weights_BxT: jax.Array
-    kl_cov_BxT: jax.Array
-    lp_reg_BxT: jax.Array
+    in_kl_cov_BxT: jax.Array
+    in_lp_reg_BxT: jax.Array
     signed_entropy_BxT: jax.Array
 
 
 def assessed(
     config: FinetuneConfig,
     trajectory: Trajectory,
-    places: tuple[jax.Array, jax.Array],
-    all_logits: tuple[jax.Array, jax.Array, jax.Array],
-    values_BxT: jax.Array,
     hyper: Hyper,
     key: jax.Array,
+    *,
+    logits_BxTxV: jax.Array,
+    ref_logits_BxTxV: jax.Array,
+    sure_logits_BxTxV: jax.Array,
+    values_BxT: jax.Array,
+    critical_BxT: jax.Array,
+    overlong_BxT: jax.Array,
 ) -> Episodes:
     """A whole round's answers with the weight of every token's KL and every token's advantage.
 
     Args:
-      places: [B, T], True on the answers' critical tokens; on these and where a number has come to N digits or more.
-      all_logits: [B, T, V] of the policy, of the reference, and of the model whose certainty weighs the KL.
-      values_BxT: of the policy's critic.
       key: for weights that are shuffled.
+      logits_BxTxV, ref_logits_BxTxV: of the policy and of the reference.
+      sure_logits_BxTxV: of the model whose certainty weighs the KL.
+      values_BxT: of the policy's critic.
+      critical_BxT, overlong_BxT: as in ``token_weights.Tokens``.
     """
-    logits_BxTxV, ref_logits_BxTxV, sure_logits_BxTxV = all_logits
     if config.clamp_log_probs:
         trajectory = trajectory._replace(log_probs_BxT=losses.clamped(trajectory.log_probs_BxT))
     sure_BxT = certainty(sure_logits_BxTxV, config.certainty, config.certainty_temperature)
     entropy_BxT = losses.entropy(sure_logits_BxTxV, config.certainty_temperature)
-    tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, *places)
+    tokens = token_weights.Tokens(sure_BxT, entropy_BxT, trajectory.mask_BxT, critical_BxT, overlong_BxT)
     weights_BxT = kl_weights(config, hyper, tokens, key)
     outcome_BxT, returns_BxT = _outcome_advantages(config, trajectory, values_BxT)
     advantages_BxT = _shaped(config, outcome_BxT, trajectory, logits_BxTxV)
     if config.kl_in == "episode":
         advantages_BxT = _zero_centered(config, trajectory, logits_BxTxV, ref_logits_BxTxV, weights_BxT, hyper)
     elif config.kl_in != "loss":  # After the normalization, which would rescale alpha.
-        to_go_BxT = _kl_to_go(config, trajectory, ref_logits_BxTxV, weights_BxT)
-        advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, to_go_BxT)
-    held_BxT = _held_by_kl_cov(config, trajectory, advantages_BxT)
-    unlikely_BxT = _unlikely(config, trajectory, advantages_BxT)
-    h_BxT = _signed_entropy(config, trajectory.mask_BxT, logits_BxTxV)
+        kl_BxT = _kl_in_advantage(config, trajectory, ref_logits_BxTxV, weights_BxT)
+        advantages_BxT = advantages_BxT - overflow.product(hyper.kl_coefficient, kl_BxT)
     return Episodes(
-        trajectory, ref_logits_BxTxV, sure_BxT, advantages_BxT, returns_BxT, weights_BxT, held_BxT, unlikely_BxT, h_BxT
+        trajectory=trajectory,
+        ref_logits_BxTxV=ref_logits_BxTxV,
+        certainty_BxT=sure_BxT,
+        advantages_BxT=advantages_BxT,
+        returns_BxT=returns_BxT,
+        kl_weights_BxT=weights_BxT,
+        in_kl_cov_BxT=_held_by_kl_cov(config, trajectory, advantages_BxT),
+        in_lp_reg_BxT=_unlikely(config, trajectory, advantages_BxT),
+        signed_entropy_BxT=_signed_entropy(config, trajectory.mask_BxT, logits_BxTxV),
     )
 
 
@@ -123,10 +132,10 @@ def _shaped(
     return shaped[config.advantage_shaping](advantages_BxT)
 
 
-def _kl_to_go(
+def _kl_in_advantage(
     config: FinetuneConfig, trajectory: Trajectory, ref_logits_BxTxV: jax.Array, weights_BxT: jax.Array
 ) -> jax.Array:
-    """The weighted KL of every token and of all after it."""
+    """The weighted KL of every token and of all after it, as the config's ``kl_in`` counts them."""
     mask_BxT = trajectory.mask_BxT
     ref_log_probs_BxT = losses.token_log_probs(
         ref_logits_BxTxV, trajectory.answers_BxT, config.temperature, mask_BxT, clamp=config.clamp_log_probs

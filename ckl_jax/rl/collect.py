@@ -32,11 +32,12 @@ def collect(
 
     Args:
       keys: for sampling, and for weights that are shuffled.
-      sampler: the policy that writes the answers with ``staleness``; without it is that of ``params``.
+      sampler: parameters of the policy that writes the answers, with ``staleness``; default: those of ``params``.
       certainty_params: of the program's ``certainty_model``, if it has one.
     """
     config, model = program.config, program.model
-    # Computed otherwise, numbers are rounded otherwise: beyond float32 a policy that is the reference would have a KL.
+    # Below float32, passes that are compiled apart round differently, and a policy equal to the reference would have
+    # a KL. Then one pass scores both.
     as_generated = config.is_exact and config.staleness == 0
 
     def roll_out(whole, problems):
@@ -71,10 +72,19 @@ def collect(
     with jax.named_scope("advantages"):
         values_BxT = values(params["value"], hidden_BxTxD)
         critical_BxT = problems_lib.critical_mask(trajectory.answers_BxT, problems)
-        all_logits = logits_BxTxV, ref_logits_BxTxV, sure_logits_BxTxV
         overlong_BxT = problems_lib.overlong_mask(trajectory.answers_BxT, program.max_pretrain_digits)
-        places = critical_BxT, critical_BxT | overlong_BxT
-        episodes = assessed(config, trajectory, places, all_logits, values_BxT, hyper, keys[1])
+        episodes = assessed(
+            config,
+            trajectory,
+            hyper,
+            keys[1],
+            logits_BxTxV=logits_BxTxV,
+            ref_logits_BxTxV=ref_logits_BxTxV,
+            sure_logits_BxTxV=sure_logits_BxTxV,
+            values_BxT=values_BxT,
+            critical_BxT=critical_BxT,
+            overlong_BxT=critical_BxT | overlong_BxT,
+        )
         episodes, importance = corrected(config, episodes, sampled_log_probs_BxT)
     with jax.named_scope("diagnostics"):
         return episodes, _collect_metrics(program, episodes, logits_BxTxV, values_BxT, problems) | importance

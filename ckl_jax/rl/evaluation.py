@@ -92,8 +92,8 @@ def problem_sets(program: Program, count: int) -> dict[str, tuple[list[Problem],
     }
 
 
-def planned(program: Program, policies: Any, drawn: Sequence[Problem], digits: int) -> Iterator[tuple[Call, int]]:
-    """What answers a group of problems after another, and how many there are in each."""
+def answer_calls(program: Program, policies: Any, drawn: Sequence[Problem], digits: int) -> Iterator[tuple[Call, int]]:
+    """Yields, for each group of problems, the call that answers them and the number of its rows that are problems."""
     packed = problems_lib.pack(program.task, drawn, digits, program.max_pretrain_digits)
     length = program.task.max_answer_length(digits, program.config.extra_length)
     num_runs = jax.tree.leaves(policies)[0].shape[0]
@@ -117,7 +117,7 @@ def test(program: Program, policies: Any, count: int) -> Tested:
     rewards, first = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for name, (drawn, digits) in sets.items():
         found = []
-        for call, rows in planned(program, policies, drawn, digits):
+        for call, rows in answer_calls(program, policies, drawn, digits):
             answers_RxBxT, rewards_RxB = sharding.to_host(call.run())
             found.append(rewards_RxB[:, :rows])
             first.setdefault(name, answers_RxBxT[:, : min(rows, SAMPLES)])

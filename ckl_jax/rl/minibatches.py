@@ -82,24 +82,17 @@ def cut(episodes: Episodes, indices: Indices, length: int) -> Episodes:
     def at_step(values_BxT):
         return values_BxT[rows_M, steps_M][:, None]
 
-    return Episodes(
-        Trajectory(
-            characters(trajectory.tokens_BxL),
-            characters(trajectory.positions_BxL),
-            characters(trajectory.segments_BxL),
-            at_step(trajectory.log_probs_BxT),
-            (indices.lengths_M > 0)[:, None],
-            trajectory.reward_B[rows_M],
-        ),
-        at_step(episodes.ref_logits_BxTxV),
-        at_step(episodes.certainty_BxT),
-        at_step(episodes.advantages_BxT),
-        at_step(episodes.returns_BxT),
-        at_step(episodes.kl_weights_BxT),
-        at_step(episodes.kl_cov_BxT),
-        at_step(episodes.lp_reg_BxT),
-        at_step(episodes.signed_entropy_BxT),
+    transitions = Trajectory(
+        tokens_BxL=characters(trajectory.tokens_BxL),
+        positions_BxL=characters(trajectory.positions_BxL),
+        segments_BxL=characters(trajectory.segments_BxL),
+        log_probs_BxT=at_step(trajectory.log_probs_BxT),
+        mask_BxT=(indices.lengths_M > 0)[:, None],
+        reward_B=trajectory.reward_B[rows_M],
     )
+    rest = episodes._asdict()
+    del rest["trajectory"]
+    return Episodes(transitions, **jax.tree.map(at_step, rest))
 
 
 def of_episodes(program, hyper, episodes, key, axis_name) -> tuple[int, Callable[..., Gradient]]:

@@ -67,7 +67,7 @@ def _terms(
         proxy_BxT = truncation.proxy_log_probs(
             logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT
         )
-        return episodes.lp_reg_BxT & mask_BxT & (log_probs_BxT < proxy_BxT), proxy_BxT
+        return episodes.in_lp_reg_BxT & mask_BxT & (log_probs_BxT < proxy_BxT), proxy_BxT
 
     def unclipped():
         return pulled()[0] if config.lp_reg > 0 else None
@@ -85,14 +85,14 @@ def _terms(
         return losses.value_loss(values_BxT, episodes.returns_BxT, mask_BxT)
 
     def entropy():
+        def of_inside(inside_BxTxV):
+            return truncation.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
+
         within = {
             "all": lambda: losses.entropy(logits_BxTxV, config.temperature, mask_BxT),
             "top": lambda: of_inside(truncation.top_tokens(logits_BxTxV, config.entropy_top)),
             "nucleus": lambda: of_inside(truncation.nucleus(logits_BxTxV, config.entropy_nucleus, config.temperature)),
         }
-
-        def of_inside(inside_BxTxV):
-            return truncation.entropy_within(logits_BxTxV, inside_BxTxV, config.temperature, mask_BxT)
 
         return -losses.masked_mean(within[config.entropy_over](), mask_BxT)
 
@@ -113,7 +113,7 @@ def _terms(
         return losses.weighted_kl(kl_BxT, weights_BxT, mask_BxT)
 
     def kl_cov():
-        return ratio_losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.kl_cov_BxT, mask_BxT)
+        return ratio_losses.kl_cov(log_probs_BxT, old_log_probs_BxT, episodes.in_kl_cov_BxT, mask_BxT)
 
     def lp_reg():
         pulled_BxT, proxy_BxT = pulled()
@@ -132,7 +132,7 @@ def _terms(
 
 
 def loss_gradient(program: Program, hyper: Hyper, params: dict[str, Any], episodes: Episodes) -> Gradient:
-    """Of the sum of ``loss_terms`` in all parameters, the critic's included."""
+    """The gradient of the sum of ``loss_terms`` in all parameters, the critic's included."""
 
     def total_loss(params):
         terms = loss_terms(program, hyper, params, episodes)

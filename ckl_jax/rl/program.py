@@ -46,7 +46,7 @@ class Program(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What may differ between runs of one program; scalars, or arrays [runs]."""
+    """What may differ between runs of one program; scalars, or arrays [runs]. ``kl_weights`` is the word's index."""
 
     seed: jax.Array
     learning_rate: jax.Array
@@ -111,18 +111,16 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
     require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
     require(len(arms) >= 1, "arms", dict(arms), "at least one")
     traced = tuple(name for name in Hyper._fields if name != "seed")
-    runs, rows = [], []
+    runs, hypers = list[Run](), list[Hyper]()
     for arm, overrides in arms.items():
         require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
         of_arm = dataclasses.replace(config, **overrides)
         for seed in range(config.seed, config.seed + seeds):
             runs.append(Run(arm, seed))
-            numbers = {name: float(getattr(of_arm, name)) for name in traced if name != "kl_weights"}
-            rows.append(numbers | {"seed": seed, "kl_weights": token_weights.index_of(of_arm.kl_weights)})
-    types = {"seed": np.uint32, "kl_weights": np.int32}
-    columns = {name: [row[name] for row in rows] for name in Hyper._fields}
-    arrays: dict[str, Any] = {name: np.array(of_run, types.get(name, np.float32)) for name, of_run in columns.items()}
-    return runs, Hyper(**arrays)
+            numbers = (np.float32(getattr(of_arm, name)) for name in ("learning_rate", "kl_coefficient", "beta"))
+            word = np.int32(token_weights.index_of(of_arm.kl_weights))
+            hypers.append(Hyper._make((np.uint32(seed), *numbers, word)))
+    return runs, _stack(hypers)
 
 
 def draw_rounds(program: Program, runs: Sequence[Run], rounds: Sequence[int]) -> Problems:

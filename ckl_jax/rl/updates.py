@@ -95,8 +95,8 @@ def update(
 
     Returns:
       the next state, and as means over the updates ``loss/<term>``, ``grad_norm`` of the whole loss in all parameters
-      and ``param_norm`` after them; and ``updates``, their number. Where an update is not finite, so is what was not
-      finite in the first such update, and nothing else of it.
+      and ``param_norm`` after them; and ``updates``, their number. If an update is not finite, those metrics that are
+      not finite in the first such update are, and no others.
     """
     config = program.config
     optimizer = _optimizer(config)
@@ -158,9 +158,17 @@ def train_round(
     key = jax.random.fold_in(jax.random.key(hyper.seed), state.round + 1)
     rollout_key, shuffle_key, weights_key = jax.random.split(key, 3)
     hyper = hyper._replace(kl_coefficient=state.kl_coefficient)
-    keys = (rollout_key, weights_key)
-    models = {"sampler": _sampler(state), "certainty_params": certainty_params}
-    episodes, metrics = collect(program, state.params, ref_params, hyper, problems, keys, axis_name, **models)
+    episodes, metrics = collect(
+        program,
+        state.params,
+        ref_params,
+        hyper,
+        problems,
+        (rollout_key, weights_key),
+        axis_name,
+        sampler=_sampler(state),
+        certainty_params=certainty_params,
+    )
     with jax.named_scope("diagnostics"):
         metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
     with jax.named_scope("update"):
@@ -181,7 +189,7 @@ def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper)
       ref_params, hypers: where they are to be; the latter with a leading axis of runs R.
     """
     create = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))
-    return sharding.planned(create, (ref_params, hypers), mesh, program.config.shard_state, sharding.RUN_AXIS)
+    return sharding.planned_state(create, (ref_params, hypers), mesh, program.config.shard_state, sharding.RUN_AXIS)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -58,8 +58,8 @@ def rollout(
         ended; without it a vmapped loop would copy the whole cache at every step.
 
     Raises:
-      ValueError: ``temperature`` is not above 0, prompt + answer exceed the model's block, or ``given_BxT`` has another
-        shape.
+      ConfigError: ``temperature`` is not above 0, prompt + answer exceed the model's block, or ``given_BxT`` has
+        another shape.
     """
     require_possible(config, problems, sampling)
     require(batch is None or (is_integer(batch) and batch >= 1), "batch", batch, "1 or more, or None")
@@ -103,7 +103,7 @@ def _decode(
         steps_Bx1 = jnp.broadcast_to(step, (batch, 1))
         noise_BxV = 0.0 if greedy else gumbel_noise(key, episodes_B, steps_Bx1, config.vocab_size)[:, 0]
         sampled_B = jnp.argmax(scaled_BxV + noise_BxV, axis=1)
-        if given_BxT is not None:
+        if given_BxT is not None and given_BxT.shape[1] > 0:
             given_B = jnp.asarray(given_BxT).at[:, step].get(mode="fill", fill_value=-1)
             sampled_B = jnp.where(given_B >= 0, given_B, sampled_B)
         log_probs_B = jnp.take_along_axis(jax.nn.log_softmax(scaled_BxV), sampled_B[:, None], axis=1)[:, 0]

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.rollout import scratchpad_lines as lines
-from ckl_jax.rollout.scratchpad_lines import DONE, HEADER, SHORTEST_STEP, STEP, ZERO, Line
+from ckl_jax.rollout.scratchpad_lines import DONE, HEADER, SHORTEST_STEP, STEP, Line
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ColumnTask
 from ckl_jax.tasks.task import Task
 
 # A substituted character should not move an answer, a few that match elsewhere should: 0.6 lies between.
 _TAIL, _STAYING = 8, 0.6
-_OPEN, _CLOSE, _EQUALS, _ARROW = (alphabet.VOCABULARY.index(character) for character in "[]=>")
+_EQUALS, _ARROW = (alphabet.VOCABULARY.index(character) for character in "=>")
 
 
 def draft(task: Task, lists_Bx2xJ: jax.Array, answers_BxT: jax.Array, known_B: jax.Array, window: int) -> jax.Array:
@@ -77,7 +77,7 @@ def _current_line(task: ColumnTask, lists_Bx2xJ, text_BxT, newline_BxT, columns_
 
     # The last line that starts like a step, and the one before it.
     line_start_BxT = jnp.pad(newline_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    bracket_BxT = line_start_BxT & (text_BxT == _OPEN)
+    bracket_BxT = line_start_BxT & (text_BxT == alphabet.OPENING_ID)
     base_B = jnp.where(bracket_BxT, columns_BxT, -1).max(axis=1)
     before_B = jnp.where(bracket_BxT & (columns_BxT < base_B[:, None]), columns_BxT, -1).max(axis=1)
     starts_2B = jnp.concatenate([before_B, base_B])
@@ -112,7 +112,7 @@ class _Read(NamedTuple):
 
 def _read(line_BxM: jax.Array, num_digits: int) -> _Read:
     opened_BxM, closed_BxM, equals_BxM, arrows_BxM = (
-        jnp.cumsum(line_BxM == mark, axis=1) for mark in (_OPEN, _CLOSE, _EQUALS, _ARROW)
+        jnp.cumsum(line_BxM == mark, axis=1) for mark in (alphabet.OPENING_ID, alphabet.CLOSING_ID, _EQUALS, _ARROW)
     )
     digits_BxM = _digits(line_BxM)
     which_3 = jnp.arange(3)[None, :, None]
@@ -142,7 +142,7 @@ def _complete(task: ColumnTask, read: _Read, expected: Line) -> tuple[Line, jax.
 
 
 def _digits(tokens: jax.Array) -> jax.Array:
-    return jnp.where((tokens >= ZERO) & (tokens <= ZERO + 9), tokens - ZERO, -1)
+    return jnp.where(alphabet.is_digit(tokens), tokens - alphabet.FIRST_DIGIT_ID, -1)
 
 
 def _line_at(text_BxT: jax.Array, start_B: jax.Array, width: int) -> jax.Array:

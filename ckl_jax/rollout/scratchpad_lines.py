@@ -13,7 +13,6 @@ from ckl_jax.tasks.task import RESULT_MARK
 
 HEADER, STEP, END, CLOSE, RESULT, DONE = range(6)
 SHORTEST_STEP = len("[1] + [] , A=[] , C=0 , 1+0+0=1 , A->1 , C->0\n")
-ZERO = alphabet.VOCABULARY.index("0")
 
 
 class Line(NamedTuple):
@@ -155,7 +154,7 @@ def render(task: ColumnTask, template: Template, line: Line) -> tuple[jax.Array,
         axis=1,
     )
     value_BxK = registers_BxR[:, template.register_K]
-    tokens_BxK = jnp.where(template.literal_K[None] >= 0, template.literal_K[None], value_BxK + ZERO)
+    tokens_BxK = jnp.where(template.literal_K[None] >= 0, template.literal_K[None], value_BxK + alphabet.FIRST_DIGIT_ID)
     return tokens_BxK, (value_BxK >= 0) & jnp.asarray(template.kinds_6xK)[line.kind_B]
 
 

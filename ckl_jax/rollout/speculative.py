@@ -98,7 +98,7 @@ def speculative_rollout(
     least_accepted: float = 0.0,
     axis_name: str | None = None,
 ) -> Verified:
-    """Generates one answer per problem; arguments as those of ``rollout``, with its errors, and
+    """Generates one answer per problem, with the arguments and errors of ``rollout`` and, beside them:
 
     Args:
       slots: episodes generated side by side, at most; default: all, on CPU 16 (whose caches its own cache can hold).

@@ -128,7 +128,7 @@ class RunDirectory:
             samples = [record for record in samples if record["step"] < step]
         _rewrite(self.metrics_path, kept)
         _rewrite(self.samples_path, samples)
-        _rewrite(self._seconds_path, seconds)
+        _rewrite(self._seconds_path, [record | {"step": min(record["step"], step)} for record in seconds])
         self._copies = self._logs.start(self.path, self._config, kept + samples)
         return again
 

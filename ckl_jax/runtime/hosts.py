@@ -112,7 +112,7 @@ def of_first(call: Callable[[], T]) -> T:
     if is_first():
         try:
             outcome = call(), None
-        except ConfigError as refused:
+        except (ConfigError, OSError) as refused:
             outcome = None, refused
         except Exception as failed:
             outcome = None, RuntimeError(f"process 0 failed ({_one_line(failed)})")

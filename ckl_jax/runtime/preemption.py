@@ -51,7 +51,7 @@ def deferred(then: Callable[[], object] = lambda: None) -> Iterator[None]:
         # A handler that was not installed from Python reads as None and cannot be put back.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         signalled, _signalled = _signalled, False
-    if agreed(signalled):
+    if hosts.any_host(signalled):
         raise PreemptedError("what was done is saved")
 
 
@@ -60,12 +60,4 @@ def requested(step: int = 0) -> bool:
 
     Several hosts ask each other at every tenth ``step`` only, as that waits for all that was dispatched.
     """
-    return agreed(_signalled) if step % HOSTS_ASK_EVERY == 0 or not hosts.several() else False
-
-
-def agreed(requested: bool) -> bool:
-    """Whether any host of the job was asked to stop; every host gets the same answer, at the same step.
-
-    Every host calls it at the same steps. With one process it is the argument.
-    """
-    return hosts.any_host(requested)
+    return hosts.any_host(_signalled) if step % HOSTS_ASK_EVERY == 0 or not hosts.several() else False

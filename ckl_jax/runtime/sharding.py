@@ -64,7 +64,7 @@ def make_mesh(num_runs: int, num_rows: int, run_devices: int | None = None, data
 
 
 def filled_up(rows: Any) -> Any:
-    """The same arrays where there is one process; else with rows again behind the last, for every device as many.
+    """The same arrays, with several processes some rows again behind the last, so that every device has as many.
 
     So every process can take part in what is computed of any number of rows; the results of the rest are dropped.
     """
@@ -97,7 +97,7 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(one, shapes, shardings)
 
 
-def planned(
+def planned_state(
     create: Callable[..., Any], arguments: tuple[Any, ...], mesh: Mesh, split: bool, *leading: str
 ) -> tuple[Any, targets.Call]:
     """The shapes of the train state ``create(*arguments)`` on the mesh, and what makes it there.
@@ -227,8 +227,8 @@ def by_device(kernel: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
 def over_runs(mesh: Mesh, call: Callable[..., Any], whole: Any, *of_runs: Any) -> Any:
     """``call(whole, *of_runs)`` with each device on its own runs, the arrays' leading axis."""
     specs = (ALL, *[BY_RUN] * len(of_runs))
-    partial = functools.partial(jax.shard_map, mesh=mesh, axis_names={RUN_AXIS}, check_vma=False)
-    return partial(call, in_specs=specs, out_specs=BY_RUN)(whole, *of_runs)
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=BY_RUN, axis_names={RUN_AXIS}, check_vma=False)
+    return mapped(whole, *of_runs)
 
 
 def map_runs(runs_at_once: int, run: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ PAD_ID = 0
 NEWLINE_ID = VOCABULARY.index("\n")
 OPENING_ID, CLOSING_ID = VOCABULARY.index("["), VOCABULARY.index("]")
 FIRST_DIGIT_ID, LAST_DIGIT_ID = VOCABULARY.index("0"), VOCABULARY.index("9")
+MOST_TOKENS = 256  # Tokens are kept as uint8; a converted model may know more than ours.
 MOST_SHOWN = 5
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Shown for a token of a converted model that is none of ours."""
@@ -28,6 +30,11 @@ def encode(text: str) -> np.ndarray:
     unknown = sorted(set(text) - set(VOCABULARY))[:MOST_SHOWN]
     require(not unknown, "text", unknown, f"characters of {VOCABULARY!r}")
     return np.array([_ID_OF[character] for character in text], np.uint8)
+
+
+def is_digit(tokens: Any) -> Any:
+    """Which tokens of an array are digits: bool, of its shape."""
+    return (tokens >= FIRST_DIGIT_ID) & (tokens <= LAST_DIGIT_ID)
 
 
 def decode(tokens: Sequence[int] | np.ndarray, *, beyond: str = "") -> str:

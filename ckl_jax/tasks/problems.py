@@ -15,6 +15,7 @@ from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import RESULT_MARK, Problem, Task
 
 STEPS = 3
+MEASURED = 1
 Array = np.ndarray | jax.Array
 
 
@@ -46,7 +47,7 @@ def pack(task: Task, problems: Sequence[Problem], digits: int, max_pretrain_digi
     """Problems of up to ``digits`` digits as arrays whose shapes depend on task, ``digits`` and the count alone.
 
     Raises:
-      ValueError: no problem, or an operand longer than ``digits``.
+      ConfigError: no problem, or an operand longer than ``digits``.
     """
     require(len(problems) > 0, "problems", len(problems), "1 or more")
     foreign = next((problem for problem in problems if not isinstance(problem, Problem)), None)
@@ -87,6 +88,14 @@ def _require_room(task: Task, what: str, tokens: np.ndarray, room: int) -> None:
 def rows(problems: Problems, start: int, count: int) -> Problems:
     """At most ``count`` of the problems, from number ``start`` on; their identities for the noise stay."""
     return jax.tree.map(lambda x: x[start : start + count], problems)
+
+
+def measured_on(seed: int, digits: int) -> np.random.Generator:
+    """Draws the problems that a model is measured on, for each seed and number of digits its own.
+
+    They are apart from those of RL's rounds, which two numbers give (seed and round): a policy may have learned these.
+    """
+    return np.random.default_rng([seed, digits, MEASURED])
 
 
 def reward(answers_BxT: jax.Array, results_BxR: jax.Array) -> jax.Array:
@@ -179,7 +188,7 @@ def overlong_mask(answers_BxT: jax.Array, digits: int) -> jax.Array:
     length = answers_BxT.shape[1]
     columns = jnp.arange(length)[None]
     opening_BxT, closing_BxT = answers_BxT == alphabet.OPENING_ID, answers_BxT == alphabet.CLOSING_ID
-    digit_BxT = (answers_BxT >= alphabet.FIRST_DIGIT_ID) & (answers_BxT <= alphabet.LAST_DIGIT_ID)
+    digit_BxT = alphabet.is_digit(answers_BxT)
     starts_B, found_B = result_start(answers_BxT)
     in_result_BxT = found_B[:, None] & (columns >= starts_B[:, None])
 

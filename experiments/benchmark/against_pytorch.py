@@ -13,6 +13,7 @@ import numpy as np
 
 from ckl_jax import next_character
 from ckl_jax.checkpoint.store import Model
+from ckl_jax.model import num_parameters
 from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.program import make_mesh
@@ -35,7 +36,6 @@ from experiments.benchmark.workload import (
     Section,
     first_round,
     model_config,
-    num_parameters,
     pretrain_config,
     text_stream,
     tiny_config,

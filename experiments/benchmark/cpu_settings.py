@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ckl_jax import next_character
 from ckl_jax.presets import pretrain_preset
-from ckl_jax.rl.program import draw_problems, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import init_run, train_rounds
+from ckl_jax.rl.program import draw_rounds, make_mesh, make_program, make_runs
+from ckl_jax.rl.updates import planned_states, train_rounds
 from ckl_jax.runtime import sharding, startup, xla_cpu
 from experiments.benchmark.timing import speedup, spread
 from experiments.benchmark.workload import (
@@ -64,14 +63,10 @@ def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
     program = make_program(config, model)
     runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
     mesh = make_mesh(config, len(runs))
-    drawn = draw_problems(program, 0, 0)
-    problems = jax.tree.map(lambda x: np.stack([x[None]] * len(runs)), drawn)
-    hypers, problems = sharding.put((hypers, problems), sharding.by_run(mesh))
+    hypers, problems = sharding.put((hypers, draw_rounds(program, runs, [0])), sharding.by_run(mesh))
     reference = sharding.put(model.params, sharding.everywhere(mesh))
-    create = jax.jit(
-        jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)), out_shardings=sharding.by_run(mesh)
-    )
-    states = create(reference, hypers)
+    _, create = planned_states(program, mesh, reference, hypers)
+    states = create.run()
     for _ in range(plan.settings_rounds + 1):
         start = time.perf_counter()
         states, _ = jax.block_until_ready(train_rounds(program, mesh, reference, states, hypers, problems))

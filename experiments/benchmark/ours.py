@@ -19,11 +19,11 @@ import numpy as np
 
 from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.model import forward, init_cache
+from ckl_jax.model import forward, init_cache, num_parameters
 from ckl_jax.next_character import init_state, train_step
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import loss_terms
-from ckl_jax.rl.program import draw_problems, make_program, make_runs
+from ckl_jax.rl.program import draw_rounds, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_round, train_rounds, update
 from ckl_jax.rollout.decoding import CACHE_BLOCK, rollout
 from ckl_jax.rollout.trajectory import Sampling, score
@@ -34,7 +34,6 @@ from experiments.benchmark.workload import (
     Progress,
     Section,
     first_round,
-    num_parameters,
     pretrain_config,
     text_stream,
     tiny_config,
@@ -55,10 +54,9 @@ def _round_seconds(model: Model, config: FinetuneConfig, repeats: int) -> dict[s
 def _runs_seconds(model: Model, config: FinetuneConfig, count: int, repeats: int) -> dict[str, float]:
     """Seconds of one round of ``count`` runs side by side in one program."""
     program = make_program(config, model)
-    _, hypers = make_runs(config, {"run": {}}, count)
+    runs, hypers = make_runs(config, {"run": {}}, count)
     create = jax.jit(jax.vmap(functools.partial(init_run, program), in_axes=(None, 0)))
-    drawn = [draw_problems(program, seed, 0) for seed in range(count)]
-    problems = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)[:, None]), *drawn)
+    problems = jax.tree.map(jnp.asarray, draw_rounds(program, runs, [0]))
     one_device = make_mesh(count, 1, run_devices=1)
 
     def side() -> float:

@@ -16,7 +16,7 @@ from ckl_jax import tasks
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
-from ckl_jax.datasets.stream import TokenStream
+from ckl_jax.datasets.stream import TokenStream, token_stream
 from ckl_jax.model import GPT2
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
@@ -118,10 +118,6 @@ def model_config(plan: Plan, scale: str) -> ModelConfig:
     return dataclasses.replace(pretrain_preset(scale).model, dropout=0.0)
 
 
-def num_parameters(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def unending_model(plan: Plan, scale: str) -> Model:
     """A model with random weights whose episodes all run to the length limit, because it never writes padding.
 
@@ -192,6 +188,4 @@ def pretrain_config(plan: Plan, scale: str, batch: int) -> PretrainConfig:
 def text_stream(digits: int, count: int = 2000) -> TokenStream:
     """Scratchpads back to back as the dataset has them, made in memory."""
     drawn: Sequence[tasks.Problem] = ADDITION.short_problems(np.random.default_rng(0), count, digits)
-    documents = [alphabet.encode(ADDITION.prompt_text(p) + ADDITION.answer_text(p)) for p in drawn]
-    starts = np.cumsum([0, *(len(document) for document in documents[:-1])]).astype(np.int32)
-    return TokenStream(np.concatenate(documents), starts)
+    return token_stream(ADDITION.prompt_text(p) + ADDITION.answer_text(p) for p in drawn)

@@ -22,6 +22,7 @@ from ckl_jax.fields import require_fields
 from ckl_jax.finetune import certainty_model, describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
+from ckl_jax.runs.directory import RESUMABLE
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.tasks.catalog import TaskName
@@ -157,7 +158,7 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
     config = read_json(command.out / "config.json", "plot_only")
     with reading.only_read(command.out / "config.json", "plot_only", applies=True):
         ours = identity(model)
-        same = {name: config.get(name, ours[name]) for name in ours} == ours
+        same = RESUMABLE.same_numbers({name: config[name] for name in ours if name in config}, ours)
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
         digits = model.max_pretrain_digits + config["config"]["extra_digits"]
@@ -206,9 +207,19 @@ def summarize(
     }
 
 
-def episodes_before(results: Mapping[str, Any]) -> np.ndarray:
-    """Episodes before each round, [rounds]: the policy that solved its new problems had learned from these."""
-    return np.array(results["round_episodes"]) - results["round_episodes"][0]
+def episodes_before(results: Mapping[str, Any], staleness: int = 0) -> np.ndarray:
+    """Episodes before each round, [rounds]: the policy that solved its new problems had learned from these.
+
+    Args:
+      staleness: the run's; its answers are of a policy that had learned from as many rounds less.
+    """
+    of_round = results["round_episodes"][0]
+    return np.maximum(np.array(results["round_episodes"]) - (1 + staleness) * of_round, 0)
+
+
+def staleness_of(run: Run) -> int:
+    """The run's ``staleness``, which an older config.json does not have yet."""
+    return run.config["config"].get("staleness", 0)
 
 
 def after(results: Mapping[str, Any], arm: str, curve: str = "learning_curve") -> np.ndarray:

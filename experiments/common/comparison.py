@@ -99,9 +99,9 @@ def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
 
 
 def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:
-    """A row per array over seeds: their mean, and its 95% interval or, with few seeds, a point for each."""
+    """A row per array over seeds, in %: their mean, and its 95% interval or, with few seeds, a point for each."""
     for row, (of_seeds, color) in enumerate(zip(values, colors, strict=True)):
-        mean, low, high = mean_interval(of_seeds)
+        mean, low, high = mean_interval(of_seeds).within(-100 if np.min(of_seeds) < 0 else 0, 100)
         few = len(of_seeds) < plots.FEW_SEEDS
         error = None if few else [[mean - low], [high - mean]]
         axes.errorbar(mean, row, xerr=error, color=color, **plots.POINT)

@@ -66,9 +66,9 @@ class Models:
         paths = ("pretrained", "data_dir")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in paths}
 
-    def load(self, config: PretrainConfig, progress: Progress = print) -> Model:
+    def load(self, config: PretrainConfig) -> Model:
         """The model of one of ``configs``, trained first if it is not there."""
-        return load_model(pretrained(config, self.pretrained, progress, self.data_dir))
+        return load_model(pretrained(config, self.pretrained, data_dir=self.data_dir))
 
 
 def models_preset(scale: str) -> Models:

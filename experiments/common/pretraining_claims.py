@@ -39,16 +39,20 @@ def from_verdicts(rows: Iterable[dict[str, Any]]) -> list[Claim]:
     return [_claim(row) for row in rows]
 
 
+def compared(row: dict[str, Any]) -> str:
+    """Which N a row of ``verdicts`` compares."""
+    return " against ".join(map(str, row["max_pretrain_digits"]))
+
+
 def _claim(row: dict[str, Any]) -> Claim:
     kind = next(name for name in PAPER if row["claim"].startswith(name))
-    compared = " against ".join(map(str, row["max_pretrain_digits"]))
     lengths = f", {row['operands']} lengths" if "operands" in row else ""
     fits = row["verdict"] != "does not fit"
     one, other = row["intervals"]
     here = f"{percent(one)}% against {percent(other)}%" if fits else "an answer does not fit the model's block"
     rest = "" if kind == "the paper's number" else "; not reproduced if it lies below, else undecided"
     return Claim(
-        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared}{lengths})",
+        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths})",
         PAPER[kind],
         here,
         tuple(interval for interval in (one, other) if interval is not None),

@@ -35,6 +35,7 @@ from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks import problems as problems_lib
 from experiments.common.claims import HOLDS, LIES_ABOVE, Claim, as_json
 from experiments.common.figure import Results, markdown, publish
 from experiments.figure5_certainty_colors.shown import draw, page, section, stored
@@ -143,9 +144,7 @@ def measure(command: Figure5Command) -> Results:
         kinds = [found._replace(params=None, config=critical.exactly(found.config)) for found in policies.values()]
         same = kinds[0] == kinds[1]
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
-    # A fine-tuned policy may have learned from the problems that two numbers give: a round's are drawn so.
-    apart = [] if command.finetuned is None else [1]
-    rng = np.random.default_rng([command.sampling.seed, digits - 1, *apart])
+    rng = problems_lib.measured_on(command.sampling.seed, digits)
     problems = reference.task.rl_problems(rng, command.generations, digits, digits - 1)
     summaries: dict[str, Any] = {}
     for name, policy in policies.items():

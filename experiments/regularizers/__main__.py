@@ -10,7 +10,8 @@ an eighth of them 8 times). Two stages:
 
 1. The screen: every method at each share of ``--grid`` of its strength (its coefficient; ``adaptive``: its target), 2
    seeds, 7 rounds with their own learning-rate decay. Kept is the share with the highest mean accuracy over the last
-   three rounds, on new problems (the larger one at a tie); leaders are the methods that are highest so.
+   three rounds, on new problems (the larger one at a tie); leaders are the methods that are highest so. A stale
+   method's new problems are answered by older policies: its accuracy is that of the test after the last round.
 2. The confirmation: standard, prioritized, its controls (matched, shuffled, renormalized, no_kl) and the three leaders
    of the rest, each at its share, 14 rounds, 10 seeds that the screen did not use.
 
@@ -60,6 +61,7 @@ from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import earlier_results
 from ckl_jax.runtime import cli
+from ckl_jax.tasks.columns import ADDITION
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, publish
 from experiments.regularizers import results as results_lib
@@ -67,6 +69,7 @@ from experiments.regularizers.methods import ALWAYS, BY_NAME, METHODS, NEEDED, C
 
 COMMAND = "experiments.regularizers"
 SCREEN_SEEDS_FROM = 1_000
+OWN = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
 
 
 @dataclass(frozen=True)
@@ -188,27 +191,39 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
     require(found is not None, "earlier", str(command.earlier), "a directory with a finished call's results.json")
     assert found is not None
     with reading.only_read(command.earlier / "results.json", "earlier", applies=True):
-        older = {"task": "addition", "model": described["model"]}
-        theirs, ours = ({**older, **config} for config in (found["config"], described))
-        for name in ("task", "checkpoint", "model", "screen_seeds", "screen_rounds", "seeds"):
-            require(theirs[name] == ours[name], name, ours[name], f"{theirs[name]}, that of --earlier")
-        require(
-            set(ours["grid"]) <= set(theirs["grid"]), "grid", ours["grid"], f"of {theirs['grid']}, that of --earlier"
-        )
-        for name in theirs["config"].keys() - RESUMABLE.speed:
-            value = theirs["config"][name]
-            require(ours["config"][name] == value, name, ours["config"][name], f"{value}, that of --earlier")
+        theirs = {"task": ADDITION.name, **found["config"]}
+        grid = theirs["grid"]
+        require(set(command.grid) <= set(grid), "grid", command.grid, f"of {grid}, that of --earlier")
+        free = {*OWN, "command", "earlier"} - {"screen_seeds", "screen_rounds"}
+        theirs, ours = ({name: config[name] for name in config.keys() - free} for config in (theirs, described))
+        for name in RESUMABLE.differing(theirs, ours):
+            values = [_value(config, name) for config in (ours, theirs)]
+            require(False, name.removeprefix("config."), values[0], f"{values[1]}, that of --earlier")
         return {"confirmation": {"arms": {}}, **found}
 
 
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    """What stands under a dotted name, or the default of a field that an older config does not have."""
+    found: Any = config
+    for part in name.split("."):
+        found = found.get(part, getattr(FinetuneConfig, part, None))
+    return found
+
+
 def measure(command: RegularizersCommand) -> Results:
-    """Both stages, what was chosen between them, config and wall seconds."""
+    """Both stages, what was chosen between them, config and wall seconds.
+
+    Raises:
+      ConfigError: what cannot be trained or taken over; ``screen_only`` where a confirmation would be overwritten.
+    """
+    before = earlier_results(command.out, COMMAND) if command.screen_only else None
+    loses = before is not None and "confirmation" in before
+    require(not loses, "screen_only", True, f"no: {command.out} has the confirmation too, which would be lost")
     model = load_model(command.checkpoint)
     for config, seeds in ((command.screen_config, command.screen_seeds), (command.config, command.seeds)):
         make_program(config, model)
         make_runs(config, {"standard": {}}, seeds)
-    own = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
-    described = {"command": COMMAND, **{name: getattr(command, name) for name in own}, **describe(command, model)}
+    described = {"command": COMMAND, **{name: getattr(command, name) for name in OWN}, **describe(command, model)}
     described = json.loads(json.dumps(described))
     earlier = taken_over(command, described)
     kept = {cell.name: earlier["screen"][cell.name] for cell in command.cells if cell.name in earlier["screen"]}

@@ -22,13 +22,18 @@ LAST_ROUNDS = 3
 
 
 def screened(run: arms_lib.Run, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """By cell: accuracy over the last rounds of every seed, and accuracy on the old lengths after them."""
+    """By cell: accuracy over the last rounds of every seed, and accuracy on the old lengths after them.
+
+    Where the answers are of an older policy (``staleness``) it is that of the test after the last round.
+    """
     rounds, tests = by_run(run.records, "success"), by_run(run.records, "test_old")
     last = run.config["config"]["rounds"]
     counted = range(max(1, last - LAST_ROUNDS + 1), last + 1)
     found = {}
     for cell in cells:
         success = [float(np.mean([rounds[cell.name, seed, step]["success"] for step in counted])) for seed in run.seeds]
+        if cell.method.overrides.get("staleness", 0) > 0:
+            success = [tests[cell.name, seed, last]["test_target"] for seed in run.seeds]
         old = [tests[cell.name, seed, last]["test_old"] for seed in run.seeds]
         kl = [rounds[cell.name, seed, last]["kl"] for seed in run.seeds]
         values = {"success": success, "old": old, "kl": kl}
@@ -165,8 +170,8 @@ def _draw_screen(axes: Axes, results: Results) -> None:
 def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results: Results) -> None:
     found = results["confirmation"]
     colors = plots.colors_of(found["arms"])
-    before = arms_lib.episodes_before(found)
     for arm, values in found["arms"].items():
+        before = arms_lib.episodes_before(found, BY_NAME[arm].overrides.get("staleness", 0))
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
         curves.plot(before, mean, color=colors[arm], label=arm, linewidth=2)
     title = f"confirmation: {len(found['seeds'])} other seeds"

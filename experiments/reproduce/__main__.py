@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,13 +34,18 @@ from ckl_jax.checkpoint.store import read_description, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
+from ckl_jax.presets import pretrain_preset
 from ckl_jax.rl.program import Seeds
 from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory, resolved
+from ckl_jax.tasks.catalog import TaskName
+from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 from experiments.reproduce import page
 from experiments.reproduce.child import run_process
+
+ABOUT = "about"  # Of reproduce.json, beside the items.
 
 
 @dataclass(frozen=True)
@@ -139,12 +144,16 @@ def _levels(command: ReproduceCommand) -> list[str]:
     """Two models at the tiny scale, of which one ships: a third would be most of the hour that all items take."""
     digits = ["--digits", "3", "5"] if command.scale == "tiny" else []
     _, task = _described(command)
-    made = ["--pretrain.task", task.name, "--pretrained", str(command.out / "pretrained")]
+    steps = pretrain_preset(command.scale, cast(TaskName, task.name)).num_steps
+    longer = [] if steps == pretrain_preset(command.scale).num_steps else ["--pretrain.num-steps", str(steps)]
+    made = ["--pretrain.task", task.name, *longer, "--pretrained", str(command.out / "pretrained")]
     return ["--scale", command.scale, *digits, *made]
 
 
 def _from_figure4(command: ReproduceCommand) -> list[str]:
-    return [*_checkpoint(command), "--finetuned", str(command.out / "figure4" / "prioritized" / "seed_0")]
+    run = command.out / "figure4"
+    made = read_json(run / "config.json", "out") if (run / "config.json").exists() else {"config": {"seed": 0}}
+    return [*_checkpoint(command), "--finetuned", str(run / "prioritized" / f"seed_{made['config']['seed']}")]
 
 
 # In the order they run in: what is quick first, then what others read, then what pre-trains models.
@@ -191,18 +200,29 @@ def identity(command: ReproduceCommand, item: Item) -> dict[str, Any]:
     return {"command": shlex.join(["python", *arguments(command, item)]), "reads": digests}
 
 
+def _about(command: ReproduceCommand) -> dict[str, str]:
+    """What all items of a directory share."""
+    _, _, task = read_description(resolved(_model(command), "checkpoint"))
+    manifest = hashlib.sha256((_model(command) / "params.sha256.json").read_bytes()).hexdigest()
+    return {"scale": command.scale, "task": task.name, "model": manifest}
+
+
 def run_item(command: ReproduceCommand, item: Item, notes: dict[str, Any]) -> None:
     """Runs an item unless it is done, and notes what came of it under its name in ``notes``."""
-    lacking = [name for name in item.needs if not (command.out / name / "results.json").exists()]
+    lacking = [
+        name
+        for name in item.needs
+        if not (command.out / name / "results.json").exists() or notes.get(name, {}).get("error")
+    ]
     wanted = identity(command, item)
     done = notes.get(item.name, {})
     finished = (command.out / item.name / "results.json").exists()
-    if finished and not done.get("error") and {key: done.get(key) for key in wanted} == wanted:
+    if finished and not lacking and not done.get("error") and {key: done.get(key) for key in wanted} == wanted:
         print(f"{item.name}: done before", flush=True)
         return
     started = time.monotonic()
     if lacking:
-        error = f"It reads the results of {', '.join(lacking)}, which are not there."
+        error = f"It reads the results of {', '.join(lacking)}, which are not there or of a call that failed."
     else:
         print(f"{item.name}: {wanted['command']}", flush=True)
         code, output = run_process(item.name, arguments(command, item), command.out / "logs" / f"{item.name}.log")
@@ -218,7 +238,8 @@ def write_report(command: ReproduceCommand, notes: dict[str, Any]) -> list[page.
     for item in sorted(ITEMS, key=lambda item: item.name):
         typed, error = (notes.get(item.name, {}).get(key, "") for key in ("command", "error"))
         cards.append(page.read_card(item.name, item.title, command.out / item.name, typed, error))
-    title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {command.scale} scale"
+    of = notes.get(ABOUT, {"scale": command.scale, "task": ADDITION.name})
+    title = f"“Ignore the KL Penalty!” in JAX: every figure and table at the {of['scale']} scale, {of['task']}"
     text = page.page(title, cards)
     replace(command.out / "report.html", text)
     return cards
@@ -234,7 +255,12 @@ def main(command: ReproduceCommand) -> None:
     if command.report_only:
         require(command.out.is_dir(), "out", str(command.out), "a directory of results")
     else:
-        read_description(resolved(_model(command), "checkpoint"))
+        about = _about(command)
+        for name, value in about.items():
+            theirs = notes.get(ABOUT, about)[name]
+            option = "checkpoint" if name in ("model", "task") else name
+            require(theirs == value, option, value, f"{theirs}, that of the earlier call in {command.out}")
+        notes[ABOUT] = about
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)

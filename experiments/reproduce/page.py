@@ -26,8 +26,9 @@ NEEDED = ("claims", "seeds", "device", "platform", "wall_seconds", "config")
 INTRODUCTION = (
     "Paper: Vassoyan, Beau, Plaud, “Ignore the KL Penalty! Boosting Exploration on Critical Tokens to Enhance RL "
     "Fine-Tuning”, arXiv 2502.06533: 85M parameters pre-trained on 3 to 13 digits, 10 seeds.",
-    "Every verdict follows from its rule and the 95% interval shown, and the rules are in the modules that made the "
-    "numbers. Undecided means that the interval allows both answers, often because there are few seeds.",
+    "Every verdict follows from its rule and what is shown beside it, a 95% interval where the rule has one, and the "
+    "rules are in the modules that made the numbers. Undecided means that what was measured allows both answers, often "
+    "because there are few seeds.",
 )
 PICTURES = {"svg": "image/svg+xml", "png": "image/png"}
 

@@ -36,7 +36,6 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from ckl_jax.analysis import critical
@@ -47,6 +46,7 @@ from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks import problems as problems_lib
 from experiments.common.claims import as_json
 from experiments.common.figure import Results, publish
 from experiments.table1_certainty_gap.counting import criterion_1, delta_j
@@ -78,10 +78,10 @@ class Table1Command:
         require_directory(self.out, "out")
 
 
-def _row(command: Table1Command, model: Model) -> dict[str, Any]:
+def _row(command: Table1Command, model: Model, name: str) -> dict[str, Any]:
     base = model.max_pretrain_digits
     count = max(command.generations, command.criterion_generations)
-    rng = np.random.default_rng([command.sampling.seed, base])
+    rng = problems_lib.measured_on(command.sampling.seed, base + 1)
     problems = model.task.rl_problems(rng, count, base + 1, base)
     generations = critical.sample(model, problems, base + 1, command.sampling)
     gap = delta_j(generations.first(command.generations))
@@ -89,6 +89,8 @@ def _row(command: Table1Command, model: Model) -> dict[str, Any]:
     return {
         "max_pretrain_digits": base,
         "checkpoint": fingerprint(model.params),
+        "task": model.task.name,
+        "name": name,
         "generations": command.generations,
         "problems": [f"{problem.a}{model.task.operator}{problem.b}" for problem in problems[: command.generations]],
         "delta_j": gap,
@@ -101,7 +103,7 @@ def measure(command: Table1Command) -> Results:
     models = [load_model(path) for path in command.checkpoints]
     for model in models:
         critical.require_room(model, model.max_pretrain_digits + 1, command.sampling.extra_length)
-    rows = [_row(command, model) for model in models]
+    rows = [_row(command, model, path.name) for model, path in zip(models, command.checkpoints, strict=True)]
     config = {"command": COMMAND, **dataclasses.asdict(command)}
     for name in ("checkpoints", "out", "plot_only"):
         del config[name]
@@ -118,7 +120,7 @@ def judge(results: Results) -> Results:
     """Every model's verdicts, and the claims."""
 
     def said(row: dict[str, Any]) -> dict[str, str]:
-        return verdicts(sides(row["delta_j"], row["criterion_1"], row["max_pretrain_digits"]))
+        return verdicts(sides(row))
 
     models = [row | {"verdicts": said(row)} for row in results["models"]]
     return {"models": models, "claims": as_json(claims(models))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,15 +23,27 @@ SIZES: dict[Side, str] = {
 }
 
 
-def sides(gap: dict[str, Any], criterion: dict[str, Any], max_pretrain_digits: int) -> dict[str, Side]:
+def papers(row: dict[str, Any]) -> tuple[tuple[float, float], ...]:
+    """The paper's mean and half interval at critical tokens and at the others, of additions at the row's N, if any."""
+    return PAPER.get(row["max_pretrain_digits"], ()) if row.get("task", "addition") == "addition" else ()
+
+
+def labels(rows: list[dict[str, Any]]) -> list[str]:
+    """What tells the models apart: N, and where several have the same the checkpoint's name."""
+    counts = collections.Counter(row["max_pretrain_digits"] for row in rows)
+    return [f"{base} ({row['name']})" if counts[base := row["max_pretrain_digits"]] > 1 else f"{base}" for row in rows]
+
+
+def sides(row: dict[str, Any]) -> dict[str, Side]:
     """What the rules of ``__main__``'s docstring compare, with the side that the claims are on above."""
+    gap, criterion = row["delta_j"], row["criterion_1"]
     critical = Interval(*gap["critical"])
     found: dict[str, Side] = {
         "gap": Interval(*gap["noncritical_minimum"]).side(critical),
         "wrong_critical_token_decides": Interval(*criterion["wrong_critical_ended_wrong"]["share"]).side(ALMOST_SURELY),
     }
-    if max_pretrain_digits in PAPER and math.isfinite(critical.low):
-        mean, half = PAPER[max_pretrain_digits][0]
+    if papers(row) and math.isfinite(critical.low):
+        mean, half = papers(row)[0]
         found["size"] = critical.side((mean, mean - half, mean + half))
     return found
 
@@ -42,19 +55,19 @@ def verdicts(found: dict[str, Side]) -> dict[str, str]:
 
 def claims(rows: list[dict[str, Any]]) -> list[Claim]:
     """Both criteria and the gap's size for every model, by the rules of ``__main__``'s docstring."""
-    return [claim for row in rows for claim in _claims(row)]
+    return [claim for row, label in zip(rows, labels(rows), strict=True) for claim in _claims(row, label)]
 
 
-def _claims(row: dict[str, Any]) -> list[Claim]:
-    base, gap = row["max_pretrain_digits"], row["delta_j"]
+def _claims(row: dict[str, Any], base: str) -> list[Claim]:
+    gap = row["delta_j"]
     critical, others = gap["critical"], gap["noncritical_minimum"]
-    found = sides(gap, row["criterion_1"], base)
+    found = sides(row)
     share = row["criterion_1"]["wrong_critical_ended_wrong"]
-    paper = [f"{mean:g} ± {half:g}" for mean, half in PAPER.get(base, ())]
+    paper = [f"{mean:g} ± {half:g}" for mean, half in papers(row)]
     return [
         Claim(
             f"N = {base}: critical tokens are less certain than all others (Delta J, criterion 2)",
-            f"{paper[0]} against {paper[1]} at the least certain others" if paper else "no model of this N",
+            f"{paper[0]} against {paper[1]} at the least certain others" if paper else "no such model",
             f"{certainty(critical)} against {certainty(others)} ({row['generations']} answers)",
             (critical, others),
             LIES_ABOVE[found["gap"]],
@@ -63,12 +76,12 @@ def _claims(row: dict[str, Any]) -> list[Claim]:
         ),
         Claim(
             f"N = {base}: how much less certain (Delta J at critical tokens)",
-            paper[0] if paper else "no model of this N",
+            paper[0] if paper else "no such model",
             f"{certainty(critical)} ({row['generations']} answers)",
             (critical,),
             OVERLAP[found["size"]] if "size" in found else NOT_COMPARABLE,
             "reproduced if our 95% interval and the paper's at the same N overlap, else not reproduced; not comparable "
-            "where the paper has no such N",
+            "where the paper has no such model",
         ),
         Claim(
             f"N = {base}: a wrong critical token makes the answer wrong (criterion 1)",
