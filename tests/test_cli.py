@@ -58,7 +58,7 @@ def _error(capsys, monkeypatch, command, arguments):
         (PRETRAIN, "--batch-size 0", ["batch_size: got 0", "at least 1"]),
         (PRETRAIN, "--batch-size many", ["--batch-size", "'many'"]),
         (PRETRAIN, "--num-documents 24", ["num_documents: got 24", "at least 25"]),
-        (PRETRAIN, "--num-documents 5000000 --model.block-size 600", ["num_documents: got 5000000", "at most"]),
+        (PRETRAIN, "--num-documents 9000000", ["num_documents: got 9000000", "at most"]),
         (PRETRAIN, "--model.vocab-size 40", ["model.vocab_size: got 40", "41..256"]),
         (PRETRAIN, "--model.vocab-size 257", ["model.vocab_size: got 257", "41..256"]),
         (PRETRAIN, "--data-devices 7", ["data_devices: got 7"]),

@@ -212,5 +212,5 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, field, options):
 def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     after = {arm: (*values, values[0]) for arm, values in AFTER.items()}
     results = summarized(after)
-    run = arms_lib.Run({}, [], {}, 2)
+    run = arms_lib.Run({"config": {}}, [], {}, 2)
     controls.draw(results, run).savefig(tmp_path / "controls.png")

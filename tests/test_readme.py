@@ -370,6 +370,15 @@ def test_the_oracles_from_n7_are_what_was_published():
     assert f"ends {percent(between, '+')[1:]} above" in EXPERIMENTS
 
 
+def test_figure_3_from_the_ladder_is_what_was_published():
+    for name in ("figure3", "figure3_plus2"):
+        for run in ladder_results(name)["runs"]:
+            start = f"| N{run['max_pretrain_digits']} on {run['digits']} digits |"
+            told = [f"{100 * run['before'][0]:.1f}", percent(run["after"]), percent(run["gain"], "+")]
+            assert published_row(start) == f"{start} {' | '.join(told)} |"
+        assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == {"reproduced"}
+
+
 def last_commas(name):
     """By arm the probability of the last of N + 2 commas in each seed's first and last round: [2, S, 3, 2]."""
     records = [json.loads(line) for line in (RESULTS / "ladder" / name / "metrics.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ class Advantage(Chapter):
     hapo_advantage: Share = 1.0
     """How much clip_by entropy changes the advantage where abs(h) is 1; above 1 it would turn the sign of A."""
     reward_right: Reward = 1.0
-    """Reward of an answer with the right result."""
+    """Reward of a right answer."""
     reward_wrong: Reward = 0.0
     """Reward of any other answer."""
     discount: Share = 1.0
