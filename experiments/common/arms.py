@@ -22,7 +22,6 @@ from ckl_jax.fields import require_fields
 from ckl_jax.finetune import certainty_model, describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
-from ckl_jax.runs.directory import RESUMABLE
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
 from ckl_jax.tasks.catalog import TaskName
@@ -158,7 +157,7 @@ def _finished(command: ArmsCommand, name: str, model: Model) -> Run:
     config = read_json(command.out / "config.json", "plot_only")
     with reading.only_read(command.out / "config.json", "plot_only", applies=True):
         ours = identity(model)
-        same = RESUMABLE.same_numbers({name: config[name] for name in ours if name in config}, ours)
+        same = {name: config.get(name, ours[name]) for name in ours} == ours
         require(same, "checkpoint", str(command.checkpoint), "the one that the finished run started from")
         require(config["seeds"] <= MOST_SEEDS, "seeds", config["seeds"], f"at most {MOST_SEEDS}")
         digits = model.max_pretrain_digits + config["config"]["extra_digits"]
