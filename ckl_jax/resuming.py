@@ -58,10 +58,16 @@ class Resumable:
         """Whether two configs, as dictionaries, make the same numbers, but for rounding."""
         return not self.differing(old, new)
 
-    def differing(self, old: Any, new: Any) -> list[str]:
-        """Names of what makes other numbers in ``new`` than in ``old``, both dictionaries; a later end does too."""
-        ends, others = self._differing(*self._filled(old, new))
-        return sorted([".".join(name) for name in ends] + others)
+    def differing(self, old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+        """What makes other numbers in ``new`` than in ``old``, both dictionaries: its dotted name and its two values.
+
+        A later end does too. None stands for what is not there.
+        """
+        before, after = self._filled(old, new)
+        ends, others = self._differing(before, after)
+        old_values, new_values = ({_dotted(name): x for name, x in config.items()} for config in (before, after))
+        names = sorted([*map(_dotted, ends), *others])
+        return {name: (old_values.get(name), new_values.get(name)) for name in names}
 
     def require(self, old: Any, new: Any, where: str) -> None:
         """Raises a ConfigError unless a run of the config ``old`` may go on as one of ``new``.
@@ -99,7 +105,7 @@ class Resumable:
             if name and name[-1] in self._declared and name in before and name in after:
                 ends.append(name)
             else:
-                others.append(".".join(name) or "config")
+                others.append(_dotted(name))
         return ends, others
 
     def _require_later(self, name: tuple[str, ...], before: Mapping[Any, Any], wanted: Any, where: str) -> None:
@@ -110,6 +116,10 @@ class Resumable:
             raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had}, that of the run in {where}{reason}")
         if not (isinstance(had, int) and wanted > had):
             raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had} or more, as the run in {where} has")
+
+
+def _dotted(name: _Name) -> str:
+    return ".".join(name) or "config"
 
 
 def _leaves(config: Any, name: _Name = ()) -> Iterator[tuple[_Name, Any]]:

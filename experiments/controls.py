@@ -133,7 +133,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     figure = Figure(figsize=(11, 8))
     panels = figure.subplots(2, 2, height_ratios=(1.2, 1))
     panels[0, 0].sharey(panels[0, 1])
-    before = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
+    before = arms_lib.episodes_before_answers(results, run.config["config"])
     less = tuple(arm for arm in names if arm not in SAME_WEIGHTS[2:])
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     titles = {"J^beta and its controls": SAME_WEIGHTS, "less KL": less}

@@ -182,7 +182,7 @@ def draw(results: Results) -> Figure:
         for run in (run for run in runs if run["extra_digits"] == extra):
             name = f"N = {run['max_pretrain_digits']}"
             of_name = {name: colors[run["max_pretrain_digits"]]}
-            before = arms_lib.episodes_before(run, results["config"]["finetune"].get("staleness", 0))
+            before = arms_lib.episodes_before_answers(run, results["config"]["finetune"])
             plots.curves(panel, before, {name: np.array(run["collect_success"])}, scale=100, colors=of_name)
             tested = {name: np.array(run["learning_curve"])}
             plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_", colors=of_name)

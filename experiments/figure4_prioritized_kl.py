@@ -101,7 +101,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     collected = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
     tested = {arm: np.array(values["learning_curve"]) for arm, values in results["arms"].items()}
     before = arms_lib.episodes_before(results)
-    answered = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
+    answered = arms_lib.episodes_before_answers(results, run.config["config"])
     plots.curves(top, answered, collected, scale=100, label="{arm}, each round's new problems")
     plots.points(top, np.array(results["test_episodes"]), tested, scale=100, label="{arm}, test problems")
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, 1.25 * top.get_ylim()[1]))

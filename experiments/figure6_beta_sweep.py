@@ -154,7 +154,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     figure = Figure(figsize=(9, 7.5))
     grid = figure.add_gridspec(2, 2, height_ratios=[1.25, 1])
     top, left, right = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    before = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
+    before = arms_lib.episodes_before_answers(results, run.config["config"])
     labels = {STANDARD: STANDARD} | {arm_name(beta): f"beta {beta:,.12g}" for beta in betas}
     for arm, values in results["arms"].items():
         mean, _, _ = mean_intervals(np.array(values["collect_success"]))

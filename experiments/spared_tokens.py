@@ -124,7 +124,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=(1.3, 1))
     curves, after, pairs = (figure.add_subplot(where) for where in (grid[0, :], grid[1, 0], grid[1, 1]))
     success = {arm: np.array(values["collect_success"]) for arm, values in results["arms"].items()}
-    before = arms_lib.episodes_before(results, arms_lib.staleness_of(run))
+    before = arms_lib.episodes_before_answers(results, run.config["config"])
     plots.curves(curves, before, success, scale=100, colors=COLORS)
     curves.set(xlabel="RL episodes", ylabel=f"accuracy on each round's {run.digits}-digit problems (%)")
     curves.legend(loc="upper left")

@@ -7,6 +7,7 @@ import pathlib
 import made_runs
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from policies import untrained
 
 from ckl_jax import finetune
@@ -16,6 +17,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from experiments import controls
 from experiments.common import arms as arms_lib
+from experiments.common import comparison
 
 OPTIONS = (
     "--rounds 2 --test-every 1 --episodes 4 --minibatch-episodes 2 --diagnostic-episodes 2 --test-problems 4 "
@@ -214,3 +216,19 @@ def test_a_figure_of_four_seeds_has_intervals(tmp_path):
     results = summarized(after)
     run = arms_lib.Run({"config": {}}, [], {}, 2)
     controls.draw(results, run).savefig(tmp_path / "controls.png")
+
+
+@pytest.mark.parametrize(("least", "low"), [(-100, 16.5 - 3.1824 * 29.011 / 2), (0, 0)])
+def test_an_interval_is_cut_off_where_no_value_can_be_and_not_at_the_sign_of_its_values(least, low):
+    """All four differences are above 0, and their interval is not."""
+    axes = Figure().subplots()
+    comparison.rows(axes, [np.array([1.0, 2.0, 3.0, 60.0])], ["arm"], ["black"], least)
+    (bar,) = axes.collections
+    assert bar.get_segments()[0][:, 0].min() == pytest.approx(low, abs=0.01)
+
+
+def test_stale_answers_are_of_a_policy_that_had_learned_from_fewer_episodes():
+    results = {"round_episodes": [10, 20, 30, 40]}
+    assert arms_lib.episodes_before(results).tolist() == [0, 10, 20, 30]
+    assert arms_lib.episodes_before_answers(results, {}).tolist() == [0, 10, 20, 30]
+    assert arms_lib.episodes_before_answers(results, {"staleness": 2}).tolist() == [0, 0, 0, 10]

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from ckl_jax.errors import ConfigError
-from ckl_jax.runtime import cli, finite, hosts
+from ckl_jax.runtime import cli, finite
 from ckl_jax.runtime.preemption import PreemptedError, deferred, requested
 
 
@@ -103,11 +103,6 @@ def test_other_threads_work_without_a_handler():
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGTERM)]
-
-
-def test_one_process_agrees_with_itself():
-    assert hosts.any_host(True)
-    assert not hosts.any_host(False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any
 
 from ckl_jax import tasks
 from ckl_jax.config import ModelConfig
+from ckl_jax.config.shape import require_vocabulary
 from ckl_jax.errors import ConfigError, is_integer, require
 from ckl_jax.runtime.paths import in_bucket
 from ckl_jax.runtime.strays import is_unread
-from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
@@ -117,8 +117,7 @@ def model_description(path: pathlib.Path) -> tuple[ModelConfig, int, Task]:
         require(not unknown, "model", unknown, f"fields of {', '.join(sorted(names))}")
         require(not missing, "model", f"nothing for {', '.join(missing)}", f"all of {', '.join(SHAPE)}")
         config = ModelConfig(**model)
-        fits = alphabet.VOCAB_SIZE <= config.vocab_size <= alphabet.MOST_TOKENS
-        require(fits, "vocab_size", config.vocab_size, f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}")
+        require_vocabulary(config.vocab_size, "vocab_size")
         require_digits(digits)
         task = task_named(described.get("task", ADDITION.name))
     except ConfigError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ckl_jax import tasks
-from ckl_jax.config.shape import ModelConfig
+from ckl_jax.config.shape import ModelConfig, require_vocabulary
 from ckl_jax.errors import require
 from ckl_jax.fields import (
     Above,
@@ -21,7 +21,6 @@ from ckl_jax.fields import (
     require_fields,
 )
 from ckl_jax.resuming import end, speed
-from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.catalog import TaskName, task_named
 
 Scale = Literal["tiny", "ladder", "small", "gpt2"]
@@ -125,9 +124,7 @@ class PretrainConfig(Speed, Testing, Optimizer, Data):  # In reverse: the fields
         most = MOST_CHARACTERS // task_named(self.task).longest_episode(self.max_digits, extra=0)
         allowed = f"at most {most}: up to {MOST_CHARACTERS} characters"
         require(self.num_documents <= most, "num_documents", self.num_documents, allowed)
-        known = alphabet.VOCAB_SIZE <= self.model.vocab_size <= alphabet.MOST_TOKENS
-        allowed = f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}"
-        require(known, "model.vocab_size", self.model.vocab_size, allowed)
+        require_vocabulary(self.model.vocab_size, "model.vocab_size")
         tested = self.max_digits + 1
         longest = task_named(self.task).longest_episode(tested)
         fits = f"at least {longest}, the longest episode of the tests on max_digits + 1 = {tested}"

@@ -17,6 +17,12 @@ Precision = Literal["default", "high", "highest"]
 MOST_WEIGHTS = 10**10
 
 
+def require_vocabulary(size: int, name: str) -> None:
+    """Raises a ConfigError unless a model of that many tokens knows all of ours, and no more than are kept."""
+    known = alphabet.VOCAB_SIZE <= size <= alphabet.MOST_TOKENS
+    require(known, name, size, f"{alphabet.VOCAB_SIZE}..{alphabet.MOST_TOKENS}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """GPT-2's shape."""

@@ -206,19 +206,18 @@ def summarize(
     }
 
 
-def episodes_before(results: Mapping[str, Any], staleness: int = 0) -> np.ndarray:
-    """Episodes before each round, [rounds]: the policy that solved its new problems had learned from these.
+def episodes_before(results: Mapping[str, Any]) -> np.ndarray:
+    """Episodes before each round, [rounds]: its policy had learned from these."""
+    return np.array(results["round_episodes"]) - results["round_episodes"][0]
+
+
+def episodes_before_answers(results: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:
+    """Episodes, [rounds], that the policy which solved each round's new problems had learned from.
 
     Args:
-      staleness: the run's; its answers are of a policy that had learned from as many rounds less.
+      config: with the ``staleness`` of that policy in rounds, which an older config.json does not have yet.
     """
-    of_round = results["round_episodes"][0]
-    return np.maximum(np.array(results["round_episodes"]) - (1 + staleness) * of_round, 0)
-
-
-def staleness_of(run: Run) -> int:
-    """The run's ``staleness``, which an older config.json does not have yet."""
-    return run.config["config"].get("staleness", 0)
+    return np.maximum(episodes_before(results) - config.get("staleness", 0) * results["round_episodes"][0], 0)
 
 
 def after(results: Mapping[str, Any], arm: str, curve: str = "learning_curve") -> np.ndarray:

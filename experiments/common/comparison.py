@@ -98,10 +98,16 @@ def table(pairs: Sequence[Mapping[str, Any]], digits: int) -> str:
     return markdown(["difference, paired", f"{digits} digits", *of_family, "", "old lengths"], rows)
 
 
-def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any]) -> None:
-    """A row per array over seeds, in %: their mean, and its 95% interval or, with few seeds, a point for each."""
+def rows(
+    axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors: Sequence[Any], least: float = -100
+) -> None:
+    """A row per array over seeds, in %: their mean, and its 95% interval or, with few seeds, a point for each.
+
+    Args:
+      least: what no value can be below: 0 for accuracies.
+    """
     for row, (of_seeds, color) in enumerate(zip(values, colors, strict=True)):
-        mean, low, high = mean_interval(of_seeds).within(-100 if np.min(of_seeds) < 0 else 0, 100)
+        mean, low, high = mean_interval(of_seeds).within(least, 100)
         few = len(of_seeds) < plots.FEW_SEEDS
         error = None if few else [[mean - low], [high - mean]]
         axes.errorbar(mean, row, xerr=error, color=color, **plots.POINT)
@@ -115,7 +121,7 @@ def rows(axes: Axes, values: Sequence[np.ndarray], labels: Sequence[str], colors
 def after_panel(axes: Axes, results: Mapping[str, Any], colors: Mapping[str, Any], digits: int) -> None:
     """A row per arm: its accuracy after training."""
     arms = list(results["arms"])
-    rows(axes, [100 * arms_lib.after(results, arm) for arm in arms], arms, [colors[arm] for arm in arms])
+    rows(axes, [100 * arms_lib.after(results, arm) for arm in arms], arms, [colors[arm] for arm in arms], 0)
     axes.set_xlabel(f"accuracy on {digits} digits after RL (%)")
 
 

@@ -69,7 +69,6 @@ from experiments.regularizers.methods import ALWAYS, BY_NAME, METHODS, NEEDED, C
 
 COMMAND = "experiments.regularizers"
 SCREEN_SEEDS_FROM = 1_000
-OWN = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
 
 
 @dataclass(frozen=True)
@@ -194,20 +193,11 @@ def taken_over(command: RegularizersCommand, described: Mapping[str, Any]) -> di
         theirs = {"task": ADDITION.name, **found["config"]}
         grid = theirs["grid"]
         require(set(command.grid) <= set(grid), "grid", command.grid, f"of {grid}, that of --earlier")
-        free = {*OWN, "command", "earlier"} - {"screen_seeds", "screen_rounds"}
+        free = {"command", "methods", "grid", "leaders", "earlier"}
         theirs, ours = ({name: config[name] for name in config.keys() - free} for config in (theirs, described))
-        for name in RESUMABLE.differing(theirs, ours):
-            values = [_value(config, name) for config in (ours, theirs)]
-            require(False, name.removeprefix("config."), values[0], f"{values[1]}, that of --earlier")
+        for name, (before, now) in RESUMABLE.differing(theirs, ours).items():
+            require(False, name.removeprefix("config."), now, f"{before}, that of --earlier")
         return {"confirmation": {"arms": {}}, **found}
-
-
-def _value(config: Mapping[str, Any], name: str) -> Any:
-    """What stands under a dotted name, or the default of a field that an older config does not have."""
-    found: Any = config
-    for part in name.split("."):
-        found = found.get(part, getattr(FinetuneConfig, part, None))
-    return found
 
 
 def measure(command: RegularizersCommand) -> Results:
@@ -223,7 +213,8 @@ def measure(command: RegularizersCommand) -> Results:
     for config, seeds in ((command.screen_config, command.screen_seeds), (command.config, command.seeds)):
         make_program(config, model)
         make_runs(config, {"standard": {}}, seeds)
-    described = {"command": COMMAND, **{name: getattr(command, name) for name in OWN}, **describe(command, model)}
+    own = ("methods", "grid", "screen_seeds", "screen_rounds", "leaders")
+    described = {"command": COMMAND, **{name: getattr(command, name) for name in own}, **describe(command, model)}
     described = json.loads(json.dumps(described))
     earlier = taken_over(command, described)
     kept = {cell.name: earlier["screen"][cell.name] for cell in command.cells if cell.name in earlier["screen"]}

@@ -171,7 +171,7 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
     found = results["confirmation"]
     colors = plots.colors_of(found["arms"])
     for arm, values in found["arms"].items():
-        before = arms_lib.episodes_before(found, BY_NAME[arm].overrides.get("staleness", 0))
+        before = arms_lib.episodes_before_answers(found, BY_NAME[arm].overrides)
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
         curves.plot(before, mean, color=colors[arm], label=arm, linewidth=2)
     title = f"confirmation: {len(found['seeds'])} other seeds"

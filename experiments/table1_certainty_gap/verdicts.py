@@ -31,7 +31,12 @@ def papers(row: dict[str, Any]) -> tuple[tuple[float, float], ...]:
 def labels(rows: list[dict[str, Any]]) -> list[str]:
     """What tells the models apart: N, and where several have the same the checkpoint's name."""
     counts = collections.Counter(row["max_pretrain_digits"] for row in rows)
-    return [f"{base} ({row['name']})" if counts[base := row["max_pretrain_digits"]] > 1 else f"{base}" for row in rows]
+
+    def label(row: dict[str, Any]) -> str:
+        base = row["max_pretrain_digits"]
+        return f"{base} ({row['name']})" if counts[base] > 1 else f"{base}"
+
+    return [label(row) for row in rows]
 
 
 def sides(row: dict[str, Any]) -> dict[str, Side]:
