@@ -12,7 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.advantages import EPSILON, as_constants, centered, standardized
+from ckl_jax.advantages import EPSILON, as_constants, centered, require_groups, standardized
+from ckl_jax.checks import require_array
 from ckl_jax.errors import require
 from ckl_jax.token_weights import lowest_share
 
@@ -27,8 +28,8 @@ def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax
     Raises:
       ConfigError: different shapes, or ``share`` outside (0, 1].
     """
-    chosen_BxT = top_share(entropy_BxT, mask_BxT, share)
-    return jnp.where(chosen_BxT, jax.lax.stop_gradient(advantages_BxT.astype(jnp.float32)), 0.0)
+    mask_BxT, entropy_BxT, advantages_BxT = as_constants(mask_BxT, entropy=entropy_BxT, advantages=advantages_BxT)
+    return jnp.where(top_share(entropy_BxT, mask_BxT, share), advantages_BxT, 0.0)
 
 
 def entropy_bonus(
@@ -38,7 +39,7 @@ def entropy_bonus(
 
     The bonus never turns A's sign while kappa > 1, and is 0 where A is.
     """
-    mask_BxT, entropy_BxT, advantages_BxT = as_constants(mask_BxT, entropy_BxT, advantages_BxT)
+    mask_BxT, entropy_BxT, advantages_BxT = as_constants(mask_BxT, entropy=entropy_BxT, advantages=advantages_BxT)
     bonus_BxT = jnp.minimum(scale * entropy_BxT, jnp.abs(advantages_BxT) / kappa)
     return jnp.where(mask_BxT, advantages_BxT + bonus_BxT, 0.0)
 
@@ -58,14 +59,17 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
       float32 [B, T]; 0 in a group that is all right or all wrong, as in GRPO.
 
     Raises:
-      ConfigError: different shapes, ``share`` outside [0, 1], or ``group_size`` that does not divide B.
+      ConfigError: different shapes, ``share`` outside [0, 1], or ``group_size`` below 2 or no divisor of B.
     """
     require(0 <= share <= 1, "share", share, "0 to 1")
-    num_episodes, num_steps = mask_BxT.shape
-    require(num_episodes % group_size == 0, "group_size", group_size, f"a divisor of the {num_episodes} episodes")
-    mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy_BxT)
+    for name, array in (("mask", mask_BxT), ("success", success_B)):
+        require_array(array, name)
+    num_episodes = len(mask_BxT)
+    require_groups(num_episodes, group_size)
+    require(success_B.shape == (num_episodes,), "success", success_B.shape, f"one per episode, ({num_episodes},)")
+    mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy=entropy_BxT)
     right_GxKx1 = success_B.reshape(-1, group_size, 1) > 0
-    mask_GxKxT, entropy_GxKxT = (x.reshape(-1, group_size, num_steps) for x in (mask_BxT, entropy_BxT))
+    mask_GxKxT, entropy_GxKxT = (x.reshape(-1, group_size, mask_BxT.shape[1]) for x in (mask_BxT, entropy_BxT))
     entropy_GxKxT = jnp.maximum(entropy_GxKxT, 1e-6)
 
     def dealt(deserved_GxKxT, receive_GxKxT):
@@ -91,7 +95,7 @@ def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) ->
       ConfigError: different shapes, or ``pivot`` outside [0, 1].
     """
     require(0 <= pivot <= 1, "pivot", pivot, "0 to 1")
-    mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy_BxT)
+    mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy=entropy_BxT)
     log_BxT = jnp.log(jnp.maximum(entropy_BxT, EPSILON))
     rank = jnp.round(pivot * jnp.maximum(mask_BxT.sum() - 1, 0)).astype(jnp.int32)
     middle = jnp.sort(jnp.where(mask_BxT, log_BxT, jnp.inf), axis=None)[rank]
@@ -105,7 +109,7 @@ def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: ja
 
     Exactly 0 where all A, or all log pi, are equal.
     """
-    mask_BxT, log_probs_BxT, advantages_BxT = as_constants(mask_BxT, log_probs_BxT, advantages_BxT)
+    mask_BxT, log_probs_BxT, advantages_BxT = as_constants(mask_BxT, log_probs=log_probs_BxT, advantages=advantages_BxT)
     return centered(advantages_BxT, mask_BxT) * centered(log_probs_BxT, mask_BxT)
 
 
@@ -117,11 +121,11 @@ def unlikely(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.
     Raises:
       ConfigError: different shapes, or ``share`` outside (0, 1].
     """
-    mask_BxT, log_probs_BxT, advantages_BxT = as_constants(mask_BxT, log_probs_BxT, advantages_BxT)
+    mask_BxT, log_probs_BxT, advantages_BxT = as_constants(mask_BxT, log_probs=log_probs_BxT, advantages=advantages_BxT)
     return top_share(-log_probs_BxT, mask_BxT & (advantages_BxT < 0), share)
 
 
 def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
     """True on the round(share * n) greatest of the mask's n values, at least one, and on what ties with the last."""
-    mask_BxT, values_BxT = as_constants(mask_BxT, values_BxT)
+    mask_BxT, values_BxT = as_constants(mask_BxT, values=values_BxT)
     return lowest_share(-values_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share).reshape(mask_BxT.shape)

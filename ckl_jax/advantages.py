@@ -3,7 +3,9 @@
 Small pure functions; losses take no gradient of them.
 
 B episodes of T tokens; the answers to one problem are ``group_size`` neighbours of B. Rewards are one number an
-episode; ``gae`` takes them token by token.
+episode; ``gae`` takes them token by token. Standard deviations are those of the tokens or answers at hand, divided by
+their number and not by one less. Episodes that lie on several devices belong on all of them first: the functions of
+groups and of whole rounds reshape and sort them.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask
-from ckl_jax.errors import require
+from ckl_jax.checks import as_mask, require_array, require_shape_of
+from ckl_jax.errors import is_integer, require
 
 EPSILON = 1e-8
 
@@ -33,7 +35,7 @@ def gae(
     Returns:
       float32 [B, T], 0 after the end. Returns (value targets) are these plus ``values_BxT``.
     """
-    mask_BxT = as_mask(as_mask(mask_BxT, values_BxT.shape), rewards_BxT.shape)
+    mask_BxT = _rows(mask_BxT, rewards=rewards_BxT, values=values_BxT)
     values_BxT = jnp.where(mask_BxT, values_BxT.astype(jnp.float32), 0.0)
     rewards_BxT = jnp.where(mask_BxT, rewards_BxT.astype(jnp.float32), 0.0)
     next_values_BxT = jnp.pad(values_BxT[:, 1:], ((0, 0), (0, 1)))
@@ -71,7 +73,7 @@ def standardized_in_group(rewards_B: jax.Array, group_size: int) -> jax.Array:
     Returns and raises as ``leave_one_out``.
     """
     rewards_GxK = _groups(rewards_B, group_size)
-    return jax.vmap(standardized)(rewards_GxK, jnp.ones(rewards_GxK.shape, bool)).reshape(-1)
+    return jax.vmap(standardized)(rewards_GxK, jnp.ones_like(rewards_GxK, bool)).reshape(-1)
 
 
 def standardized(advantages_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -89,6 +91,7 @@ def centered(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     Returns:
       float32 [B, T], as ``standardized`` does.
     """
+    require_array(values_BxT, "values")
     mask_BxT = as_mask(mask_BxT, values_BxT.shape)
     values_BxT = jax.lax.stop_gradient(values_BxT.astype(jnp.float32))
     least = jnp.where(mask_BxT, values_BxT, jnp.inf).min()
@@ -106,7 +109,7 @@ def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     Returns:
       float32 [B, T], 0 outside the mask.
     """
-    mask_BxT, kl_BxT = as_constants(mask_BxT, kl_BxT)
+    mask_BxT, kl_BxT = as_constants(mask_BxT, kl=kl_BxT)
     to_go_BxT = jnp.where(mask_BxT, _summed_from(kl_BxT), 0.0)
     # Above the least of their column: equal ones are then no advantage, whatever their sum is rounded to.
     least_T = jnp.where(mask_BxT, to_go_BxT, jnp.inf).min(axis=0)
@@ -125,7 +128,7 @@ def future_kl(kl_BxT: jax.Array, later_BxT: jax.Array, mask_BxT: jax.Array) -> j
     Returns:
       float32 [B, T], 0 outside the mask.
     """
-    mask_BxT, kl_BxT, later_BxT = as_constants(mask_BxT, kl_BxT, later_BxT)
+    mask_BxT, kl_BxT, later_BxT = as_constants(mask_BxT, kl=kl_BxT, later=later_BxT)
     after_BxT = jnp.pad(_summed_from(later_BxT)[:, 1:], ((0, 0), (0, 1)))
     return jnp.where(mask_BxT, kl_BxT + after_BxT, 0.0)
 
@@ -142,23 +145,38 @@ def zero_centered(rewards_B: jax.Array, penalties_B: jax.Array, group_size: int)
     Raises:
       ConfigError: ``group_size`` is below 2 or does not divide B.
     """
+    require_shape_of(penalties_B, "penalties", rewards_B, "rewards")
     rewards_GxK, penalties_GxK = _groups(rewards_B, group_size), _groups(penalties_B, group_size)
-    everyone = jnp.ones(rewards_GxK.shape, bool)
+    everyone = jnp.ones_like(rewards_GxK, bool)
     advantages_GxK, excess_GxK = (jax.vmap(centered)(x, everyone) for x in (rewards_GxK, penalties_GxK))
     largest_Gx1 = jnp.abs(advantages_GxK).max(axis=1, keepdims=True)
     shares_GxK = advantages_GxK / jnp.where(largest_Gx1 > 0, largest_Gx1, 1.0)
     return jnp.where(largest_Gx1 > 0, shares_GxK - excess_GxK, 0.0).reshape(-1)
 
 
-def as_constants(mask_BxT: jax.Array, *values: jax.Array) -> tuple[jax.Array, ...]:
+def as_constants(mask_BxT: jax.Array, **values: jax.Array) -> tuple[jax.Array, ...]:
     """The mask as bool, and ``values`` [B, T] as float32 without gradient, 0 outside it.
 
-    Raises ConfigError for different shapes.
+    Raises ConfigError for different shapes, under the names that the values are given by.
     """
-    for value in values:
-        mask_BxT = as_mask(mask_BxT, value.shape)
-    cleaned = (jnp.where(mask_BxT, jax.lax.stop_gradient(x.astype(jnp.float32)), 0.0) for x in values)
+    mask_BxT = _rows(mask_BxT, **values)
+    cleaned = (jnp.where(mask_BxT, jax.lax.stop_gradient(x.astype(jnp.float32)), 0.0) for x in values.values())
     return mask_BxT, *cleaned
+
+
+def require_groups(num_episodes: int, group_size: int) -> None:
+    """Raises ConfigError unless the episodes are whole groups of 2 or more."""
+    whole = is_integer(group_size) and group_size >= 2 and num_episodes % group_size == 0
+    require(whole, "group_size", group_size, f"2 or more, a divisor of the {num_episodes} episodes")
+
+
+def _rows(mask_BxT: jax.Array, **values: jax.Array) -> jax.Array:
+    """The mask as bool. Raises ConfigError unless it and the values, under their names, are [B, T]."""
+    require_array(mask_BxT, "mask")
+    require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
+    for name, value in values.items():
+        require_shape_of(value, name, mask_BxT, "mask")
+    return as_mask(mask_BxT, mask_BxT.shape)
 
 
 def _summed_from(values_BxT: jax.Array) -> jax.Array:
@@ -167,6 +185,7 @@ def _summed_from(values_BxT: jax.Array) -> jax.Array:
 
 
 def _groups(rewards_B: jax.Array, group_size: int) -> jax.Array:
-    whole = group_size >= 2 and rewards_B.shape[0] % group_size == 0
-    require(whole, "group_size", group_size, f"2 or more, a divisor of the {rewards_B.shape[0]} episodes")
+    require_array(rewards_B, "rewards")
+    require(rewards_B.ndim == 1, "rewards", rewards_B.shape, "[B], one number an episode")
+    require_groups(rewards_B.shape[0], group_size)
     return jax.lax.stop_gradient(rewards_B.astype(jnp.float32)).reshape(-1, group_size)

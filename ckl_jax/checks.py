@@ -33,6 +33,13 @@ def require_array(array: Any, name: str) -> None:
     require(isinstance(array, (np.ndarray, np.generic, jax.Array)), name, type(array).__name__, "an array")
 
 
+def require_shape_of(array: Any, name: str, like: Any, of: str) -> None:
+    """Raises a ConfigError unless both are arrays of one shape: the argument ``name``, and ``like``, the one ``of``."""
+    require_array(like, of)
+    require_array(array, name)
+    require(array.shape == like.shape, name, array.shape, f"the shape of {of}, {like.shape}")
+
+
 def as_mask(mask: Any, shape: tuple[int, ...], name: str = "mask", of: str = "the shape of the values") -> Any:
     """The mask as booleans, from an array of booleans or of zeros and ones of any type.
 

@@ -5,7 +5,8 @@ in ``truncation``.
 
 Shapes are [...] for per-token values and [..., V] for logits; any batch layout works. Every mean is over the tokens
 whose mask is True, and what stands at the others (NaN and infinity included) has no influence on value or gradient. A
-mask has booleans, or zeros and ones. A token whose weight or advantage is 0 counts 0 in value and gradient, whatever
+mask has booleans, or zeros and ones. The mean of microbatches is that of their tokens if each one's mean is weighted by
+its number of them. A token whose weight or advantage is 0 counts 0 in value and gradient, whatever
 its KL or ratio is; one whose loss overflows makes the mean infinite (see ``overflow``).
 
 Per-token values are not finite where logits are not, and then the gradient of their masked mean is NaN even where the
@@ -23,7 +24,14 @@ import jax.numpy as jnp
 
 from ckl_jax import overflow, token_weights
 from ckl_jax.certainty import entropy_of
-from ckl_jax.checks import as_mask, require_array, require_integers, require_logits, require_temperature
+from ckl_jax.checks import (
+    as_mask,
+    require_array,
+    require_integers,
+    require_logits,
+    require_shape_of,
+    require_temperature,
+)
 from ckl_jax.errors import require
 
 KLKind = Literal["k1", "k2", "k3"]
@@ -40,6 +48,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def masked(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """``values`` [...] where the ``mask`` [...] is True, else 0; all of them without a mask."""
+    require_array(values, "values")
     if mask is None:
         return values
     return jnp.where(as_mask(mask, values.shape), values, 0)
@@ -73,8 +82,9 @@ def token_log_probs(
     require_integers(tokens, "tokens")
     require(tokens.shape == logits.shape[:-1], "tokens", tokens.shape, f"one per distribution, {logits.shape[:-1]}")
     log_p = log_softmax(logits, temperature, mask)
+    tokens = tokens.astype(jnp.int32) if tokens.dtype.itemsize < 4 else tokens
+    tokens = jnp.where((tokens < 0) | (tokens >= logits.shape[-1]), logits.shape[-1], tokens)
     tokens = masked(tokens, mask)
-    tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
     log_probs = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
     return masked(clamped(log_probs) if clamp else log_probs, mask)
 
@@ -113,8 +123,7 @@ def kl_estimate(
       ConfigError: unknown kind or different shapes.
     """
     require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
-    same = log_probs.shape == ref_log_probs.shape
-    require(same, "ref_log_probs", ref_log_probs.shape, f"the shape of log_probs, {log_probs.shape}")
+    require_shape_of(ref_log_probs, "ref_log_probs", log_probs, "log_probs")
     ref_log_probs = jax.lax.stop_gradient(masked(ref_log_probs.astype(jnp.float32), mask))
     log_ratio = masked(log_probs.astype(jnp.float32), mask) - ref_log_probs
     if kind == "k1":
@@ -139,7 +148,7 @@ def exact_kl(
     Returns:
       float32 [...]. A token whose probability under pi is 0 in float32 counts 0.
     """
-    require(logits.shape == ref_logits.shape, "ref_logits", ref_logits.shape, f"the shape of logits, {logits.shape}")
+    require_shape_of(ref_logits, "ref_logits", logits, "logits")
     log_p = log_softmax(logits, temperature, mask)
     log_q = jax.lax.stop_gradient(log_softmax(ref_logits, temperature, mask))
     impossible = jnp.isneginf(log_p)
@@ -158,7 +167,7 @@ def weighted_kl(kl: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array
     Returns:
       float32 [].
     """
-    require(kl.shape == weights.shape, "weights", weights.shape, f"the shape of kl, {kl.shape}")
+    require_shape_of(weights, "weights", kl, "kl")
     weights = jax.lax.stop_gradient(masked(weights.astype(jnp.float32), mask))
     return masked_mean(overflow.product(weights, masked(kl.astype(jnp.float32), mask)), mask)
 
@@ -181,18 +190,20 @@ def prioritized_kl(kl: jax.Array, certainty: jax.Array, beta: float | jax.Array,
     Raises:
       ConfigError: negative beta or different shapes.
     """
-    require(kl.shape == certainty.shape, "certainty", certainty.shape, f"the shape of kl, {kl.shape}")
+    require_shape_of(certainty, "certainty", kl, "kl")
     return weighted_kl(kl, token_weights.prioritized(certainty, beta, mask), mask)
 
 
 def policy_gradient_loss(log_probs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
-    """A2C: -mean over the masked tokens of advantage * log pi(a|s); advantages take no gradient."""
+    """A2C: -mean over the masked tokens of advantage * log pi(a|s); advantages, [...] as all, take no gradient."""
+    require_shape_of(advantages, "advantages", log_probs, "log_probs")
     advantages = jax.lax.stop_gradient(masked(advantages.astype(jnp.float32), mask))
     return -masked_mean(overflow.product(advantages, masked(log_probs.astype(jnp.float32), mask)), mask)
 
 
 def value_loss(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean squared error of the critic over the masked tokens (authors' code: no factor 1/2)."""
+    require_shape_of(returns, "returns", values, "values")
     returns = jax.lax.stop_gradient(masked(returns.astype(jnp.float32), mask))
     return masked_mean(jnp.square(masked(values.astype(jnp.float32), mask) - returns), mask)
 

@@ -1,8 +1,9 @@
 """Exponentials and products whose values overflow as they truly do and whose derivatives stay finite.
 
-Where float32 cannot hold a derivative it is float32's largest number instead of infinity; every other is exact. So the
-value says that a loss has overflown, and a weight of 0 takes a token out of value and gradient, whatever stands there:
-plain exponentials and products would make NaN of 0 times infinity.
+Where float32 cannot hold a derivative it is float32's largest number instead of infinity, and 0 where it is no number
+(the ratio of two probabilities of 0); every other is exact. So the value says that a loss has overflown or is no
+number, and a weight of 0 takes a token out of value and gradient, whatever stands there: plain exponentials and
+products would make NaN of 0 times infinity.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    return jnp.clip(x, -LARGEST, LARGEST)
+    return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LARGEST, LARGEST))
 
 
 exp.defjvps(lambda t, value, x: t * _finite(value))

@@ -6,16 +6,19 @@ is r = exp(log_probs - old_log_probs). Shapes and masks are those of ``losses``;
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckl_jax import overflow
-from ckl_jax.checks import as_mask
+from ckl_jax.checks import as_mask, require_array, require_shape_of
 from ckl_jax.errors import require
 from ckl_jax.losses import KLKind, masked, masked_mean
 
-Clip = float | tuple[jax.Array, jax.Array]
-"""How far a ratio counts from 1: the same both ways, or below and above, token by token [...]."""
+Clip = float | tuple[float | jax.Array, float | jax.Array]
+"""How far a ratio counts from 1: the same both ways, or below and above 1, each one number or token by token [...]."""
 
 
 def clipped_policy_loss(
@@ -34,7 +37,8 @@ def clipped_policy_loss(
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
     """
-    below, above = _clip(clip)
+    require_shape_of(advantages, "advantages", log_probs, "log_probs")
+    below, above = _clip(clip, log_probs)
     ratio = _ratio(log_probs, old_log_probs, mask)
     advantages = jax.lax.stop_gradient(masked(advantages.astype(jnp.float32), mask))
     bounded = jnp.clip(ratio, 1 - below, 1 + above)
@@ -61,7 +65,8 @@ def open_gate(
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
     """
-    below, above = _clip(clip)
+    require_shape_of(advantages, "advantages", log_probs, "log_probs")
+    below, above = _clip(clip, log_probs)
     ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
     stopped = ((advantages > 0) & (ratio > 1 + above)) | ((advantages < 0) & (ratio < 1 - below))
     if free is not None:
@@ -95,7 +100,9 @@ def redistributed(
     Raises:
       ConfigError: different shapes, or ``clip`` not above 0.
     """
-    below, above = _clip(clip)
+    require_shape_of(advantages, "advantages", log_probs, "log_probs")
+    require_shape_of(h, "h", log_probs, "log_probs")
+    below, above = _clip(clip, log_probs)
     ratio = _ratio(log_probs, old_log_probs, mask)
     within = (ratio > 1 - below / 2) & (ratio < 1 + above / 2)
     advantages, h = (masked(x.astype(jnp.float32), mask) for x in (advantages, h))
@@ -113,7 +120,12 @@ def off_policy_kl(
 
     Args:
       kl: from ``kl_estimate`` of that ``kind``, [...] as all others. ``old_log_probs`` take no gradient.
+
+    Raises:
+      ConfigError: unknown kind or different shapes.
     """
+    require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
+    require_shape_of(kl, "kl", log_probs, "log_probs")
     ratio = _ratio(log_probs, old_log_probs, mask)
     ratio = jax.lax.stop_gradient(ratio) if kind == "k2" else ratio
     return overflow.product(masked(kl.astype(jnp.float32), mask), ratio)
@@ -148,13 +160,13 @@ def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, ma
     ``old_log_probs`` are those of the rollout, without gradient; ``chosen`` bool [...] marks the greatest covariances
     of advantage and log-probability. In that work they are chosen in each minibatch, here by the caller, over a round.
     """
+    require_array(log_probs, "log_probs")
     chosen = as_mask(chosen, log_probs.shape, "chosen") & as_mask(mask, log_probs.shape)
     return masked_mean(jnp.abs(_log_ratio(log_probs, old_log_probs, chosen)), mask)
 
 
 def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:
-    same = log_probs.shape == old_log_probs.shape
-    require(same, "old_log_probs", old_log_probs.shape, f"the shape of log_probs, {log_probs.shape}")
+    require_shape_of(old_log_probs, "old_log_probs", log_probs, "log_probs")
     old_log_probs = jax.lax.stop_gradient(masked(old_log_probs.astype(jnp.float32), mask))
     return masked(log_probs.astype(jnp.float32), mask) - old_log_probs
 
@@ -163,9 +175,12 @@ def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | Non
     return overflow.exp(_log_ratio(log_probs, old_log_probs, mask))
 
 
-def _clip(clip: Clip) -> tuple[float | jax.Array, float | jax.Array]:
+def _clip(clip: Clip, log_probs: jax.Array) -> tuple[float | jax.Array, float | jax.Array]:
     """Below and above 1."""
-    if isinstance(clip, tuple):
-        return clip
-    require(clip > 0, "clip", clip, "above 0")
-    return clip, clip
+    below, above = clip if isinstance(clip, tuple) else (clip, clip)
+    for part in (below, above):
+        if isinstance(part, (np.ndarray, jax.Array)) and part.ndim:
+            require_shape_of(part, "clip", log_probs, "log_probs")
+        elif not isinstance(part, jax.core.Tracer):
+            require(part > 0, "clip", part, "above 0")
+    return below, above

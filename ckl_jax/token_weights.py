@@ -3,7 +3,8 @@
 Each is a function of the frozen reference and the tokens' masks alone. Arrays are [B, T] for B episodes of T tokens: a
 whole round of them, as means, quantiles and permutations are taken over the round. Every weight is float32, without
 gradient, and 0 where the mask is False, whatever stands there (NaN and infinity included). With n tokens in the mask,
-``mean`` is over these, J is the reference's certainty and H its entropy.
+``mean`` is over these, J is the reference's certainty and H its entropy. A round that lies on several devices belongs
+on all of them first: quantiles and permutations sort all of it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask, require_at_least, require_floats
-from ckl_jax.errors import require
+from ckl_jax.checks import as_mask, require_array, require_at_least, require_floats
+from ckl_jax.errors import is_integer, require
 
 KLWeights = Literal[
     "prioritized",
@@ -49,7 +50,7 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
       ConfigError: negative beta or different shapes.
     """
     require_at_least(beta, "beta", 0, "0 or more, and finite")
-    mask_BxT = _checked(certainty_BxT, mask_BxT)
+    mask_BxT = _checked(certainty_BxT, "certainty", mask_BxT)
     certainty_BxT, beta = jax.lax.stop_gradient((certainty_BxT.astype(jnp.float32), jnp.float32(beta)))
     nearest_BxT = certainty_BxT.clip(0, 1)
     certainty_BxT = jnp.where(jnp.abs(certainty_BxT - nearest_BxT) < ROUNDING, nearest_BxT, certainty_BxT)
@@ -58,6 +59,7 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
 
 def uniform(mask_BxT: jax.Array) -> jax.Array:
     """w = 1: the standard KL penalty."""
+    require_array(mask_BxT, "mask")
     return jnp.asarray(as_mask(mask_BxT, mask_BxT.shape), jnp.float32)
 
 
@@ -96,6 +98,8 @@ def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.
     Raises:
       ConfigError: different shapes, or ``share`` outside (0, 1].
     """
+    mask_BxT = _checked(entropy_BxT, "entropy", mask_BxT)
+    require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
     low_1xN = lowest_share(entropy_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share)
     return low_1xN.reshape(mask_BxT.shape).astype(jnp.float32)
 
@@ -140,7 +144,8 @@ def critical_free(critical_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     Raises:
       ConfigError: different shapes.
     """
-    return jnp.where(as_mask(critical_BxT, mask_BxT.shape, "critical"), 0.0, uniform(mask_BxT))
+    weights_BxT = uniform(mask_BxT)
+    return jnp.where(as_mask(critical_BxT, weights_BxT.shape, "critical"), 0.0, weights_BxT)
 
 
 def critical_held(
@@ -201,7 +206,8 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
     """The weights that a word of ``KLWeights`` names.
 
     Args:
-      index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it.
+      index: of the word, from ``index_of``; may be traced, so that runs of one program differ in it. A traced one that
+        no word has counts as the nearest that one has.
     """
     certainty_BxT, entropy_BxT, mask_BxT, critical_BxT, overlong_BxT = tokens
     beta, share, weak, key = settings
@@ -220,8 +226,9 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
         "overlong_free": lambda: overlong_free(overlong_BxT, mask_BxT),
         "overlong_held": lambda: overlong_held(certainty_BxT, beta, overlong_BxT, mask_BxT),
     }
-    known = not isinstance(index, int) or 0 <= index < len(of_word)
-    require(known, "index", index, f"0..{len(of_word) - 1}")
+    if not isinstance(index, jax.core.Tracer):
+        whole = is_integer(index) or (isinstance(index, jax.Array) and index.ndim == 0)
+        require(whole and 0 <= index < len(of_word), "index", index, f"0..{len(of_word) - 1}")
     return jax.lax.switch(index, [of_word[word] for word in get_args(KLWeights)])
 
 
@@ -232,9 +239,10 @@ def index_of(word: str) -> int:
     return words.index(word)
 
 
-def _checked(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    require_floats(values_BxT, "values")
-    return as_mask(mask_BxT, values_BxT.shape)
+def _checked(values_BxT: jax.Array, name: str, mask_BxT: jax.Array) -> jax.Array:
+    """The mask as bool, of the shape of the values, which are floats."""
+    require_floats(values_BxT, name)
+    return as_mask(mask_BxT, values_BxT.shape, of=f"the shape of {name}")
 
 
 def _mean(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -252,7 +260,7 @@ def lowest_share(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> j
     Raises ConfigError like ``threshold``.
     """
     require(0 < share <= 1, "share", share, "above 0, at most 1")
-    mask_BxT = _checked(entropy_BxT, mask_BxT)
+    mask_BxT = _checked(entropy_BxT, "entropy", mask_BxT)
     require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
     entropy_BxT = jnp.where(mask_BxT, jax.lax.stop_gradient(entropy_BxT.astype(jnp.float32)), jnp.inf)
     rank_Bx1 = jnp.round(share * mask_BxT.sum(axis=1, keepdims=True)).astype(jnp.int32)

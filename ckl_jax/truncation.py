@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask, require_logits
+from ckl_jax.checks import as_mask, require_array, require_logits
 from ckl_jax.errors import require
 from ckl_jax.losses import entropy, kl_estimate, log_softmax, masked, masked_mean, token_log_probs
 
@@ -32,9 +32,11 @@ def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.
     """
     require(0 < share <= 1, "share", share, "above 0, at most 1")
     p = jnp.exp(log_softmax(logits, temperature, None))
-    falling = -jnp.sort(-p, axis=-1)
-    needed = jnp.cumsum(falling, axis=-1) - falling < share
-    return p >= jnp.where(needed, falling, jnp.inf).min(axis=-1, keepdims=True)
+    rising = jnp.sort(p, axis=-1)
+    # What a token and all less likely ones have together: summed from the least, so that a large vocabulary's tail is
+    # not rounded away.
+    needed = jnp.cumsum(rising, axis=-1) > 1 - share
+    return p >= jnp.where(needed, rising, jnp.inf).min(axis=-1, keepdims=True)
 
 
 def entropy_within(
@@ -91,5 +93,6 @@ def lp_reg(log_probs: jax.Array, proxy: jax.Array, pulled: jax.Array, mask: jax.
       mask: bool [...].
       pulled: bool [...], the unlikely tokens of bad answers to which the proxy gives more than the policy does.
     """
+    require_array(log_probs, "log_probs")
     pulled = as_mask(pulled, log_probs.shape, "pulled") & as_mask(mask, log_probs.shape)
     return masked_mean(kl_estimate(log_probs, proxy, "k3", pulled), mask)

@@ -89,9 +89,9 @@ def test_covariance_is_the_product_of_the_centered_values():
         ("share", lambda x, m: shaping.top_entropy(x, x, m, 0.0)),
         ("share", lambda x, m: shaping.gtpo(x[:, 0], x, m, 2, 1.5)),
         ("group_size", lambda x, m: shaping.gtpo(x[:, 0], x, m, 4, 0.5)),
-        ("mask", lambda x, m: shaping.top_entropy(x, x, m[:, :1], 0.5)),
-        ("mask", lambda x, m: shaping.entropy_bonus(x, x[:1], m, 1.0, 2.0)),
-        ("mask", lambda x, m: shaping.covariance(x[:1], x, m)),
+        ("entropy", lambda x, m: shaping.top_entropy(x, x, m[:, :1], 0.5)),
+        ("entropy", lambda x, m: shaping.entropy_bonus(x, x[:1], m, 1.0, 2.0)),
+        ("advantages", lambda x, m: shaping.covariance(x[:1], x, m)),
     ],
 )
 def test_shapes_and_shares_that_cannot_be_are_refused_by_name(field, call):

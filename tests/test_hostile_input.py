@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from hostile import refusal
 
-from ckl_jax import evaluate, losses, rollout, tasks, token_weights
+from ckl_jax import (
+    advantage_shaping,
+    advantages,
+    evaluate,
+    losses,
+    ratio_losses,
+    rollout,
+    tasks,
+    token_weights,
+    truncation,
+)
 from ckl_jax.analysis import critical, report, statistics
 from ckl_jax.analysis.critical import Measuring
 from ckl_jax.certainty import certainty
@@ -86,6 +96,22 @@ TEXTS = [
     ),
     (lambda: problems_lib.pack(ADDITION, ONE, 1, -3), r"max_pretrain_digits: got -3, allowed is 1 or more"),
 ]
+
+
+def clipped(log_probs, advantages, clip):
+    return ratio_losses.clipped_policy_loss(log_probs, log_probs, advantages, np.ones_like(log_probs, bool), clip)
+
+
+def gate(log_probs, advantages):
+    return ratio_losses.open_gate(log_probs, log_probs, advantages, np.ones_like(log_probs, bool), 0.2)
+
+
+def weighed(index):
+    tokens = token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2), mask(2, 2), mask(2, 2))
+    return token_weights.weigh(index, tokens, token_weights.Settings(1.0, 0.5, 0.5, None))
+
+
+NO_WORD = (len(KL_WEIGHTS), np.int64(len(KL_WEIGHTS)), -1, "uniform", 1.0, np.arange(2))
 TOKENS = "one per distribution"
 SHAPE = "allowed is the shape of"
 TERMS = [
@@ -113,9 +139,55 @@ TERMS = [
     (lambda: losses.masked_mean(zeros(2), mask(3)), rf"mask: got \(3,\), {SHAPE} the values, \(2,\)"),
     (
         lambda: losses.policy_gradient_loss(zeros(2), zeros(3), mask(2)),
-        rf"mask: got \(2,\), {SHAPE} the values, \(3,\)",
+        rf"advantages: got \(3,\), {SHAPE} log_probs, \(2,\)",
     ),
-    (lambda: losses.value_loss(zeros(2), zeros(1), mask(2)), rf"mask: got \(2,\), {SHAPE} the values, \(1,\)"),
+    (lambda: losses.policy_gradient_loss([0.0], zeros(1), mask(1)), r"log_probs: got 'list', allowed is an array"),
+    (lambda: losses.value_loss(zeros(2), zeros(1), mask(2)), rf"returns: got \(1,\), {SHAPE} values, \(2,\)"),
+    (lambda: losses.value_loss(zeros(2), zeros(2), mask(3)), rf"mask: got \(3,\), {SHAPE} the values, \(2,\)"),
+    (lambda: losses.masked([1.0], None), r"values: got 'list', allowed is an array"),
+    (lambda: clipped(zeros(2), zeros(3), 0.2), rf"advantages: got \(3,\), {SHAPE} log_probs, \(2,\)"),
+    (lambda: clipped(zeros(2), zeros(2), 0.0), r"clip: got 0\.0, allowed is above 0"),
+    (lambda: clipped(zeros(2), zeros(2), (0.2, -0.2)), r"clip: got -0\.2, allowed is above 0"),
+    (lambda: clipped(zeros(2), zeros(2), (zeros(1), 0.2)), rf"clip: got \(1,\), {SHAPE} log_probs, \(2,\)"),
+    (lambda: gate(zeros(2, 3), zeros(2)), rf"advantages: got \(2,\), {SHAPE} log_probs, \(2, 3\)"),
+    (
+        lambda: ratio_losses.redistributed(zeros(2, 3), zeros(3), zeros(2, 3), zeros(2, 3), mask(2, 3), 0.2, 0.1),
+        rf"h: got \(3,\), {SHAPE} log_probs, \(2, 3\)",
+    ),
+    (
+        lambda: ratio_losses.off_policy_kl(zeros(2), "k4", zeros(2), zeros(2)),
+        r"kind: got 'k4', allowed is k1 \| k2 \| k3",
+    ),
+    (
+        lambda: ratio_losses.off_policy_kl(zeros(3), "k2", zeros(2, 3), zeros(2, 3)),
+        rf"kl: got \(3,\), {SHAPE} log_probs, \(2, 3\)",
+    ),
+    (lambda: ratio_losses.kl_cov([0.0], zeros(1), mask(1), mask(1)), r"log_probs: got 'list', allowed is an array"),
+    (lambda: truncation.lp_reg(zeros(2), zeros(3), mask(2), mask(2)), rf"ref_log_probs: got \(3,\), {SHAPE} .*"),
+    (lambda: advantages.leave_one_out(zeros(4, 2), 2), r"rewards: got \(4, 2\), allowed is \[B\], one number an .*"),
+    (lambda: advantages.standardized_in_group([1.0, 0.0], 2), r"rewards: got 'list', allowed is an array"),
+    (lambda: advantages.standardized_in_group(zeros(4), 0), r"group_size: got 0, allowed is 2 or more, a divisor .*"),
+    (lambda: advantages.zero_centered(zeros(4), zeros(2), 2), rf"penalties: got \(2,\), {SHAPE} rewards, \(4,\)"),
+    (lambda: advantages.gae(zeros(2), zeros(2), mask(2), 1.0, 1.0), r"mask: got \(2,\), allowed is \[B, T\]"),
+    (
+        lambda: advantages.gae(zeros(2, 3), zeros(2, 4), mask(2, 3), 1.0, 1.0),
+        rf"values: got \(2, 4\), {SHAPE} mask, \(2, 3\)",
+    ),
+    (lambda: advantages.kl_to_go(zeros(3), mask(2, 3)), rf"kl: got \(3,\), {SHAPE} mask, \(2, 3\)"),
+    (lambda: advantages.future_kl(zeros(2, 3), zeros(2), mask(2, 3)), rf"later: got \(2,\), {SHAPE} mask, .*"),
+    (
+        lambda: advantage_shaping.top_entropy(zeros(2), zeros(2, 2), mask(2, 2), 0.5),
+        rf"advantages: got \(2,\), {SHAPE} mask, \(2, 2\)",
+    ),
+    (
+        lambda: advantage_shaping.covariance(zeros(2, 1), zeros(2, 3), mask(2, 3)),
+        rf"advantages: got \(2, 1\), {SHAPE} .*",
+    ),
+    (lambda: advantage_shaping.gtpo(zeros(2), zeros(2, 3), mask(2, 3), 0, 0.5), r"group_size: got 0, allowed is 2 .*"),
+    (
+        lambda: advantage_shaping.gtpo(zeros(2, 1), zeros(2, 3), mask(2, 3), 2, 0.5),
+        r"success: got \(2, 1\), allowed is one per episode, \(2,\)",
+    ),
     (lambda: losses.weighted_kl(zeros(2), zeros(3), mask(2)), rf"weights: got \(3,\), {SHAPE} kl, \(2,\)"),
     (lambda: losses.prioritized_kl(zeros(2), zeros(2), -1, mask(2)), r"beta: got -1, allowed is 0 or more, and finite"),
     (
@@ -127,17 +199,14 @@ TERMS = [
         r"beta: got '1', allowed is 0 or more, and finite",
     ),
     (lambda: token_weights.threshold(zeros(2, 2), mask(2, 2), NAN), r"share: got nan, allowed is above 0, at most 1"),
+    (lambda: token_weights.threshold(zeros(2), mask(2), 0.5), r"mask: got \(2,\), allowed is \[B, T\]"),
+    (lambda: token_weights.threshold(zeros(2, 2), mask(4), 0.5), rf"mask: got \(4,\), {SHAPE} entropy, \(2, 2\)"),
+    (lambda: token_weights.uniform([True]), r"mask: got 'list', allowed is an array"),
+    (lambda: token_weights.critical_free(mask(2, 2), [True]), r"mask: got 'list', allowed is an array"),
     (lambda: token_weights.archer(zeros(2), mask(2), 0.5, 0.5), r"mask: got \(2,\), allowed is \[B, T\]"),
     (lambda: token_weights.archer(zeros(2, 2), mask(2, 2), 0.5, 2.0), r"weak: got 2\.0, allowed is 0 to 1"),
     (lambda: token_weights.index_of(["x"]), r"kl_weights: got \['x'\], .*"),
-    (
-        lambda: token_weights.weigh(
-            len(KL_WEIGHTS),
-            token_weights.Tokens(zeros(2, 2), zeros(2, 2), mask(2, 2), mask(2, 2), mask(2, 2)),
-            token_weights.Settings(1.0, 0.5, 0.5, None),
-        ),
-        rf"index: got {len(KL_WEIGHTS)}, .*0\.\.{len(KL_WEIGHTS) - 1}",
-    ),
+    *((lambda index=index: weighed(index), rf"index: got .*0\.\.{len(KL_WEIGHTS) - 1}") for index in NO_WORD),
     (lambda: critical.certainty_gaps(zeros(2, 3), mask(2, 4)), rf"mask: got \(2, 4\), {SHAPE} the certainty, \(2, 3\)"),
     (lambda: statistics.bootstrap_interval(zeros(0)), r"values: got 0, allowed is 1 or more"),
     (lambda: statistics.bootstrap_interval(np.array([NAN, 1.0])), r"values: got 'NaN .*', allowed is finite numbers"),
@@ -158,6 +227,8 @@ GENERATION = [
     (lambda: generated(given_BxT=np.zeros((2, 2), int)), r"given_BxT: got \(2, 2\), allowed is \[1, up to 10\]"),
     (lambda: generated(given_BxT=np.full((1, 2), 77)), r"given_BxT: got '77\.\.77', allowed is -1 or a token below 41"),
     (lambda: generated(given_BxT=np.full((1, 2), -2)), r"given_BxT: got '-2\.\.-2', allowed is -1 or a token below 41"),
+    (lambda: generated(given_BxT=np.array([[-1, 3]])), r"given_BxT: got 'a token after -1', allowed is -1 to the end"),
+    (lambda: verified(given_BxT=np.array([[3, -1, 3]])), r"given_BxT: got 'a token after -1', allowed .*"),
     (lambda: verified(window=0), r"window: got 0, allowed is 1 or more"),
     (lambda: verified(slots=0), r"slots: got 0, allowed is 1 or more"),
     (lambda: verified(temperature=-1.0), r"temperature: got -1\.0, allowed is above 0 and finite .*"),

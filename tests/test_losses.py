@@ -248,3 +248,20 @@ def test_weighted_kl_is_the_mean_of_weight_times_kl_without_gradient_for_the_wei
     value, gradients = jax.value_and_grad(losses.weighted_kl, argnums=(0, 1))(kl, weights, mask)
     assert value == 2.5
     chex.assert_trees_all_close(gradients, (jnp.array([0.25, 1.5, 0.0]), jnp.zeros(3)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int64, np.uint32])
+def test_tokens_of_any_integer_type_name_the_same_token_or_none(dtype):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 300)), jnp.float32)
+    tokens = np.array([0, 17, 100], dtype)
+    expected = jax.nn.log_softmax(logits)[jnp.arange(3), jnp.array([0, 17, 100])]
+    for array in (tokens, jnp.asarray(tokens)):
+        np.testing.assert_allclose(losses.token_log_probs(logits, array), expected, rtol=1e-6)
+    unknown = np.iinfo(dtype).min if np.iinfo(dtype).min < 0 else np.iinfo(dtype).max
+    if dtype != np.uint8:  # All of its numbers are tokens here.
+        assert np.isnan(losses.token_log_probs(logits, np.array([unknown, 0, 0], dtype))[0])
+
+
+def test_a_token_beyond_32_bits_is_none_of_the_vocabulary():
+    found = losses.token_log_probs(jnp.zeros((2, 3)), np.array([2**32 + 1, 1]))
+    np.testing.assert_array_equal(np.isnan(found), [True, False])

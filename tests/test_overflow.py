@@ -77,6 +77,28 @@ def test_a_token_of_weight_0_counts_0_in_value_and_gradient_whatever_its_kl(name
         chex.assert_trees_all_equal(found, (value, gradient))
 
 
+# Tokens that policy and reference alike exclude: the log-ratio of two infinities is no number.
+EXCLUDED = jnp.array([-INF, 0.0])
+OF_EXCLUDED = {
+    **{k: lambda x, w, k=k: losses.weighted_kl(losses.kl_estimate(x, EXCLUDED, k), w, MASK) for k in KINDS},
+    "clipped": lambda x, w: ratio_losses.clipped_policy_loss(x, EXCLUDED, w, MASK, 0.2),
+    "policy gradient": lambda x, w: losses.policy_gradient_loss(x, w, MASK),
+}
+
+
+@pytest.mark.parametrize("name", OF_EXCLUDED)
+def test_a_token_of_weight_0_that_both_policies_exclude_counts_0_and_without_a_weight_it_shows(name):
+    of_logits = lambda x, w: OF_EXCLUDED[name](losses.token_log_probs(x, jnp.array([0, 1])), w)  # noqa: E731
+    logits = jnp.array([[-INF, 0.0, 0.0], [0.0, 0.5, 0.0]])
+    value, gradient = jax.value_and_grad(of_logits)(logits, jnp.array([0.0, 1.0]))
+    allowed = of_logits(logits.at[0].set(0.0), jnp.array([0.0, 1.0]))
+    assert value == allowed
+    assert not gradient[0].any()
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient[1]).max() > 0
+    assert not np.isfinite(of_logits(logits, jnp.ones(2)))
+
+
 @pytest.mark.parametrize("value", [*FAR, NAN])
 def test_weights_of_0_take_out_any_kl_that_is_given(value):
     kl, weights = jnp.array([value, 2.0]), jnp.array([0.0, 1.0])

@@ -187,3 +187,12 @@ def test_a_task_that_is_wrong_about_its_longest_prompt_is_told_so():
     said = r"^task: got 'short with a prompt of 28 characters', allowed is one whose longest\(\) has the longest prompt"
     with pytest.raises(ConfigError, match=said):
         problems.pack(ShortPrompts("short", ">"), [tasks.Problem(123456, 654321)], 6, 5)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.int64, np.uint64])
+def test_a_problem_of_numpys_integers_is_that_of_pythons(dtype):
+    for task, b in ((ADDITION, 77), (SUBTRACTION, 77), (MULTIPLICATION, 7)):
+        problem, same = tasks.Problem(dtype(99), dtype(b)), tasks.Problem(99, b)
+        assert problem == same
+        assert task.answer_text(problem) == task.answer_text(same)
+        assert task.problem(dtype(99), dtype(b)) == task.problem(99, b)

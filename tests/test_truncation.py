@@ -60,3 +60,14 @@ def test_lp_reg_pulls_an_unlikely_token_to_its_probability_without_noise_and_lea
     assert not jax.grad(lambda x: truncation.proxy_log_probs(x, tokens, 0.02, mask=mask)[0])(logits).any()
     with pytest.raises(ConfigError, match=r"^min_p: got"):
         truncation.proxy_log_probs(logits, tokens, 0.0)
+
+
+def test_the_nucleus_of_a_large_vocabulary_has_its_tail():
+    """Summed from the likeliest on, the last of 150,000 tokens would be rounded away."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, 150_000), jnp.float32)
+    assert truncation.nucleus(logits, 1.0).all()
+    p = np.exp(np.asarray(jax.nn.log_softmax(logits), np.float64))
+    for share in (0.5, 0.9, 0.999):
+        falling = np.sort(p)[::-1]
+        expected = int((np.cumsum(falling) - falling < share).sum())
+        assert abs(int(truncation.nucleus(logits, share).sum()) - expected) <= 1e-4 * expected

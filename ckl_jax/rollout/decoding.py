@@ -48,7 +48,9 @@ def rollout(
 ) -> Trajectory:
     """Generates one answer per problem.
 
-    An episode ends at the newline after the result line, at a padding token, or at the length limit.
+    An episode ends at the newline after the result line, at a padding token, or at the length limit. It is made for
+    ``jax.jit`` (with ``config``, the length and ``greedy`` of ``sampling`` static): called without, every step is
+    dispatched alone.
 
     Args:
       params: of ``GPT2``.
@@ -59,7 +61,7 @@ def rollout(
 
     Raises:
       ConfigError: ``temperature`` is not above 0, prompt + answer exceed the model's block, or ``given_BxT`` has
-        another shape.
+        another shape, or tokens after a -1.
     """
     require_possible(config, problems, sampling)
     require(batch is None or (is_integer(batch) and batch >= 1), "batch", batch, "1 or more, or None")

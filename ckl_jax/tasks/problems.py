@@ -30,7 +30,8 @@ class Problems:
       lists_Bx3x2xJ: the right operand lists of scratchpad steps 1 to 3, padded on the right.
       critical_Bx3x2xC: position in its list of each critical token, -1 where there is none. Slot C is
         ``2 * (k - 1)`` for ``n+k_comma`` and ``2 * (k - 1) + 1`` for ``n+k_digit``.
-      episodes_B: identity of each episode for the sampling noise.
+      episodes_B: identity of each episode for the sampling noise: two rows of one problem and one identity get one
+        answer, so a group of answers to a problem needs identities of its own.
       task: what they are problems of; a static part, no array.
     """
 

@@ -29,6 +29,7 @@ class Problem:
         for name, value in (("a", self.a), ("b", self.b)):
             fits = is_integer(value) and 0 <= value < 10**MAX_DIGITS
             require(fits, name, value, f"an integer from 0 to below 10^{MAX_DIGITS} ({MAX_DIGITS} digits)")
+            object.__setattr__(self, name, int(value))  # NumPy's narrow ones overflow where they are added.
 
 
 @dataclass(frozen=True)
