@@ -1,13 +1,15 @@
-"""Compiles every program of a command for a TPU that is not here: does it fit, and how fast can it be?
+"""Compiles every program of a command for a TPU or GPUs that are not here: does it fit, and how fast can it be?
 
     python -m ckl_jax.preflight --topology v5e:2x4 pretrain --scale gpt2
     python -m ckl_jax.preflight --topology v5e:2x4 finetune --scale gpt2 --seeds 20 --runs-at-once 4
+    python -m ckl_jax.preflight --topology h100:1 finetune --scale gpt2 --seeds 20
 
 What stands behind ``pretrain``, ``finetune`` or ``evaluate`` are that command's own options. Nothing is computed, no
-dataset is needed and no TPU, only the extra ``preflight`` (libtpu). For every program there are a device's memory, its
-matrix products and traffic, and the shortest time that arithmetic, memory or links allow, whichever is longest. Where
-loops end early by data, they count with all their turns (marked ``<=``). Answers count as decoded step by step up to
-the limit: a loop over drafts, whose turns nothing bounds, counts once, so ``--rollout speculative`` says too little.
+dataset is needed and no accelerator, only its compiler: the extra ``preflight`` (libtpu), or ``gpu`` for GPUs, where
+XLA would try several kernels and keeps to its defaults here. For every program there are a device's memory, its matrix
+products and traffic, and the shortest time that arithmetic, memory or links allow, whichever is longest. Where loops
+end early by data, they count with all their turns (marked ``<=``). Answers count as decoded step by step up to the
+limit: a loop over drafts, whose turns nothing bounds, counts once, so ``--rollout speculative`` says too little.
 
 A program that does not fit is tried again with what makes it smaller, until something does. Exit code 8 says that one
 did not fit; any other but 0, that this command itself failed.
@@ -36,10 +38,11 @@ COLUMNS = ("program", "memory", "temporary", "TFLOP", "GB moved", "GB sent", "at
 
 @dataclass(frozen=True)
 class PreflightCommand:
-    """Compiles every program of `pretrain`, `finetune` or `evaluate`, named last with its own options, for a TPU."""
+    """Compiles every program of `pretrain`, `finetune` or `evaluate`, named last with its own options, for other chips."""
 
     topology: str = "v5e:2x4"
-    """TPU: v4, v5e, v5p or v6e with the shape of its chips, or Google Cloud's type, such as v5litepod-8."""
+    """TPU: v4, v5e, v5p or v6e with the shape of its chips, or Google Cloud's type, such as v5litepod-8. GPUs: h100 or
+    h200 with their number on one host, or hosts x GPUs, such as h100:2x8."""
     json: pathlib.Path | None = None
     """File that gets the numbers too."""
     only: str = ""

@@ -15,8 +15,6 @@ _NUMBERS, _NAMES = ("constant", "iota", "partition-id", "replica-id"), ("paramet
 FREE = (*_NUMBERS, *_NAMES, "bitcast", "after-all")
 SLICES = ("dynamic-slice", "slice", "gather")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-PASSES = {"high": 3, "highest": 6}
-"""Of bfloat16 that a TPU makes for a product of float32 numbers; else one."""
 
 
 class Cost(NamedTuple):
@@ -60,8 +58,12 @@ def _added(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {kind: a.get(kind, 0.0) + b.get(kind, 0.0) for kind in {**a, **b}}
 
 
-def cost(text: str) -> Cost:
-    """The cost of a whole program, from ``compiled.as_text()``."""
+def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
+    """The cost of a whole program, from ``compiled.as_text()``.
+
+    Args:
+      of_float32: passes of a product of float32 numbers by its precision.
+    """
     computations, entry = hlo.parsed(text)
     known: dict[str, Cost] = {}
 
@@ -82,7 +84,7 @@ def cost(text: str) -> Cost:
             return max(inside, key=lambda branch: (branch.flops, branch.bytes))
         if opcode in ("call", "async-start"):
             return sum(inside, Cost())
-        flops, passes = _products(instruction, there, computations)
+        flops, passes = _products(instruction, there, computations, of_float32)
         moved = _moved(instruction, there, computations)
         kind = next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), None)
         if kind is None:
@@ -208,12 +210,15 @@ def _update(
 
 
 def _products(
-    instruction: hlo.Instruction, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]
+    instruction: hlo.Instruction,
+    inside: hlo.Computation,
+    computations: Mapping[str, hlo.Computation],
+    of_float32: Mapping[str, float],
 ) -> tuple[float, float]:
     """Operations of matrix products, and the same times the passes that their precision takes."""
     if instruction.opcode == "fusion":
         nested = computations[instruction.called()["calls"][0]]
-        found = [_products(x, nested, computations) for x in nested.values()]
+        found = [_products(x, nested, computations, of_float32) for x in nested.values()]
         return sum(flops for flops, _ in found), sum(passes for _, passes in found)
     if instruction.opcode == "custom-call":
         flops = float(sum(instruction.numbers(r'"cost_estimate":\{"flops":"(\d+)"')))  # As the kernel's author says.
@@ -228,8 +233,7 @@ def _products(
         return 0.0, 0.0
     precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
     kinds = {inside[name].arrays[0].kind for name in instruction.operands[:2]}
-    passes = PASSES.get(precision.group(1), 1) if precision and kinds == {"f32"} else 1
-    return flops, passes * flops
+    return flops, flops * (of_float32[precision.group(1) if precision else "default"] if kinds == {"f32"} else 1)
 
 
 def _convolution_flops(instruction: hlo.Instruction, inside: hlo.Computation) -> float:

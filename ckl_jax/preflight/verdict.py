@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
       memory: by kind, as the compiler counts it; empty where the program does not fit.
       cost: what it computes and moves; None where it does not fit.
       kernels: places in its text that call a Pallas kernel; one in a loop is one.
-      has_float64, calls_the_host: what a TPU is slow at; neither should be there.
+      has_float64, calls_the_host: what an accelerator is slow at; neither should be there.
       compile_seconds: of this machine, lowering included.
     """
 
@@ -66,7 +66,7 @@ def judged(planned: Planned, chip: Chip) -> Verdict:
     seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
-    fits, cost, kernels = needed <= chip.memory, costs.cost(text), text.count('"tpu_custom_call"')
+    fits, cost, kernels = needed <= chip.memory, costs.cost(text, chip.passes), text.count('"tpu_custom_call"')
     return Verdict(planned.name, fits, needed, memory, cost, seconds, kernels, "f64[" in text, hlo.calls_the_host(text))
 
 
