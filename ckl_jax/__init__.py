@@ -35,7 +35,7 @@ say what lives there and what may be imported.
 - `ckl_jax.rl`: a round. `program` has what is static and which runs (arms x seeds) there are, `collect` does rollout,
   reward and the reference's pass, `assessment` the advantages and the weights of the KL, `objective` is the loss of a
   recipe and its gradient, `minibatches` deals whole episodes or single transitions, `updates` does Adam's steps, rounds
-  and runs, `evaluation` the tests on the way.
+  and runs, `setup` puts all of it on the devices, `evaluation` has the tests on the way.
 - `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `shipped` knows the
   models of the package by name, `reading` reads files that somebody else may have made, `gpt2`, `gpt2_config`,
   `tensors`, `tensor_names` and `token_files` those of transformers and nanoGPT: directories, settings, weights and
@@ -50,7 +50,7 @@ say what lives there and what may be imported.
   `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
-- `ckl_jax.preflight`: the programs of a command compiled for a TPU that is not here. `chips` has the machines,
+- `ckl_jax.preflight`: the programs of a command compiled for a TPU or GPUs that are not here. `chips` has the machines,
   `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
 
 Beside the folders lie the formulas: `certainty` of the reference, the `token_weights` that are made of it,

@@ -18,7 +18,7 @@ not decay (``--no-learning-rate-decay``). A second process in the same directory
 | 1 | a file cannot be written or read; one line names it |
 | 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
 | 3 | a loss or parameter is not finite; the line names run, round and term |
-| 8 | of `ckl_jax.preflight` alone: a program does not fit the TPU |
+| 8 | of `ckl_jax.preflight` alone: a program does not fit the device |
 | 75 | SIGTERM came, the work is saved, and the same command goes on |
 | 130 | ctrl-C |
 """
@@ -35,7 +35,6 @@ from typing import Annotated, Any
 
 import jax
 import tyro
-from jax.sharding import Mesh
 
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, identity, load_model, save_model
@@ -43,15 +42,14 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import Arms, Run, Seeds, draw_rounds, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import planned_states, train_rounds
+from ckl_jax.rl.program import Arms, Run, Seeds, make_mesh, make_program, make_runs
+from ckl_jax.rl.setup import set_up
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logbook import Logbook
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
 from ckl_jax.runtime import cli, finite, preemption, sharding
 from ckl_jax.runtime.paths import AnyPath
-from ckl_jax.runtime.targets import Call
 
 
 def run(
@@ -105,15 +103,10 @@ def finetune(
       NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
       OSError: a file cannot be written. All three leave what was saved before.
     """
-    program = make_program(config, model, certainty_from)
-    runs, hypers = make_runs(config, arms, seeds)
-    mesh = make_mesh(config, len(runs))
-    hypers = sharding.put(hypers, sharding.by_run(mesh))
-    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    others = certainty_arguments(certainty_from, mesh)
-    shapes, create = planned_states(program, mesh, ref_params, hypers)
-    restored = directory.checkpoints.restore_latest(shapes)
-    done, states = restored or (0, create.run())
+    setup = set_up(config, model, arms, seeds, certainty_from)
+    program, runs = setup.program, setup.runs
+    restored = directory.checkpoints.restore_latest(setup.states)
+    done, states = restored or (0, setup.create.run())
     logbook = Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(
         done if restored else -1,
@@ -130,10 +123,7 @@ def finetune(
         if preemption.requested():
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
         chunk_start = time.monotonic()
-        rounds = range(done, done + config.test_every)
-        problems = sharding.put(draw_rounds(program, runs, rounds), sharding.by_run(mesh))
-        call = Call(train_rounds, mesh, (program, mesh, ref_params, states, hypers, problems, *others))
-        states, metrics = call.run()
+        states, metrics = setup.train(states, range(done, done + config.test_every)).run()
         metrics = sharding.to_host(metrics)
         names = [run.name for run in runs]
         finite.require_metrics("round", done, names, metrics)
@@ -197,11 +187,6 @@ def certainty_model(command: Any) -> Model | None:
         return load_model(command.certainty_checkpoint)
     except ConfigError as error:
         raise ConfigError(f"certainty_{error}") from error  # It begins with checkpoint.
-
-
-def certainty_arguments(certainty_from: Model | None, mesh: Mesh) -> tuple[Any, ...]:
-    """The last arguments of ``train_rounds``: the other model's parameters on all devices, or none."""
-    return () if certainty_from is None else (sharding.put(certainty_from.params, sharding.everywhere(mesh)),)
 
 
 def describe(command: Any, model: Model, certainty_from: Model | None = None) -> dict[str, Any]:

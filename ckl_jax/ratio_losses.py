@@ -182,5 +182,5 @@ def _clip(clip: Clip, log_probs: jax.Array) -> tuple[float | jax.Array, float | 
         if isinstance(part, (np.ndarray, jax.Array)) and part.ndim:
             require_shape_of(part, "clip", log_probs, "log_probs")
         elif not isinstance(part, jax.core.Tracer):
-            require(bool(part > 0), "clip", part, "above 0")
+            require(float(part) > 0, "clip", part, "above 0")
     return below, above

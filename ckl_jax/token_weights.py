@@ -228,7 +228,7 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
     }
     if not isinstance(index, jax.core.Tracer):
         whole = is_integer(index) or (isinstance(index, jax.Array) and index.ndim == 0)
-        require(whole and bool(0 <= index < len(of_word)), "index", index, f"0..{len(of_word) - 1}")
+        require(whole and 0 <= int(index) < len(of_word), "index", index, f"0..{len(of_word) - 1}")
     return jax.lax.switch(index, [of_word[word] for word in get_args(KLWeights)])
 
 

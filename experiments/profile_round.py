@@ -40,11 +40,11 @@ from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.finetune import describe
 from ckl_jax.preflight import costs, hlo
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.program import Seeds, draw_rounds, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import STAGES, planned_states, train_rounds
+from ckl_jax.rl.program import Seeds
+from ckl_jax.rl.setup import set_up
+from ckl_jax.rl.updates import STAGES
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runtime import cli, sharding
-from ckl_jax.runtime.targets import Call
+from ckl_jax.runtime import cli
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.profile_round"
@@ -91,26 +91,21 @@ class Operation(NamedTuple):
 def measure(command: ProfileCommand) -> Results:
     """Seconds of the rounds, and of the traced one by stage and what each thread did when."""
     model = load_model(command.checkpoint)
-    program = make_program(command.config, model)
-    runs, hypers = make_runs(command.config, {"run": {}}, command.seeds)
-    mesh = make_mesh(command.config, len(runs))
+    setup = set_up(command.config, model, {"run": {}}, command.seeds)
     described = {"command": COMMAND, "round": command.round, **describe(command, model)}
     directory = RunDirectory(command.out, described)
-    hypers = sharding.put(hypers, sharding.by_run(mesh))
-    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    _, create = planned_states(program, mesh, ref_params, hypers)
-    states, seconds, compiled = create.run(), list[float](), None
+    states, seconds, compiled = setup.create.run(), list[float](), None
     for index in range(command.round):
-        problems = sharding.put(draw_rounds(program, runs, [index]), sharding.by_run(mesh))
-        arguments = ref_params, states, hypers, problems
+        call = setup.train(states, [index])
         if compiled is None:
-            compiled = Call(train_rounds, mesh, (program, mesh, *arguments)).lower().compile()
+            compiled = call.lower().compile()
         if index == command.round - 1:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
             jax.profiler.start_trace(str(command.out / "trace"), profiler_options=options)
+        _, _, *arrays = call.arguments  # Program and mesh are compiled in.
         start = time.monotonic()
-        states, metrics = jax.block_until_ready(compiled(*arguments))
+        states, metrics = jax.block_until_ready(compiled(*arrays))
         seconds.append(time.monotonic() - start)
     jax.profiler.stop_trace()
     assert compiled is not None

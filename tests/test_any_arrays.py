@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ckl_jax import ratio_losses, token_weights
 from ckl_jax.certainty import certainty
+from ckl_jax.errors import ConfigError
 from ckl_jax.losses import entropy, exact_kl, kl_estimate, masked_mean, prioritized_kl, token_log_probs
 
 SETTINGS = hypothesis.settings(deadline=None, max_examples=20, derandomize=True)
@@ -140,3 +142,20 @@ def test_the_layout_of_the_tokens_does_not_matter(loss, batch, data):
     order = np.array(data.draw(st.permutations(range(count))))
     flat = [x.reshape(count, vocabulary)[order] for x in batch[:2]] + [x.reshape(count)[order] for x in batch[2:]]
     close(JITTED[loss](*flat)[0], JITTED[loss](*batch)[0])
+
+
+def test_checks_of_known_numbers_are_made_inside_jit_too():
+    """There even a known array becomes an unknown one as soon as JAX computes with it."""
+    x_1x2, mask_1x2 = jnp.ones((1, 2)), jnp.ones((1, 2), bool)
+    tokens = token_weights.Tokens(x_1x2, x_1x2, mask_1x2, mask_1x2, mask_1x2)
+    settings = token_weights.Settings(1.0, 0.5, 0.5, jax.random.key(0))
+
+    def clip(number):
+        return ratio_losses.clipped_policy_loss(x_1x2, x_1x2, x_1x2, mask_1x2, jnp.float32(number))
+
+    assert jax.jit(lambda: token_weights.weigh(jnp.int32(1), tokens, settings))().tolist() == [[1, 1]]
+    assert jax.jit(lambda: clip(0.2))() == -1
+    with pytest.raises(ConfigError, match=r"^index: got"):
+        jax.jit(lambda: token_weights.weigh(jnp.int32(99), tokens, settings))()
+    with pytest.raises(ConfigError, match=r"^clip: got"):
+        jax.jit(lambda: clip(-0.2))()

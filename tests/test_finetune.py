@@ -18,7 +18,6 @@ import optax
 import pytest
 from policies import SCRIPT_MODEL, scripted_policy, untrained
 
-from ckl_jax import finetune as finetune_lib
 from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint.store import Model, StateCheckpoints, load_model, save_model
@@ -26,6 +25,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.model import values
+from ckl_jax.rl import setup
 from ckl_jax.rl.assessment import assessed, kl_weights
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import gradient_norms
@@ -528,7 +528,7 @@ def uninterrupted(model, tmp_path_factory):
         return train_rounds(program, mesh, ref_params, states, hypers, problems)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_lib, "train_rounds", recorded)
+        patch.setattr(setup, "train_rounds", recorded)
         # What pre-training computed in has no part in it, and the policies say what they were trained in.
         pretrained = dataclasses.replace(
             model.config, dtype="bfloat16", precision="default", attention="plain", remat=True
@@ -614,11 +614,11 @@ def test_sigterm_and_numbers_that_are_not_finite_stop_a_run_that_then_ends_with_
         return train_rounds(program, mesh, ref_params, states, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_lib, "train_rounds", signalled)
+        patch.setattr(setup, "train_rounds", signalled)
         with pytest.raises(PreemptedError, match=rf"^round 2/4 is saved in {tmp_path}$"):
             _run(CONFIG, model, tmp_path)
         logged = (tmp_path / "metrics.jsonl").read_bytes()
-        patch.setattr(finetune_lib, "train_rounds", poisoned)
+        patch.setattr(setup, "train_rounds", poisoned)
         with pytest.raises(NotFiniteError, match=r"^round 3 of prioritized/seed_0: entropy is nan"):
             _run(CONFIG, model, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == logged

@@ -12,9 +12,9 @@ import pytest
 from damage import each
 from hostile import command_of, saved_model, snapshot
 
-from ckl_jax import finetune as finetune_lib
 from ckl_jax import pretrain as pretrain_lib
 from ckl_jax.analysis import plots
+from ckl_jax.rl import setup
 from ckl_jax.runs import logbook
 from ckl_jax.runtime import cli, preemption
 from experiments.common import figure
@@ -73,11 +73,11 @@ def finetuned(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(logbook, "test", lambda *_: Answered())
         done = iter([({"success": np.zeros((1, 1)), "kl": np.zeros((1, 1))},)])
-        patch.setattr(finetune_lib, "train_rounds", lambda program, mesh, ref, states, *_: (states, *next(done)))
+        patch.setattr(setup, "train_rounds", lambda program, mesh, ref, states, *_: (states, *next(done)))
         patch.setattr(preemption, "requested", lambda *_: not done.__length_hint__())
         with pytest.raises(SystemExit):
             _run("ckl_jax.finetune", FINETUNE, patch)
-    monkeypatch.setattr(finetune_lib, "train_rounds", _go_on)
+    monkeypatch.setattr(setup, "train_rounds", _go_on)
     return "ckl_jax.finetune", FINETUNE
 
 

@@ -424,15 +424,41 @@ def test_every_program_compiles_for_a_tpu_and_its_facts_stay(libtpu, name, check
     model = [] if "pretrain" in name else ["--checkpoint", checkpoint]
     found = _preflight("--topology", "v5e:2x2", "--json", tmp_path / "found.json", *WHOLE[name], *model)
     assert found.returncode == 0, found.stderr
+    assert _facts(tmp_path / "found.json") == json.loads(GOLDEN.read_text())[name]
+
+
+def _facts(path):
+    """By program, after the checks that hold for every one."""
     facts = {}
-    for program in json.loads((tmp_path / "found.json").read_text())["programs"]:
+    for program in json.loads(path.read_text())["programs"]:
         assert program["fits"]
         assert not program["has_float64"]
         assert not program["calls_the_host"]
         donated = program["memory"]["aliased"] > 0
         counted = {"collectives": program["cost"]["counts"], "kernels": program["kernels"]}
         facts[program["name"]] = counted | {"state is aliased": donated}
-    assert facts == json.loads(GOLDEN.read_text())[name]
+    return facts
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("XLA for NVIDIA's GPUs is not installed (the extra gpu)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_program_compiles_for_gpus(cuda, name, checkpoint, tmp_path):
+    """Two hosts of two. As on a TPU the same programs alias their state and send anything, and none has a kernel."""
+    model = [] if "pretrain" in name else ["--checkpoint", checkpoint]
+    found = _preflight("--topology", "h100:2x2", "--json", tmp_path / "found.json", *WHOLE[name], *model)
+    assert found.returncode == 0, found.stderr
+    facts, on_tpu = _facts(tmp_path / "found.json"), json.loads(GOLDEN.read_text())[name]
+    assert list(facts) == list(on_tpu)
+    for program, found_here in facts.items():
+        assert found_here["kernels"] == 0
+        assert found_here["state is aliased"] == on_tpu[program]["state is aliased"]
+        assert bool(found_here["collectives"]) == bool(on_tpu[program]["collectives"])
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import optax
 import pytest
 from policies import untrained
 
-from ckl_jax import finetune as finetune_lib
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.rl import minibatches as transitions
+from ckl_jax.rl import setup
 from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import Hyper, draw_problems, make_program
@@ -357,7 +357,7 @@ def test_an_interrupted_fine_tuning_with_transitions_ends_with_the_same_bits(fin
 @pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_one_at_a_time(finetuned, model, tmp_path, monkeypatch):
     path, runs = finetuned
-    monkeypatch.setattr(finetune_lib, "make_mesh", lambda config, num_runs: make_mesh(1, 1))  # Each has its own else.
+    monkeypatch.setattr(setup, "make_mesh", lambda config, num_runs: make_mesh(1, 1))  # Each has its own else.
     _finetune(dataclasses.replace(CONFIG, runs_at_once=2), model, tmp_path)
     for found, expected in zip(_rounds(tmp_path)[:2], _rounds(path)[:2], strict=True):
         assert found.pop("arm") == expected.pop("arm")

@@ -38,7 +38,7 @@ COLUMNS = ("program", "memory", "temporary", "TFLOP", "GB moved", "GB sent", "at
 
 @dataclass(frozen=True)
 class PreflightCommand:
-    """Compiles every program of `pretrain`, `finetune` or `evaluate`, named last with its own options, for other chips."""
+    """Compiles every program of `pretrain`, `finetune` or `evaluate`, which is named last, for a TPU or for GPUs."""
 
     topology: str = "v5e:2x4"
     """TPU: v4, v5e, v5p or v6e with the shape of its chips, or Google Cloud's type, such as v5litepod-8. GPUs: h100 or

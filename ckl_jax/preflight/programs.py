@@ -13,14 +13,13 @@ from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.datasets.stream import TokenStream
 from ckl_jax.evaluate import EvaluateConfig
-from ckl_jax.finetune import FinetuneCommand, certainty_arguments, certainty_model
+from ckl_jax.finetune import FinetuneCommand, certainty_model
 from ckl_jax.model import param_shapes
 from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.rl import evaluation
-from ckl_jax.rl import program as rl_program
-from ckl_jax.rl.updates import planned_states, train_rounds
+from ckl_jax.rl.setup import set_up
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.catalog import task_named
@@ -86,24 +85,16 @@ def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
 
 
 def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:
-    config, model = command.config, _model(command)
-    lent = certainty_model(command)
+    config, lent = command.config, certainty_model(command)
     other = None if lent is None else _without_numbers(lent)
-    program = rl_program.make_program(config, model, other)
-    runs, hypers = rl_program.make_runs(config, {"run": {}}, command.seeds)
-    mesh = rl_program.make_mesh(config, len(runs))
-    hypers = sharding.put(hypers, sharding.by_run(mesh))
-    ref_params = sharding.put(model.params, sharding.everywhere(mesh))
-    states, create = planned_states(program, mesh, ref_params, hypers)
-    yield Planned("first states", create)
-    problems = sharding.put(rl_program.draw_rounds(program, runs, range(config.test_every)), sharding.by_run(mesh))
-    others = certainty_arguments(other, mesh)
-    arguments = (program, mesh, ref_params, states, hypers, problems, *others)
-    yield Planned(f"{config.test_every} rounds of {len(runs)} runs", Call(train_rounds, mesh, arguments))
-    policies = states.params["policy"]
-    beside = _bytes(states) - _bytes(policies) + _bytes((ref_params, others))
-    for name, (drawn, digits) in evaluation.problem_sets(program, config.test_problems).items():
-        first, _ = next(evaluation.answer_calls(program, policies, drawn, digits))
+    setup = set_up(config, _model(command), {"run": {}}, command.seeds, other)
+    yield Planned("first states", setup.create)
+    rounds = setup.train(setup.states, range(config.test_every))
+    yield Planned(f"{config.test_every} rounds of {len(setup.runs)} runs", rounds)
+    policies = setup.states.params["policy"]
+    beside = _bytes(setup.states) - _bytes(policies) + _bytes((setup.ref_params, setup.certainty_params))
+    for name, (drawn, digits) in evaluation.problem_sets(setup.program, config.test_problems).items():
+        first, _ = next(evaluation.answer_calls(setup.program, policies, drawn, digits))
         yield Planned(f"test on {name} lengths", first, beside)
 
 

@@ -85,11 +85,12 @@ def require_possible(config: ModelConfig, problems: Problems, sampling: Sampling
         fits = given_BxT.ndim == 2 and given_BxT.shape[0] == count and given_BxT.shape[1] <= max_length
         require(fits, "given_BxT", given_BxT.shape, f"[{count}, up to {max_length}]")
         if not isinstance(given_BxT, jax.core.Tracer) and given_BxT.size:
-            low, high = int(given_BxT.min()), int(given_BxT.max())
+            numbers = np.asarray(given_BxT)
+            low, high = int(numbers.min()), int(numbers.max())
             inside = low >= -1 and high < config.vocab_size
             require(inside, "given_BxT", f"{low}..{high}", f"-1 or a token below {config.vocab_size}")
-            given = np.asarray(given_BxT) >= 0
-            require(bool((given[:, 1:] <= given[:, :-1]).all()), "given_BxT", "a token after -1", "-1 to the end")
+            holes = (numbers[:, 1:] >= 0) & (numbers[:, :-1] < 0)
+            require(not holes.any(), "given_BxT", "a token after -1", "-1 to the end")
 
 
 def layout(problems: Problems, max_length: int) -> tuple[jax.Array, jax.Array]:

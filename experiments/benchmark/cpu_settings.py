@@ -19,9 +19,8 @@ import jax.numpy as jnp
 
 from ckl_jax import next_character
 from ckl_jax.presets import pretrain_preset
-from ckl_jax.rl.program import draw_rounds, make_mesh, make_program, make_runs
-from ckl_jax.rl.updates import planned_states, train_rounds
-from ckl_jax.runtime import sharding, startup, xla_cpu
+from ckl_jax.rl.setup import set_up
+from ckl_jax.runtime import startup, xla_cpu
 from experiments.benchmark.timing import speedup, spread
 from experiments.benchmark.workload import (
     Plan,
@@ -60,16 +59,12 @@ def _pretraining(plan: Plan, seconds: list[float]) -> None:
 def _rounds(plan: Plan, seconds: list[float], **overrides: Any) -> None:
     """Rounds of both arms of Figure 4."""
     model, config = tiny_model(plan), tiny_config(plan, **overrides)
-    program = make_program(config, model)
-    runs, hypers = make_runs(config, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
-    mesh = make_mesh(config, len(runs))
-    hypers, problems = sharding.put((hypers, draw_rounds(program, runs, [0])), sharding.by_run(mesh))
-    reference = sharding.put(model.params, sharding.everywhere(mesh))
-    _, create = planned_states(program, mesh, reference, hypers)
-    states = create.run()
+    setup = set_up(config, model, {"standard": {"beta": 0.0}, "prioritized": {}}, 1)
+    states = setup.create.run()
     for _ in range(plan.settings_rounds + 1):
+        call = setup.train(states, [0])
         start = time.perf_counter()
-        states, _ = jax.block_until_ready(train_rounds(program, mesh, reference, states, hypers, problems))
+        states, _ = jax.block_until_ready(call.run())
         seconds.append(time.perf_counter() - start)
     del seconds[:1]
 
