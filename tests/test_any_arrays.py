@@ -151,11 +151,12 @@ def test_checks_of_known_numbers_are_made_inside_jit_too():
     settings = token_weights.Settings(1.0, 0.5, 0.5, jax.random.key(0))
 
     def clip(number):
-        return ratio_losses.clipped_policy_loss(x_1x2, x_1x2, x_1x2, mask_1x2, jnp.float32(number))
+        return ratio_losses.clipped_policy_loss(x_1x2, x_1x2, x_1x2, mask_1x2, number)
 
-    assert jax.jit(lambda: token_weights.weigh(jnp.int32(1), tokens, settings))().tolist() == [[1, 1]]
-    assert jax.jit(lambda: clip(0.2))() == -1
+    known, unknown, above, below = jnp.int32(1), jnp.int32(99), jnp.float32(0.2), jnp.float32(-0.2)
+    assert jax.jit(lambda: token_weights.weigh(known, tokens, settings))().tolist() == [[1, 1]]
+    assert jax.jit(lambda: clip(above))() == -1
     with pytest.raises(ConfigError, match=r"^index: got"):
-        jax.jit(lambda: token_weights.weigh(jnp.int32(99), tokens, settings))()
+        jax.jit(lambda: token_weights.weigh(unknown, tokens, settings))()
     with pytest.raises(ConfigError, match=r"^clip: got"):
-        jax.jit(lambda: clip(-0.2))()
+        jax.jit(lambda: clip(below))()
