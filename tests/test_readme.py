@@ -436,6 +436,17 @@ def test_preflights_table_is_what_was_published():
         assert f"{program['share_of_peak']:.0%} | {program['compile_seconds']:.0f} s |" in row
         (moved,) = re.findall(r"([\d.,]+) \| [\d.]+ \| (?:up to )?[\d.]+ m?s ", row)
         assert float(moved.replace(",", "")) == float(f"{cost['bytes'] / 1e9:.3g}")
+    for name, command in (("pretraining", "pretrain"), ("finetuning", "finetune")):
+        found = json.loads((RESULTS / "preflight" / f"gpt2_{name}_h100.json").read_text())
+        for program in found["programs"]:
+            start = f"| {command}: {program['name']}"
+            (row,) = [line for line in page.splitlines() if line.startswith(start)]
+            assert f"| {program['needed'] / 2**30:.2f} GiB |" in row
+            shown = [float(number.replace(",", "")) for number in re.findall(r"\| (?:up to )?([\d,.]+)", row)]
+            cost, longest = program["cost"], max(program["seconds"].values())
+            assert shown[1:3] == [float(f"{cost['flops'] / 1e12:.3g}"), float(f"{cost['bytes'] / 1e9:.3g}")]
+            assert shown[3] == pytest.approx(longest * (1 if longest > 10 else 1e3), rel=0.01)
+            assert f"| {program['share_of_peak']:.0%} | {program['compile_seconds']:.0f} s |" in row
     rounds = json.loads((RESULTS / "preflight" / "gpt2_finetuning_v5e_2x4.json").read_text())["programs"][0]
     assert rounds["fits"]
     assert f"{rounds['needed'] / 2**30:.2f} of 15.75 GiB" in page
