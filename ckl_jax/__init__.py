@@ -37,7 +37,7 @@ say what lives there and what may be imported.
   recipe and its gradient, `minibatches` deals whole episodes or single transitions, `updates` does Adam's steps, rounds
   and runs, `setup` puts all of it on the devices, `evaluation` has the tests on the way.
 - `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `shipped` knows the
-  models of the package by name, `reading` reads files that somebody else may have made, `gpt2`, `gpt2_config`,
+  models of the package by name, `description` checks what a checkpoint says it holds, `gpt2`, `gpt2_config`,
   `tensors`, `tensor_names` and `token_files` those of transformers and nanoGPT: directories, settings, weights and
   vocabularies.
 - `ckl_jax.runs`: the directory of a run. `directory` has config, metrics, samples and checkpoints, `lock` keeps a
@@ -47,7 +47,8 @@ say what lives there and what may be imported.
   streams, variables, cores and compilation cache, `processes` starts others here, each with its flags of XLA, `hosts`
   joins those of several machines, `targets` are the devices that programs are made for, `sharding` is their mesh,
   `preemption` holds SIGTERM until work is saved, `finite` refuses what is not finite, `paths` are local or of buckets,
-  `strays` are files that nothing reads, `xla_cpu` avoids wrong fused reductions.
+  `reading` takes files that somebody else may have made as data alone, `strays` are files that nothing reads, `xla_cpu`
+  avoids wrong fused reductions.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 - `ckl_jax.preflight`: the programs of a command compiled for a TPU or GPUs that are not here. `chips` has the machines,

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers
 from ckl_jax.checkpoint.store import load_model, save_model, write_json
 from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
@@ -36,7 +35,7 @@ from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
 from ckl_jax.config import Activation
 from ckl_jax.errors import ConfigError, extra, require
 from ckl_jax.fields import PositiveInt, require_fields
-from ckl_jax.runtime import cli
+from ckl_jax.runtime import cli, reading
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
 from ckl_jax.tasks.catalog import TaskName, task_named
 
@@ -48,7 +47,7 @@ COMMAND = "python -m ckl_jax.convert"
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertCommand:
     """Between checkpoints of ours and of transformers or nanoGPT."""
 
     source: str = "lecraquito/gpt2_reduced_vocab_FT_7digits"
@@ -125,49 +124,51 @@ def _writing(out: pathlib.Path, made_by: dict[str, Any]) -> Iterator[None]:
     (out / UNFINISHED).unlink()
 
 
-def _to_transformers(config: ConvertConfig, made_by: dict[str, Any]) -> None:
-    _require_free(config.out, "config.json", made_by)
-    source = resolved(config.source, "source")
+def _to_transformers(command: ConvertCommand, made_by: dict[str, Any]) -> None:
+    _require_free(command.out, "config.json", made_by)
+    source = resolved(command.source, "source")
     found = (source / "model.json").is_file()
-    require(found, "source", config.source, "a checkpoint of ours (a directory with model.json), for --to transformers")
+    require(
+        found, "source", command.source, "a checkpoint of ours (a directory with model.json), for --to transformers"
+    )
     model = load_model(source)
-    with _writing(config.out, made_by):
-        save_transformers(config.out, model, made_by)
+    with _writing(command.out, made_by):
+        save_transformers(command.out, model, made_by)
 
 
-def _to_ours(config: ConvertConfig, made_by: dict[str, Any]) -> None:
-    _require_free(config.out, "model.json", made_by)
-    source = _local(config.source, "source", HUB_FILES)
+def _to_ours(command: ConvertCommand, made_by: dict[str, Any]) -> None:
+    _require_free(command.out, "model.json", made_by)
+    source = _local(command.source, "source", HUB_FILES)
     allowed = "another's model: this is a checkpoint of ours already, for --checkpoint, or for --to transformers"
-    require(not (source / "model.json").is_file(), "source", config.source, allowed)
+    require(not (source / "model.json").is_file(), "source", command.source, allowed)
     said = described(source)
-    task = task_named(config.task or said.get("task", "addition"))
-    digits: Any = config.digits
+    task = task_named(command.task or said.get("task", "addition"))
+    digits: Any = command.digits
     if digits is None:
         digits = said.get("max_pretrain_digits")
     if digits is None:
-        named = re.findall(r"_(\d{1,2})digits", pathlib.PurePath(config.source).name)
+        named = re.findall(r"_(\d{1,2})digits", pathlib.PurePath(command.source).name)
         require(len(named) == 1, "digits", None, "a number, for neither config.json nor the name says it once")
         digits = int(named[0])
-    tokenizer = None if config.tokenizer is None else _local(config.tokenizer, "tokenizer", TOKENIZER_FILES)
-    activation = config.activation
-    if activation is None and config.source.startswith(AUTHORS) and "activation_function" not in said:
+    tokenizer = None if command.tokenizer is None else _local(command.tokenizer, "tokenizer", TOKENIZER_FILES)
+    activation = command.activation
+    if activation is None and command.source.startswith(AUTHORS) and "activation_function" not in said:
         activation = "gelu_tanh"  # new_gelu in their src/model_teaching_arithmetic.py.
-    model = load_foreign(source, task, digits, config.vocabulary == "ours", activation, tokenizer)
-    with _writing(config.out, made_by):
-        save_model(config.out, model, made_by)
+    model = load_foreign(source, task, digits, command.vocabulary == "ours", activation, tokenizer)
+    with _writing(command.out, made_by):
+        save_model(command.out, model, made_by)
     sizes = {"weights": model.config.num_weights, "vocabulary": model.config.vocab_size}
     print(json.dumps({"task": task.name, "N": digits, **sizes, "activation": model.config.activation}))
 
 
-def main(config: ConvertConfig) -> None:
-    made_by = {"command": COMMAND, **{name: x for name, x in dataclasses.asdict(config).items() if name != "out"}}
-    if config.to == "transformers":
-        _to_transformers(config, made_by)
+def main(command: ConvertCommand) -> None:
+    made_by = {"command": COMMAND, **{name: x for name, x in dataclasses.asdict(command).items() if name != "out"}}
+    if command.to == "transformers":
+        _to_transformers(command, made_by)
     else:
-        _to_ours(config, made_by)
-    print(f"wrote {config.out}")
+        _to_ours(command, made_by)
+    print(f"wrote {command.out}")
 
 
 if __name__ == "__main__":
-    cli.run(main, ConvertConfig)
+    cli.run(main, ConvertCommand)

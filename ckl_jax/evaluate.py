@@ -134,7 +134,7 @@ def moved(model: Model, offset: int) -> Model:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateCommand:
     """Accuracy of a checkpoint on N to N+3 digits, identical and varying operand lengths."""
 
     checkpoint: pathlib.Path = SHIPPED_TINY
@@ -158,23 +158,22 @@ def lengths(model: Model) -> range:
     return range(model.max_pretrain_digits, min(model.max_pretrain_digits + 3, tasks.MAX_DIGITS) + 1)
 
 
-def main(config: EvaluateConfig) -> None:
-    model = load_model(config.checkpoint)
+def main(command: EvaluateCommand) -> None:
+    model = load_model(command.checkpoint)
     base, block_size = model.max_pretrain_digits, model.config.block_size
-    models = [moved(model, offset) for offset in config.offsets]
-    print(
-        f"{model.task.name}, N = {base}, {config.problems} problems per cell, accuracy in % with 95% bootstrap interval"
-    )
+    models = [moved(model, offset) for offset in command.offsets]
+    shown = f"{command.problems} problems per cell, accuracy in % with 95% bootstrap interval"
+    print(f"{model.task.name}, N = {base}, {shown}")
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in lengths(model):
-        length = model.task.longest_episode(digits) + max(config.offsets)
+        length = model.task.longest_episode(digits) + max(command.offsets)
         if length > block_size:
             print(f"{digits:>8}  not possible: up to {length} positions, block_size = {block_size}")
             continue
         cells = []
         for operands in DRAWS:
             solved = [
-                judge_cell(each, operands, digits, config.problems, temperature=config.temperature, seed=config.seed)
+                judge_cell(each, operands, digits, command.problems, temperature=command.temperature, seed=command.seed)
                 for each in models
             ]
             share = np.mean(solved, axis=0)
@@ -184,4 +183,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, EvaluateConfig)
+    cli.run(main, EvaluateCommand)

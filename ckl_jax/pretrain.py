@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import tyro
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets.stream import dataset_directory, load_stream
@@ -31,7 +30,7 @@ from ckl_jax.presets import pretrain_preset
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
-from ckl_jax.runtime import cli, finite, preemption, sharding
+from ckl_jax.runtime import cli, finite, preemption, reading, sharding
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import Problem
 from ckl_jax.tasks.catalog import TaskName, task_named

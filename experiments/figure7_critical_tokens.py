@@ -31,10 +31,9 @@ from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
 from ckl_jax.analysis.statistics import Interval, mean_interval, mean_intervals, percent
-from ckl_jax.checkpoint import reading
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.runs.records import by_run, critical_probability, read_json, read_metrics
-from ckl_jax.runtime import cli
+from ckl_jax.runtime import cli, reading
 from ckl_jax.tasks.catalog import task_named
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import last_comma

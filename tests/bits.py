@@ -40,7 +40,7 @@ def main() -> None:
     config = dataclasses.replace(check_xla.finetune_preset("tiny", "ours"), episodes=EPISODES, diagnostic_episodes=2)
     for kl_weights in OTHER_KL_WEIGHTS:
         show(kl_weights, check_xla.round_of(dataclasses.replace(config, kl_weights=kl_weights), model))
-    evaluate.main(evaluate.EvaluateConfig(problems=PROBLEMS))
+    evaluate.main(evaluate.EvaluateCommand(problems=PROBLEMS))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ CANARY = "unpickled"
 TYPES = {
     "ckl_jax.pretrain": "PretrainCommand",
     "ckl_jax.finetune": "FinetuneCommand",
-    "ckl_jax.evaluate": "EvaluateConfig",
-    "ckl_jax.convert": "ConvertConfig",
+    "ckl_jax.evaluate": "EvaluateCommand",
+    "ckl_jax.convert": "ConvertCommand",
     "ckl_jax.models": "ModelsCommand",
     "ckl_jax.check_xla": "CheckXlaCommand",
     "ckl_jax.preflight": "PreflightCommand",

@@ -18,7 +18,7 @@ from ckl_jax.runtime.options import is_unnamed
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
 FINETUNE = (finetune.main, finetune.FinetuneCommand, finetune.preset)
-EVALUATE = (evaluate.main, evaluate.EvaluateConfig, None)
+EVALUATE = (evaluate.main, evaluate.EvaluateCommand, None)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from ckl_jax.analysis import critical, discovery
 from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.gpt2 import load_foreign
 from ckl_jax.checkpoint.store import fingerprint, load_model, save_model
-from ckl_jax.convert import ConvertConfig, main
+from ckl_jax.convert import ConvertCommand, main
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.model import forward
@@ -70,7 +70,7 @@ def test_logits_and_greedy_text_equal_those_of_the_source_character_by_character
 
 def test_the_certainty_and_the_rollout_are_those_of_the_whole_vocabulary(tmp_path):
     reference = write_nano(tmp_path / "source")
-    main(ConvertConfig(str(tmp_path / "source"), tmp_path / "ours", digits=1))
+    main(ConvertCommand(str(tmp_path / "source"), tmp_path / "ours", digits=1))
     model = load_model(tmp_path / "ours")
     tokens = alphabet.encode("Input:\n12+7")[None].astype(np.int32)
     with torch.no_grad():
@@ -88,8 +88,8 @@ def test_ours_to_transformers_and_back_is_exact(use_bias, task, activation, tmp_
     write_nano(tmp_path / "source", bias=use_bias, activation_function=activation)
     model = load_foreign(tmp_path / "source", task, 5)
     save_model(tmp_path / "ours", model, {})
-    main(ConvertConfig(str(tmp_path / "ours"), tmp_path / "exported", to="transformers"))
-    main(ConvertConfig(str(tmp_path / "exported"), tmp_path / "back"))
+    main(ConvertCommand(str(tmp_path / "ours"), tmp_path / "exported", to="transformers"))
+    main(ConvertCommand(str(tmp_path / "exported"), tmp_path / "back"))
     back = load_model(tmp_path / "back")
     assert fingerprint(back.params) == fingerprint(load_model(tmp_path / "ours").params)
     assert back._replace(params=None) == model._replace(params=None)
@@ -145,7 +145,7 @@ def test_settings_that_our_model_lacks_are_named(change, expected, tmp_path):
 
 def test_a_reduced_vocabulary_has_the_logits_of_our_characters(tmp_path):
     reference = write_transformers(tmp_path / "source")
-    main(ConvertConfig(str(tmp_path / "source"), tmp_path / "ours", vocabulary="ours", digits=1))
+    main(ConvertCommand(str(tmp_path / "source"), tmp_path / "ours", vocabulary="ours", digits=1))
     model = load_model(tmp_path / "ours")
     assert model.config.vocab_size == alphabet.VOCAB_SIZE
     tokens = np.random.default_rng(0).integers(0, alphabet.VOCAB_SIZE, (2, 20))
@@ -314,7 +314,7 @@ def test_a_file_of_weights_is_taken_with_what_is_beside_it(here, name):
     else:
         torch.save(load_file(path), here / "theirs" / name)
         path.unlink()
-    main(ConvertConfig(f"theirs/{name}", here / "ours", digits=1))
+    main(ConvertCommand(f"theirs/{name}", here / "ours", digits=1))
     assert fingerprint(load_model(here / "ours").params) == expected
 
 
@@ -364,7 +364,7 @@ def test_the_same_command_may_write_again_and_another_may_not(here, capsys, monk
     for arguments in ("--source theirs --digits 1 --out empty", "--source model --to transformers --out exported"):
         for _ in range(2):
             monkeypatch.setattr(sys, "argv", ["convert", *arguments.split()])
-            cli.run(main, ConvertConfig)
+            cli.run(main, ConvertCommand)
     capsys.readouterr()
     for arguments in (
         "--source theirs --digits 2 --out empty",
@@ -382,7 +382,7 @@ def test_a_conversion_that_was_stopped_is_made_again_by_the_same_command(here, c
 
     def run():
         monkeypatch.setattr(sys, "argv", ["convert", *arguments.split(), "--out", "new"])
-        cli.run(main, ConvertConfig)
+        cli.run(main, ConvertCommand)
 
     for name in ("save_model", "save_transformers"):
         monkeypatch.setattr(f"ckl_jax.convert.{name}", stop)
@@ -401,7 +401,7 @@ def test_a_tokenizer_by_name_is_had_without_weights(here, monkeypatch):
     asked = {}
     (here / "theirs" / "tokenizer.json").rename(here / "tokenizer.json")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.update(how, name=name) or here)
-    main(ConvertConfig("theirs", here / "ours", digits=1, tokenizer="owner/name"))
+    main(ConvertCommand("theirs", here / "ours", digits=1, tokenizer="owner/name"))
     assert asked["name"] == "owner/name"
     assert set(asked["allow_patterns"]) == {
         "vocab.json",
@@ -425,11 +425,11 @@ def test_nanogpts_directory_is_converted_by_what_the_messages_ask_for(here, caps
     expected = r"source: got 'no vocabulary in .*', .* --tokenizer .* stoi .*"
     convert_refused(here, capsys, monkeypatch, arguments, expected)
     (here / "stoi.json").write_text(json.dumps({character: row for row, character in enumerate(THEIRS)}))
-    main(ConvertConfig("ckpt.pt", here / "ours", digits=3, activation="gelu_erf", tokenizer="stoi.json"))
+    main(ConvertCommand("ckpt.pt", here / "ours", digits=3, activation="gelu_erf", tokenizer="stoi.json"))
     model = load_model(here / "ours")
     assert (model.config.activation, model.max_pretrain_digits) == ("gelu_erf", 3)
     assert fingerprint(model.params) == fingerprint(load_foreign(here / "theirs", ADDITION, 3).params)
-    main(ConvertConfig("ours", here / "exported", to="transformers"))
+    main(ConvertCommand("ours", here / "exported", to="transformers"))
     assert json.loads((here / "exported" / "config.json").read_text())["activation_function"] == "gelu"
 
 

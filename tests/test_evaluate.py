@@ -11,7 +11,7 @@ from ckl_jax import evaluate
 from ckl_jax.analysis.statistics import bootstrap_interval
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
-from ckl_jax.evaluate import EvaluateConfig, judge, moved
+from ckl_jax.evaluate import EvaluateCommand, judge, moved
 from ckl_jax.model import forward
 from ckl_jax.runtime.sharding import make_mesh
 from ckl_jax.tasks import problems as problems_lib
@@ -103,7 +103,7 @@ def test_the_command_judges_both_kinds_of_operands_with_its_options(small_model,
 
     save_model(tmp_path, Model(small_model, 2, untrained(small_model)), {})
     monkeypatch.setattr(evaluate, "judge", fake)
-    evaluate.main(EvaluateConfig(tmp_path, problems=30, temperature=0.7, seed=3))
+    evaluate.main(EvaluateCommand(tmp_path, problems=30, temperature=0.7, seed=3))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[1], row[4]) for row in rows if "possible:" not in row] == [("100.0", "0.0")] * (len(judged) // 2)
     assert len(judged) >= 4
@@ -120,7 +120,7 @@ def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_pat
     save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
     by_block = {400: [1.0, 1.0, 0.0, 0.0], 380: [1.0, 0.0, 0.0, 0.0]}
     monkeypatch.setattr(evaluate, "judge", lambda model, *_, **__: np.array(by_block[model.config.block_size]))
-    evaluate.main(EvaluateConfig(tmp_path, problems=4, offsets=(0, 20)))
+    evaluate.main(EvaluateCommand(tmp_path, problems=4, offsets=(0, 20)))
     first, *others = capsys.readouterr().out.splitlines()[2:]
     assert first.split()[:2] == ["1", "37.5"]
     assert others[-1].split("not possible: ")[1].endswith("positions, block_size = 400")

@@ -15,16 +15,16 @@ from ckl_jax.analysis.critical import Measuring
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.check_xla import CheckXlaCommand
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
-from ckl_jax.convert import ConvertConfig
+from ckl_jax.convert import ConvertCommand
 from ckl_jax.errors import ConfigError
-from ckl_jax.evaluate import EvaluateConfig
+from ckl_jax.evaluate import EvaluateCommand
 from ckl_jax.fields import Above, bound, kinds, require_fields
 from ckl_jax.finetune import FinetuneCommand
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.runs.logs import LogOptions
 
 CONFIGS = [ModelConfig, PretrainConfig, FinetuneConfig, LogOptions, Measuring, Rule]
-COMMANDS = [PretrainCommand, FinetuneCommand, EvaluateConfig, ConvertConfig, CheckXlaCommand]
+COMMANDS = [PretrainCommand, FinetuneCommand, EvaluateCommand, ConvertCommand, CheckXlaCommand]
 FIELDS = [(config, name) for config in (*CONFIGS, *COMMANDS) for name in kinds(config)]
 JUNK = [object(), b"1", [1], {"a": 1}, np.zeros(3), "a\nb"]
 NUMBERS = [math.nan, math.inf, -math.inf, 1e39, -1e39, 1e-60, 2**31, -(2**31), 10**5_000, 10**400]

@@ -262,7 +262,7 @@ def test_public_functions_take_a_path_as_text(tmp_path, monkeypatch):
     assert (tmp_path / "data").is_dir()
     for source in ("~/model", f"file://{tmp_path}/model"):
         with pytest.raises(ConfigError, match=r"^out: got .*, allowed is another than source"):
-            convert.ConvertConfig(source, tmp_path / "model")
+            convert.ConvertCommand(source, tmp_path / "model")
         assert convert._local(source, "source", convert.HUB_FILES) == tmp_path / "model"
 
 

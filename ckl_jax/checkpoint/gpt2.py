@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax.checkpoint import gpt2_config, reading, tensor_names, token_files
+from ckl_jax.checkpoint import description, gpt2_config, tensor_names, token_files
 from ckl_jax.checkpoint import tensors as tensor_files
 from ckl_jax.checkpoint.store import Model, write_json
 from ckl_jax.checkpoint.tensor_names import EMBEDDING, HEAD
@@ -21,6 +21,7 @@ from ckl_jax.checkpoint.tensors import Stored
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import extra, require
 from ckl_jax.model import LAYER_NORM_EPSILON
+from ckl_jax.runtime import reading
 from ckl_jax.runtime.paths import AnyPath, require_directory, resolved, writing
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Task
@@ -66,7 +67,7 @@ def load_foreign(
       ConfigError: a file is missing or damaged; a setting that our model lacks; tensors that are missing, unknown or of
         wrong shape; one of our characters is unknown to it.
     """
-    reading.require_digits(digits)
+    description.require_digits(digits)
     source = resolved(source, "source")
     contents = tensor_files.contents(source)
     tensors = tensor_names.canonical(contents)

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ckl_jax.checkpoint import reading, shipped
+from ckl_jax.checkpoint import description, shipped
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.model import param_shapes
-from ckl_jax.runtime import hosts
+from ckl_jax.runtime import hosts, reading
 from ckl_jax.runtime.paths import AnyPath, files_below, replace, require_directory, resolved, writing
 from ckl_jax.runtime.strays import is_unread
 from ckl_jax.tasks.columns import ADDITION
@@ -152,14 +152,14 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
       OSError: a file cannot be written.
     """
     directory = resolved(directory)
-    reading.require_digits(model.max_pretrain_digits)
+    description.require_digits(model.max_pretrain_digits)
     require_directory(directory, "directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "params"
     hosts.of_first(lambda: (directory / "model.json").unlink(missing_ok=True))
     with writing(path), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, model.params, force=True)
-    description = {
+    described = {
         "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
         "model": dataclasses.asdict(model.config),
@@ -170,7 +170,7 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
         # Orbax asks for this file in a bucket, where models may be copied; its own would hold the directory's path.
         (path / "commit_success.txt").write_text("complete\n", encoding="utf-8")
         write_json(_manifest_path(path), _manifest(path))
-        write_json(directory / "model.json", description)
+        write_json(directory / "model.json", described)
 
     hosts.of_first(describe)
 
@@ -225,14 +225,14 @@ def read_description(directory: pathlib.Path) -> tuple[ModelConfig, int, Task]:
       ConfigError: missing or damaged files, as ``load_model``.
     """
     path, params = directory / "model.json", directory / "params"
-    reading.require_ours(directory)
+    description.require_ours(directory)
     complete = all(file.exists() for file in (path, _manifest_path(params), params))
     made = "a directory with params/, params.sha256.json and model.json, as python -m ckl_jax.pretrain writes it"
     made += f", or the name of a model that ships: {' | '.join(shipped.names())}"
     require(complete, "checkpoint", str(directory), made)
-    config, max_pretrain_digits, task = reading.model_description(path)
+    config, max_pretrain_digits, task = description.model_description(path)
     _verify(params)
-    reading.require_filled(params, config)
+    description.require_filled(params, config)
     return config, max_pretrain_digits, task
 
 

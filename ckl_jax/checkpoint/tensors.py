@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint import description
 from ckl_jax.errors import ConfigError, extra, require
+from ckl_jax.runtime import reading
 
 WHOLE = ("model.safetensors", "pytorch_model.bin", "ckpt.pt")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # In the order in which transformers looks for them.
 WEIGHTS = (WHOLE[0], INDICES[0], WHOLE[1], INDICES[1], WHOLE[2])
-SUFFIXES = reading.WEIGHTS
+SUFFIXES = description.WEIGHTS
 MOST_NAME = 200
 CONTAINERS = ("model", "state_dict", "model_state_dict")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.errors import is_integer, require
+from ckl_jax.runtime import reading
 from ckl_jax.tasks import alphabet
 
 VOCABULARIES = ("vocab.json", "tokenizer.json")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from etils import epath
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.datasets.scratchpads import PREPARED, Scratchpads, split_of
+from ckl_jax.runtime import reading
 from ckl_jax.tasks.catalog import task_named
 
 INFO = "dataset_info.json"

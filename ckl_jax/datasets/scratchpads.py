@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.errors import is_integer, require
+from ckl_jax.runtime import reading
 from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.task import MAX_DIGITS, Problem, Task
 

@@ -12,7 +12,7 @@ from ckl_jax import evaluate, finetune, pretrain
 from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.datasets.stream import TokenStream
-from ckl_jax.evaluate import EvaluateConfig
+from ckl_jax.evaluate import EvaluateCommand
 from ckl_jax.finetune import FinetuneCommand, certainty_model
 from ckl_jax.model import param_shapes
 from ckl_jax.next_character import make_mesh, planned_state, train_step
@@ -76,7 +76,7 @@ def _evaluation(model: Model, problems: Any, digits: int, temperature: float | N
     yield Planned(f"evaluation, {digits} digits", first, beside)
 
 
-def of_evaluation(command: EvaluateConfig) -> Iterator[Planned]:
+def of_evaluation(command: EvaluateCommand) -> Iterator[Planned]:
     model = _without_numbers(evaluate.moved(load_model(command.checkpoint), max(command.offsets)))
     for digits in evaluate.lengths(model):
         if model.task.longest_episode(digits) <= model.config.block_size:
@@ -150,5 +150,5 @@ def _smaller_finetuning(command: FinetuneCommand) -> Iterator[tuple[str, Finetun
 COMMANDS = {
     "pretrain": Command(PretrainCommand, pretrain.preset, of_pretraining, _smaller_pretraining),
     "finetune": Command(FinetuneCommand, finetune.preset, of_finetuning, _smaller_finetuning),
-    "evaluate": Command(EvaluateConfig, None, of_evaluation, lambda command: iter(())),
+    "evaluate": Command(EvaluateCommand, None, of_evaluation, lambda command: iter(())),
 }

@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import StateCheckpoints, write_json
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
@@ -19,7 +18,7 @@ from ckl_jax.resuming import Resumable
 from ckl_jax.runs import lock
 from ckl_jax.runs.logs import Copy, LogOptions
 from ckl_jax.runs.records import parse, read_json, read_metrics, whole_records
-from ckl_jax.runtime import hosts
+from ckl_jax.runtime import hosts, reading
 from ckl_jax.runtime.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
 from ckl_jax.runtime.strays import first_owned
 

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from ckl_jax import finetune
 from ckl_jax.analysis.statistics import mean_interval
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, identity, load_model
 from ckl_jax.config import FinetuneConfig
@@ -24,6 +23,7 @@ from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
+from ckl_jax.runtime import reading
 from ckl_jax.tasks.catalog import TaskName
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task

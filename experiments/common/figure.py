@@ -11,11 +11,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError
 from ckl_jax.runs.records import earlier_results, machine
-from ckl_jax.runtime import hosts
+from ckl_jax.runtime import hosts, reading
 from ckl_jax.runtime.paths import replace
 
 Results = dict[str, Any]

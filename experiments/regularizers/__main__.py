@@ -48,7 +48,6 @@ import jax
 import tyro
 
 from ckl_jax import finetune
-from ckl_jax.checkpoint import reading
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
@@ -60,7 +59,7 @@ from ckl_jax.rl.program import Hyper, Seeds, make_program, make_runs
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.records import earlier_results
-from ckl_jax.runtime import cli
+from ckl_jax.runtime import cli, reading
 from ckl_jax.tasks.columns import ADDITION
 from experiments.common import arms as arms_lib
 from experiments.common.figure import Results, publish

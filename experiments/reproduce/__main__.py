@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ckl_jax.checkpoint import reading
+from ckl_jax.checkpoint import description
 from ckl_jax.checkpoint.shipped import located, shipped
 from ckl_jax.checkpoint.store import read_description, write_json
 from ckl_jax.config import Scale
@@ -122,7 +122,7 @@ def _model(command: ReproduceCommand) -> pathlib.Path:
 
 def _described(command: ReproduceCommand) -> tuple[int, Task]:
     """N and task of the model."""
-    _, base, task = reading.model_description(_model(command) / "model.json")
+    _, base, task = description.model_description(_model(command) / "model.json")
     return base, task
 
 
