@@ -1,7 +1,8 @@
-"""How far does a step of pre-training scale, on paper? Compiled for 1 to 256 chips of a TPU that is not here.
+"""How far does a step of pre-training scale, on paper? Compiled for 1 to 256 chips of machines that are not here.
 
-    python -m experiments.scaling_on_paper                 # wants the extra preflight
-    python -m experiments.scaling_on_paper --plot-only     # table and figure again from results.json
+    python -m experiments.scaling_on_paper                                         # wants the extra preflight
+    python -m experiments.scaling_on_paper --topologies h100:1 h100:8 h100:4x8     # wants the extra gpu
+    python -m experiments.scaling_on_paper --plot-only                             # again from results.json
 
 `ckl_jax.preflight` compiles the training step for each ``--topologies``, with as many windows for every chip
 (``--windows``), and the parameters whole on each chip or split over all (``--shard-state``). Shown are, of one chip,
@@ -44,12 +45,12 @@ COLORS = {"arithmetic": "#4c72b0", "memory": "#dd8452", "links": "#55a868"}
 
 @dataclass(frozen=True)
 class ScalingCommand:
-    """A training step compiled for several TPUs: arithmetic, memory and links of a chip."""
+    """A training step compiled for several TPUs or GPU hosts: arithmetic, memory and links of a chip."""
 
     scale: Literal["small", "gpt2"] = "gpt2"
     """Preset of the model."""
     topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16")
-    """TPUs, as `ckl_jax.preflight --topology` takes them."""
+    """TPUs or GPUs, as `ckl_jax.preflight --topology` takes them."""
     windows: PositiveInt = 5
     """Windows of a batch for each chip."""
     out: pathlib.Path = pathlib.Path("runs/scaling_on_paper")
@@ -105,36 +106,47 @@ def text(results: Results) -> str:
     rows = []
     for step in results["steps"]:
         if step["cost"] is None:
-            rows.append([str(step["chips"]), step["state"], *[""] * 6, "does not fit"])
+            rows.append([step["topology"], str(step["chips"]), step["state"], *[""] * 6, "does not fit"])
             continue
         times = step["seconds"]
         longest = max(times, key=times.get)
         sent = ", ".join(f"{kind} {size / 1e9:.2g}" for kind, size in step["cost"]["collectives"].items()) or "none"
         cells = [f"{1e3 * times[kind]:.3g}" for kind in COLORS]
         needed = f"{step['needed'] / GIB:.2f}" + ("" if step["fits"] else ", does not fit")
-        rows.append([str(step["chips"]), step["state"], needed, *cells, longest, f"{step['share_of_peak']:.0%}", sent])
-    header = ["chips", "parameters", "GiB", *(f"{kind}, ms" for kind in COLORS), "bound", "of the peak", "GB sent"]
+        bound = longest, f"{step['share_of_peak']:.0%}", sent
+        rows.append([step["topology"], str(step["chips"]), step["state"], needed, *cells, *bound])
+    header = [
+        "topology",
+        "chips",
+        "parameters",
+        "GiB",
+        *(f"{kind}, ms" for kind in COLORS),
+        "bound",
+        "of the peak",
+        "GB sent",
+    ]
     return markdown(header, rows)
 
 
 def draw(results: Results) -> Figure:
     figure = Figure(figsize=(10, 3.8))
     panels = figure.subplots(1, len(STATES), sharey=True)
+    config = results["config"]
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in config["topologies"]))
     for panel, state in zip(panels, STATES, strict=True):
         steps = [step for step in results["steps"] if step["state"] == state and step["cost"] is not None]
         at = np.arange(len(steps))
         for index, (kind, color) in enumerate(COLORS.items()):
             times = [1e3 * step["seconds"][kind] for step in steps]
             panel.bar(at + 0.27 * (index - 1), times, 0.25, color=color, label=kind)
-        panel.set_xticks(at, [f"{step['chips']}" for step in steps])
+        panel.set_xticks(at, [str(step["chips"]) if len(kinds) == 1 else step["topology"] for step in steps])
         panel.grid(False, axis="x")
-        panel.set(xlabel="chips", title=f"parameters {state}")
+        panel.set(xlabel="chips" if len(kinds) == 1 else None, title=f"parameters {state}")
     panels[0].set_ylabel("busy at least (ms a step)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    config = results["config"]
-    kind = config["topologies"][0].partition(":")[0]
+    where = " and ".join(kinds)
     figure.suptitle(
-        f"a step of {config['scale']} on {kind}, {config['windows']} windows a chip, on paper", color=plots.INK
+        f"a step of {config['scale']} on {where}, {config['windows']} windows a chip, on paper", color=plots.INK
     )
     return figure
 

@@ -46,10 +46,18 @@ def test_every_topology_is_asked_once_with_as_many_windows_a_chip(asked, tmp_pat
     one, eight = "pretrain --scale gpt2 --batch-size 3", "pretrain --scale gpt2 --batch-size 24"
     assert said == [one, f"{one} --shard-state", eight, f"{eight} --shard-state"]
     printed = capsys.readouterr().out
-    assert "| 8 | whole | 2.00 | 10 | 20 | 8 | memory | 50% | all-reduce 0.2 |" in printed
-    assert "| 1 | whole | 2.00 | 10 | 20 | 1 | memory | 50% | none |" in printed
+    assert "| v5e:2x4 | 8 | whole | 2.00 | 10 | 20 | 8 | memory | 50% | all-reduce 0.2 |" in printed
+    assert "| v5e:1x1 | 1 | whole | 2.00 | 10 | 20 | 1 | memory | 50% | none |" in printed
     assert printed.count("| does not fit |") == 2
     assert (tmp_path / "out" / "scaling_on_paper.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_of_several_kinds_names_them(asked, tmp_path):
+    command = scaling.ScalingCommand(topologies=(*TOPOLOGIES, "h100:2x8"), out=tmp_path / "out")
+    figure = scaling.draw(scaling.measure(command))
+    assert "on v5e and h100" in figure.get_suptitle()
+    ticks = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert ticks == ["v5e:1x1", "v5e:2x4", "h100:2x8"]
 
 
 def test_an_interrupted_call_asks_for_what_is_missing_alone(asked, tmp_path):
@@ -77,6 +85,6 @@ def test_a_preflight_that_fails_is_named_with_its_last_word(asked, tmp_path, mon
 
 
 def test_an_unknown_topology_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ConfigError, match=r"^topology: got 'h100:1x1'"):
-        scaling.main(scaling.ScalingCommand(topologies=("h100:1x1",), out=tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"^topology: got 'h100:1x1x1'"):
+        scaling.main(scaling.ScalingCommand(topologies=("h100:1x1x1",), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
