@@ -94,7 +94,11 @@ class Block(nn.Module):
             q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = qkv_BTx3D.reshape(heads).transpose(2, 0, 3, 1, 4)
             q_BxHxTxK = q_BxHxTxK[:, :, num_positions - num_outputs :] * (config.width // config.num_heads) ** -0.5
             if layer_cache is None:
-                attended = plain.causal(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config)
+                attend: Callable[..., jax.Array]
+                attend = functools.partial(plain.causal, segments_BxT=segments_BxT, dropout=dropout, config=config)
+                if scans_layers(config):  # Scores are computed again instead of kept: they are most of what would be.
+                    attend = jax.checkpoint(attend, prevent_cse=False)
+                attended = attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
             else:
                 all_keys, keys = append_to_layer(layer_cache.keys, k_BxHxTxK, layer_cache)
                 all_values, values = append_to_layer(layer_cache.values, v_BxHxTxK, layer_cache)

@@ -103,6 +103,24 @@ def test_dropout_needs_a_key_and_follows_it(two_layers, layers):
     assert (first != logits_of(config, params, tokens)).any()
 
 
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_dropout_is_the_same_in_the_backward_pass(two_layers, layers):
+    """Scanned layers compute attention twice: the gradient is that of the loss only if both draw the same."""
+    config = dataclasses.replace(two_layers, dropout=0.3, layers=layers)
+    params, tokens = init(config), random_tokens(config, 2, 12)
+
+    @jax.jit
+    def loss(params):
+        output = forward(config, params, tokens, deterministic=False, rngs={"dropout": jax.random.key(0)})
+        return jnp.square(output.logits_BxTxV).mean()
+
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * jnp.abs(x), params)
+    moved = [loss(jax.tree.map(lambda x, d, sign=sign: x + sign * 0.01 * d, params, direction)) for sign in (1, -1)]
+    gradient = jax.jit(jax.grad(loss))(params)
+    expected = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)))
+    np.testing.assert_allclose((moved[0] - moved[1]) / 0.02, expected, rtol=0.02)
+
+
 def test_layers_are_scanned_where_programs_are_not_for_cpu(two_layers):
     device = types.SimpleNamespace(platform="tpu", process_index=0)
     assert not scans_layers(two_layers)
