@@ -54,8 +54,9 @@ class ModelConfig:
     emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU where shape and precision allow, else plain.
     Dropout draws other numbers in the other way. Decoding is plain."""
     layers: Literal["auto", "scanned", "unrolled"] = speed("auto")
-    """`scanned`: one layer is compiled and looped over. `unrolled`: each is compiled. `auto`: unrolled on CPU, where
-    that is faster, else scanned. Dropout draws other numbers in the other way."""
+    """`scanned`: one layer is compiled and looped over; the backward pass computes again what its GELU and plain
+    attention made. `unrolled`: each is compiled. `auto`: unrolled on CPU, where that is faster, else scanned. Dropout
+    draws other numbers in the other way."""
     remat: bool = speed(False)
     """Compute the activations of a layer again in the backward pass instead of keeping them: less memory, a third more
     work."""
