@@ -189,7 +189,7 @@ def draw(results: Results) -> Figure:
         panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
     panels[0, 0].set_ylim(bottom=-1)
-    panels[0, -1].legend(title=f"standard KL, {len(runs[0]['seeds'])} seeds")
+    panels[0, -1].legend(title=f"standard KL, {plots.counted(len(runs[0]['seeds']), 'seed')}")
     return figure
 
 
@@ -220,7 +220,7 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
     base, config, named = model.max_pretrain_digits, command.target(extra), identity(model)
     settings = {"config": dataclasses.asdict(config), "seeds": command.seeds, **named}
     path, described = command.out / f"N{base}_plus{extra}", {"command": COMMAND, **settings}
-    title = f"N = {base}, {base + extra} digits, {command.seeds} seeds: {path}"
+    title = f"N = {base}, {base + extra} digits, {plots.counted(command.seeds, 'seed')}: {path}"
     directory = finetune_lib.run(path, described, config, model, {ARM: {}}, command.seeds, LogOptions(), title)
     found = summarize(config, base, command.seeds, directory.metrics())
     return found | {"checkpoint": named["checkpoint"], "wall_seconds": directory.seconds()}

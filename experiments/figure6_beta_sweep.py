@@ -106,7 +106,7 @@ def claims(results: Results) -> list[Claim]:
     """What the paper says of Figure 6 about the betas that were swept, by the rules of this module's docstring."""
     betas = results["betas"]
     final = {beta: arms_lib.after(results, arm_name(beta)) for beta in (0.0, *betas)}
-    seeds = f"{len(results['seeds'])} seeds"
+    seeds = plots.counted(len(results["seeds"]), "seed")
     found = []
 
     def add(claim: str, paper: str, what: str, paired: np.ndarray) -> None:
@@ -162,7 +162,7 @@ def draw(results: Results, run: arms_lib.Run) -> Figure:
         top.plot(before, 100 * mean, color=colors[arm], label=labels[arm], **style)
     top.set(xlabel="RL episodes", ylabel=f"accuracy on {digits} digits (%)", ylim=(0, None))
     start = f"from N = {run.lengths}{whose_certainty(run.config)}"
-    top.set_title(f"{start}, mean over {len(results['seeds'])} seeds")
+    top.set_title(f"{start}, mean over {plots.counted(len(results['seeds']), 'seed')}")
     top.legend(loc="upper left", ncols=2)
 
     standard = results["arms"][STANDARD]

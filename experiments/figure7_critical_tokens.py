@@ -141,7 +141,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
                 f"RL raises step {token['step']}, operand {token['operand']}'s comma more under the prioritized KL",
                 "prioritized above standard (10 seeds; numbers not printed)",
                 f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
-                f"({token['pairs']} seeds)",
+                f"({plots.counted(token['pairs'], 'seed')})",
                 (difference,),
                 LIES_ABOVE[difference.side()],
                 rule,

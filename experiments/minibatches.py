@@ -211,7 +211,7 @@ def draw(results: Results) -> Figure:
     panels[0].set_ylabel("accuracy after RL (%)")
     panels[0].legend(title="minibatches of")
     borrowed = whose_certainty(results["config"])
-    figure.suptitle(f"Equal samples, several learning rates{borrowed}, {len(results['seeds'])} seeds")
+    figure.suptitle(f"Equal samples, several learning rates{borrowed}, {plots.counted(len(results['seeds']), 'seed')}")
     return figure
 
 

@@ -198,7 +198,7 @@ def draw(results: Results) -> Figure:
     handles = [Patch(color=color, label=stage) for stage, color in COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     config = results["config"]["config"]
-    runs = f"{results['config']['seeds']} run{'s' * (results['config']['seeds'] > 1)}"
+    runs = plots.counted(results["config"]["seeds"], "run")
     figure.suptitle(f"a round of {runs} of {config['episodes']} episodes, scale {config['scale']}", color=plots.INK)
     return figure
 

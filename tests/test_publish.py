@@ -86,3 +86,9 @@ def test_pictures_have_our_style_and_nobody_elses_changes(tmp_path):
 
 def test_a_table_is_markdown():
     assert figure.markdown(["a", "b"], [["1", ""]]) == "| a | b |\n| --- | --- |\n| 1 |  |"
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 seeds"), (1, "1 seed"), (2, "2 seeds"), (10, "10 seeds")])
+def test_one_is_no_plural_in_a_title(number, said):
+    assert plots.counted(number, "seed") == said
+    assert said in plots.spread(number)

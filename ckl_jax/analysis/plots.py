@@ -92,9 +92,14 @@ def colors_of(arms: Iterable[str]) -> dict[str, str]:
     return {arm: COLORS.get(arm) or next(others) for arm in arms}
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 seed``, ``10 seeds``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def spread(seeds: int) -> str:
     """How curves and points of so many seeds are drawn, for a title."""
-    return f"mean of {seeds} seeds " + ("and each seed" if seeds < FEW_SEEDS else "with 95% interval")
+    return f"mean of {counted(seeds, 'seed')} " + ("and each seed" if seeds < FEW_SEEDS else "with 95% interval")
 
 
 def plain_ticks(axis: Axis) -> None:

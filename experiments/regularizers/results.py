@@ -163,7 +163,8 @@ def _draw_screen(axes: Axes, results: Results) -> None:
     axes.set_yticks(range(len(row)), [f"{name} *" if name in results["chosen"] else name for name in row])
     axes.invert_yaxis()
     seeds, rounds = (results["config"][name] for name in ("screen_seeds", "screen_rounds"))
-    axes.set(xlabel="accuracy over the last rounds (%)", title=f"screen: {seeds} seeds, {rounds} rounds (* confirmed)")
+    title = f"screen: {plots.counted(seeds, 'seed')}, {plots.counted(rounds, 'round')} (* confirmed)"
+    axes.set(xlabel="accuracy over the last rounds (%)", title=title)
     axes.legend(title="strength", loc="lower right")
 
 
@@ -174,7 +175,7 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
         before = arms_lib.episodes_before_answers(found, BY_NAME[arm].overrides)
         mean = 100 * np.array(values["collect_success"]).mean(axis=0)
         curves.plot(before, mean, color=colors[arm], label=arm, linewidth=2)
-    title = f"confirmation: {len(found['seeds'])} other seeds"
+    title = f"confirmation: {plots.counted(len(found['seeds']), 'other seed')}"
     curves.set(xlabel="RL episodes", ylabel="accuracy on each round's new problems (%)", title=title)
     pairs = found["against_standard"]
     values = [100 * np.array(pair["differences"]) for pair in pairs]
