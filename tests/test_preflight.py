@@ -348,6 +348,17 @@ def test_without_its_compiler_the_extra_is_named(monkeypatch, name, extra):
         chips.topology(name)
 
 
+def test_a_plugin_that_jax_does_not_take_is_one_line(monkeypatch):
+    def failing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", failing)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
+    with pytest.raises(ConfigError, match=r"^topology: got 'h200:8', allowed is with a jax_cuda12_plugin that fits"):
+        chips.topology("h200:8")
+
+
 @pytest.mark.parametrize(("precision", "passes"), [("default", 2), ("high", 2), ("highest", 989.4 / 66.9)])
 def test_a_product_of_float32_numbers_takes_a_gpu_as_long_as_its_units_do(precision, passes):
     said = f", operand_precision={{{precision},{precision}}}" if precision != "default" else ""

@@ -13,14 +13,15 @@ from jax.experimental import topologies
 from ckl_jax.errors import ConfigError, require
 
 GIB = 2**30
+OF_A_GPU = 0.75
+"""The part of a GPU's memory that JAX takes by default."""
 
 
 class Chip(NamedTuple):
     """What a device of JAX has, as Google Cloud's pages on the TPU versions and NVIDIA's data sheets (SXM) say.
 
     Attributes:
-      memory: bytes of HBM that programs may use: as libtpu 0.0.52 says where they use more; of a GPU the three quarters
-        that JAX takes by default.
+      memory: bytes of HBM that programs may use: as libtpu 0.0.52 says where they use more; of a GPU ``OF_A_GPU``.
       flops: bfloat16 operations a second, at most.
       bandwidth: bytes a second of HBM.
       links: bytes a second to other chips, all links together.
@@ -43,8 +44,8 @@ CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, TPU_PASSES),
     "v5p": Chip(95.73 * GIB, 459e12, 2765e9, 600e9, TPU_PASSES),
     "v6e": Chip(31.24 * GIB, 918e12, 1640e9, 400e9, TPU_PASSES),
-    "h100": Chip(0.75 * 84_942_979_072, HOPPER_FLOPS, 3352e9, 900e9, HOPPER_PASSES),
-    "h200": Chip(0.75 * 151_397_597_184, HOPPER_FLOPS, 4800e9, 900e9, HOPPER_PASSES),
+    "h100": Chip(OF_A_GPU * 84_942_979_072, HOPPER_FLOPS, 3352e9, 900e9, HOPPER_PASSES),
+    "h200": Chip(OF_A_GPU * 151_397_597_184, HOPPER_FLOPS, 4800e9, 900e9, HOPPER_PASSES),
 }
 GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}
 FLAT = ("v5e", "v6e")  # Their topologies have two numbers, and their types count chips; those of the others cores.
@@ -127,12 +128,18 @@ def _gpus(name: str, kind: str, shape: tuple[int, ...]) -> Topology:
     _require_compiler("jax_cuda12_plugin", "gpu", name)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # It asks the driver, which is not here.
     chip = CHIPS[kind]
-    target = HOPPER.format(bandwidth=chip.bandwidth, memory=chip.memory / 0.75, name=GPUS[kind])
+    target = HOPPER.format(bandwidth=chip.bandwidth, memory=chip.memory / OF_A_GPU, name=GPUS[kind])
     shape = (1, *shape) if len(shape) == 2 else (1, 1, *shape)
-    found = topologies.get_topology_desc(
-        platform="cuda", target_config=target, topology="x".join(str(size) for size in shape)
-    )
+    sizes = "x".join(str(size) for size in shape)
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=sizes)
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:  # The plugin is of another jaxlib, say.
+        raise _refused(name, "with a jax_cuda12_plugin that fits jaxlib", error) from error
     return Topology(name, chip, tuple(found.devices))
+
+
+def _refused(name: str, allowed: str, error: Exception) -> ConfigError:
+    return ConfigError(f"topology: got {name!r}, allowed is {allowed} ({' '.join(str(error).split())})")
 
 
 def _require_compiler(module: str, extra: str, name: str) -> None:
@@ -155,8 +162,5 @@ def _tpu(name: str, kind: str, shape: tuple[int, ...]) -> Topology:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(
-            f"topology: got {name!r}, allowed is what libtpu knows, such as {EXAMPLES} ({said})"
-        ) from error
+        raise _refused(name, f"what libtpu knows, such as {EXAMPLES}", error) from error
     return Topology(name, CHIPS[kind], tuple(found.devices))
