@@ -1,7 +1,5 @@
 """Fine-tuning on its devices: what its rounds are computed from, beside their states and problems, and the calls."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
