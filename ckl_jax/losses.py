@@ -6,8 +6,8 @@ in ``truncation``.
 Shapes are [...] for per-token values and [..., V] for logits; any batch layout works. Every mean is over the tokens
 whose mask is True, and what stands at the others (NaN and infinity included) has no influence on value or gradient. A
 mask has booleans, or zeros and ones. The mean of microbatches is that of their tokens if each one's mean is weighted by
-its number of them. A token whose weight or advantage is 0 counts 0 in value and gradient, whatever
-its KL or ratio is; one whose loss overflows makes the mean infinite (see ``overflow``).
+its number of them. A token whose weight or advantage is 0 counts 0 in value and gradient, whatever its KL or ratio is;
+one whose loss overflows makes the mean infinite (see ``overflow``).
 
 Per-token values are not finite where logits are not, and then the gradient of their masked mean is NaN even where the
 mask is False: a zero cotangent times an infinite derivative. So the functions that make them take the mask too; where
