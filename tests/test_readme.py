@@ -1,6 +1,7 @@
 """What the READMEs promise is what the project does: their code runs, their words and links lead to what is there."""
 
 import ast
+import collections
 import importlib
 import importlib.util
 import json
@@ -130,10 +131,32 @@ def test_a_command_takes_its_options(call):
         cli.parse(preflight.PreflightCommand, None, own)
         cli.parse(COMMANDS[name].options, COMMANDS[name].preset, arguments)
         return
+    parsed(module, arguments)
+
+
+def parsed(module, arguments):
+    """The command that a call of a module makes of its options."""
+    source = source_of(module).read_text()
     found = importlib.import_module(".".join(source_of(module).relative_to(ROOT).with_suffix("").parts))
     (words,) = re.findall(r"cli\.run\(main, ([^)]*)\)", source)
     kind, *preset = (getattr(found, word.strip()) for word in words.split(",") if "=" not in word)
-    cli.parse(kind, *(preset or [None]), arguments)
+    return cli.parse(kind, *(preset or [None]), arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+def test_the_experiments_of_the_pages_have_a_directory_each():
+    """Whoever gives their commands in order is not told that a directory holds another run."""
+    words = [
+        words
+        for text in (README, EXPERIMENTS)
+        for block in blocks(text, "bash")
+        for words in commands(f"```bash\n{block}```")
+    ]
+    calls = {(call[0], *call[1]) for call in map(module_call, words) if call and call[0].startswith("experiments.")}
+    calls = {call for call in calls if "cli.run(" in source_of(call[0]).read_text() and "tunix" not in call[0]}
+    used = collections.Counter(parsed(module, arguments).out for module, *arguments in calls)
+    assert len(used) > 20
+    assert {out: times for out, times in used.items() if times > 1} == {}
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
@@ -395,10 +418,11 @@ def test_the_second_look_at_the_oracles_from_n7_is_what_was_published():
         assert row.endswith(f"| {percent(mean_interval(values, confidence), '+')} | {p} |")
         assert f"{paired_p(values):.3f}" == p
     mean, low, high = (100 * value for value in mean_interval(both, 0.975))
-    assert f"J^β ends {mean:.1f} points lower [{low:.1f}, {high:.1f}] (10 seeds)" in README
+    assert f"J^β ends {mean:.1f} points lower [{low:.1f}, {high:.1f}] (97.5%, 10 seeds)" in README
     told = percent(mean_interval(np.concatenate(differences("prioritized", "standard"))))
     held = percent(mean_interval(np.concatenate(differences("critical_held", "standard"))))
     assert f"prioritized ends {told} points above standard, critical_held {held}" in EXPERIMENTS
+    assert f"still {held.replace('+', '')} above standard" in README
     assert percent(comparison.pair(second, "prioritized", "standard")["target"], "+") in README
     assert all((np.concatenate(differences("prioritized", "standard")) > 0).tolist())
 
@@ -410,6 +434,30 @@ def test_figure_3_from_the_ladder_is_what_was_published():
             told = [f"{100 * run['before'][0]:.1f}", percent(run["after"]), percent(run["gain"], "+")]
             assert published_row(start) == f"{start} {' | '.join(told)} |"
         assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == {"reproduced"}
+
+
+def test_what_was_looked_at_afterwards_is_what_was_published():
+    """The comma of step 1, operand 2 on the seeds 10 to 19 of N7 and of N5, and the two largest betas of note."""
+
+    def differences(found):
+        ends = (np.array(found["arms"][arm]["comma"], float)[:, -1] for arm in ("prioritized", "standard"))
+        prioritized, standard = ends
+        return prioritized - standard
+
+    from_n7 = [differences(ladder_results(name)["confirmation"]) for name in ("oracles_N7", "held_N7")]
+    mean, low, high = (100 * value for value in mean_interval(np.concatenate(from_n7)))
+    assert f"ends {mean:.1f} points [{low:.1f}, {high:.1f}] higher" in " ".join(EXPERIMENTS.split())
+    from_n5 = mean_interval(differences(ladder_results("spared_tokens_N5")))
+    assert f"ends {percent(from_n5, '+').replace(' [', ' points [')} higher" in " ".join(EXPERIMENTS.split())
+    pair = comparison.pair(ladder_results("figure6_N5"), "beta_150", "beta_1e+06")["target"]
+    assert f"ends {percent(pair)[:4]} points {percent(pair)[5:]} higher" in " ".join(EXPERIMENTS.split())
+
+
+def test_the_corrected_pairs_of_the_controls_from_n5_are_what_was_published():
+    found = ladder_results("controls_N5")
+    pairs = [comparison.pair(found, "prioritized", arm) for arm in ("standard", "matched", "shuffled", "no_kl")]
+    told = ", ".join(f"{pair['p_holm']:.1g}" for pair in comparison.corrected(pairs))
+    assert f"corrected for the four pairs ({told})" in " ".join(EXPERIMENTS.split())
 
 
 def last_commas(name):
@@ -441,7 +489,8 @@ def test_the_last_commas_from_n7_are_what_was_published():
 
 def test_a_rounds_speed_is_the_benchmarks():
     table = (RESULTS / "benchmark" / "table.md").read_text()
-    assert "6.4 times as fast as the authors' procedure with the same updates; 343 times" in README
+    assert "6.4 times [5.2, 7.4] as fast as the authors' procedure" in README
+    assert "343 times (5.2 s) with updates on whole episodes" in README
     for kind, times in (("transitions", 6.4), ("episodes", 343)):
         (measured,) = re.findall(rf"^\| {kind} \|.*\| ([\d.]+)x", table, re.MULTILINE)
         assert float(measured) == pytest.approx(times, rel=0.01)
