@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tyro
 
-from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax.checkpoint.store import Model, is_saved, save_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets.stream import dataset_directory, load_stream
 from ckl_jax.evaluate import judge
@@ -93,7 +93,9 @@ def pretrain(
     if stopping:
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
     model = Model(config.model, config.max_digits, state.tested, task)
-    save_model(directory.path, model, {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)})
+    made_by = {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)}
+    if done > first or not is_saved(directory.path, made_by):  # Saved again, its files would have other names.
+        save_model(directory.path, model, made_by)
     return model
 
 

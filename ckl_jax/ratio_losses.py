@@ -20,6 +20,9 @@ from ckl_jax.losses import KLKind, masked, masked_mean
 Clip = float | tuple[float | jax.Array, float | jax.Array]
 """How far a ratio counts from 1: the same both ways, or below and above 1, each one number or token by token [...]."""
 
+ROUNDING = 1e-4
+"""Two passes of one policy in float32 give log-probabilities that are far nearer to each other."""
+
 
 def clipped_policy_loss(
     log_probs: jax.Array,
@@ -159,10 +162,12 @@ def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, ma
 
     ``old_log_probs`` are those of the rollout, without gradient; ``chosen`` bool [...] marks the greatest covariances
     of advantage and log-probability. In that work they are chosen in each minibatch, here by the caller, over a round.
+    A distance below ``ROUNDING`` counts as none: at the rollout's own policy its gradient is 0.
     """
     require_array(log_probs, "log_probs")
     chosen = as_mask(chosen, log_probs.shape, "chosen") & as_mask(mask, log_probs.shape)
-    return masked_mean(jnp.abs(_log_ratio(log_probs, old_log_probs, chosen)), mask)
+    distance = jnp.abs(_log_ratio(log_probs, old_log_probs, chosen))
+    return masked_mean(jnp.where(distance < ROUNDING, 0.0, distance), mask)
 
 
 def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -1,6 +1,7 @@
 """Accuracy: the bootstrap's intervals, and answers that depend neither on the batch nor on the call."""
 
 import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -140,9 +141,22 @@ def test_a_model_is_not_measured_on_what_a_round_of_rl_draws(digits):
 
 
 def test_only_measured_on_and_training_seed_what_draws_problems():
-    """What is drawn elsewhere with a seed and another number would be some round's problems."""
+    """What is drawn elsewhere with a seed and another number, or with a seed alone, would be some round's problems."""
     root = pathlib.Path(__file__).parents[1]
     files = [path for part in ("ckl_jax", "experiments") for path in (root / part).rglob("*.py")]
-    found = {str(path.relative_to(root)) for path in files if "default_rng([" in path.read_text()}
+    assert (np.random.default_rng(7).integers(99, size=9) == np.random.default_rng([7, 0]).integers(99, size=9)).all()
+    sources = {str(path.relative_to(root)): path.read_text() for path in files}
     training = {"ckl_jax/rl/program.py", "ckl_jax/pretrain.py", "ckl_jax/datasets/scratchpads.py"}
-    assert found == training | {"ckl_jax/tasks/problems.py", "experiments/benchmark/speculation.py"}
+    of_numbers = {path for path, source in sources.items() if "default_rng([" in source}
+    assert of_numbers == training | {"ckl_jax/tasks/problems.py", "experiments/benchmark/speculation.py"}
+    bare = re.compile(r"default_rng\((?!\[)")
+    of_a_seed = {path for path, source in sources.items() if bare.search(source) and "_problems(" in source}
+    assert of_a_seed == {
+        "ckl_jax/rl/evaluation.py",  # No run has its seed.
+        "ckl_jax/check_xla.py",  # These four look at bits, programs and speed, not at accuracy.
+        "ckl_jax/preflight/programs.py",
+        "experiments/benchmark/against_pytorch.py",
+        "experiments/benchmark/workload.py",
+        "experiments/critical_token_discovery.py",  # Where dots are drawn.
+        "experiments/reproduce/__main__.py",  # One problem of a model without RL.
+    }

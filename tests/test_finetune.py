@@ -29,7 +29,7 @@ from ckl_jax.rl import setup
 from ckl_jax.rl.assessment import assessed, kl_weights
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.objective import gradient_norms
-from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
+from ckl_jax.rl.program import TEST_SEED, Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
 from ckl_jax.rollout.trajectory import score
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
@@ -511,6 +511,23 @@ def test_a_detached_critic_takes_the_value_gradient_off_the_policy_and_no_other(
     assert detached.pop("grad_norm/value") == 0
     chex.assert_trees_all_close(attached, detached, rtol=1e-5)
     assert min(attached.values()) > 0
+
+
+def test_kl_cov_has_no_gradient_before_the_first_update(program, model):
+    """The rollout's policy is the update's, but another pass computed its log-probabilities."""
+    changed = program._replace(config=dataclasses.replace(CONFIG, kl_cov=1.0, kl_cov_share=0.5))
+    state, episodes, _ = _collected(changed, model.params)
+    norms = jax.jit(gradient_norms, static_argnums=0)(changed, HYPER, state.params, episodes)
+    assert norms["grad_norm/kl_cov"] == 0 < norms["grad_norm/policy"]
+
+
+@pytest.mark.parametrize(("seed", "seeds"), [(TEST_SEED, 1), (TEST_SEED - 1, 2)])
+def test_a_run_on_the_problems_of_the_tests_is_refused(seed, seeds):
+    with pytest.raises(
+        ConfigError, match=rf"^seed: got '{seed} for {seeds} runs', allowed is a range without {TEST_SEED}"
+    ):
+        make_runs(dataclasses.replace(CONFIG, seed=seed), ARMS, seeds)
+    make_runs(dataclasses.replace(CONFIG, seed=TEST_SEED + 1), ARMS, seeds)
 
 
 def _run(config, model, path, progress=lambda line: None, arms=ARMS, seeds=2):

@@ -24,7 +24,7 @@ from ckl_jax.checkpoint.store import Model, StateCheckpoints, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rl import evaluation
-from ckl_jax.rl.program import make_program
+from ckl_jax.rl.program import TEST_SEED, make_program
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
@@ -186,7 +186,7 @@ def test_samples_are_two_answers_at_every_test_and_the_same_after_an_interruptio
 
 
 def test_a_sample_has_the_reward_of_its_text():
-    drawn = ADDITION.rl_problems(np.random.default_rng(evaluation.TEST_SEED), 3, 2, 1)
+    drawn = ADDITION.rl_problems(np.random.default_rng(TEST_SEED), 3, 2, 1)
     right = drawn[1]
     first = len(ADDITION.prompt_text(right))
     scripted = scripted_policy(ADDITION.answer_text(right), first)
@@ -215,6 +215,16 @@ def test_the_old_lengths_are_tested_on_fewer_problems_of_up_to_n_digits():
         assert (len(target), digits, len(old), base) == (count, 2, min(count, 7), 1)
         assert {len(str(max(problem.a, problem.b))) for problem in target} == {2}
         assert {len(str(max(problem.a, problem.b))) for problem in old} == {1}
+
+
+@pytest.mark.parametrize(("on_the_way", "at_the_ends"), [(3, 9), (9, 3)])
+def test_a_shorter_test_has_the_first_problems_of_a_longer_one(on_the_way, at_the_ends):
+    config = dataclasses.replace(CONFIG, old_problems=7, test_problems=on_the_way, final_problems=at_the_ends)
+    program = make_program(config, Model(SCRIPT_MODEL, 1, policy(SCRIPT_MODEL)))
+    short, long = (evaluation.problem_sets(program, count) for count in (3, 9))
+    for name in ("target", "old"):
+        assert short[name][0] == long[name][0][:3]
+        assert len(long[name][0]) == {"target": 9, "old": 7}[name]
 
 
 def test_a_test_samples_at_its_own_temperature():

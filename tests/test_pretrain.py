@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 
 import chex
@@ -13,7 +14,7 @@ import optax
 import pytest
 
 from ckl_jax import pretrain as pretrain_lib
-from ckl_jax.checkpoint.store import load_model
+from ckl_jax.checkpoint.store import is_saved, load_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.datasets import load_stream, sample_documents
 from ckl_jax.datasets.stream import Windows
@@ -390,6 +391,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_state_is_kept(
 def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, monkeypatch):
     path, expected, metrics = uninterrupted
     monkeypatch.setattr("ckl_jax.pretrain.train_step", None)
+    files = {
+        file: file.read_bytes()
+        for file in [path / "model.json", *path.glob("params*/**/*"), *path.glob("params.*")]
+        if file.is_file()
+    }
     model, again = _run(config, path, data_dir)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), jax.tree.map(np.asarray, expected.params))
     assert again == metrics
+    assert {file: file.read_bytes() for file in files} == files
+
+
+@pytest.mark.parametrize("name", ["model.json", "params.sha256.json"])
+def test_a_finished_run_saves_a_model_that_is_missing_or_another_ones(config, data_dir, uninterrupted, tmp_path, name):
+    path, expected, _ = uninterrupted
+    shutil.copytree(path, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    _run(config, tmp_path / "run", data_dir)
+    chex.assert_trees_all_equal(load_model(tmp_path / "run").params, jax.tree.map(np.asarray, expected.params))
+    described = tmp_path / "run" / "model.json"
+    described.write_text(described.read_text().replace('"num_steps": 24', '"num_steps": 16'))
+    assert not is_saved(tmp_path / "run", json.loads((path / "model.json").read_text())["made_by"])
+    _run(config, tmp_path / "run", data_dir)
+    assert described.read_text() == (path / "model.json").read_text()

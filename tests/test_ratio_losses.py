@@ -132,6 +132,14 @@ def test_kl_cov_is_the_distance_to_the_rollouts_policy_on_the_chosen_tokens():
     np.testing.assert_allclose(gradient, [1 / 3, -1 / 3, 0.0, 0.0], rtol=1e-6)
 
 
+def test_kl_cov_has_no_gradient_from_rounding():
+    """Two passes of one policy differ by their rounding, whose sign would be a whole gradient."""
+    old, mask = jnp.log(jnp.array([0.1, 0.5, 0.9])), jnp.ones(3, bool)
+    for distance, expected in ((1e-5, 0.0), (-1e-5, 0.0), (1e-3, 1 / 3), (-1e-3, -1 / 3)):
+        gradient = jax.grad(ratio_losses.kl_cov)(old + distance, old, mask, mask)
+        np.testing.assert_allclose(gradient, [expected] * 3, rtol=1e-6)
+
+
 def test_a_free_token_is_not_clipped():
     log_probs, mask = jnp.log(jnp.array([0.5, 0.5])), jnp.array([True, True])
     loss = functools.partial(ratio_losses.clipped_policy_loss, free=jnp.array([True, False]))

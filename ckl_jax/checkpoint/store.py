@@ -175,6 +175,20 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
     hosts.of_first(describe)
 
 
+def is_saved(directory: AnyPath, made_by: dict[str, Any]) -> bool:
+    """Whether a directory has a complete and undamaged model that ``save_model`` wrote with the same ``made_by``."""
+    directory = resolved(directory)
+
+    def found() -> bool:
+        try:
+            read_description(directory)
+        except ConfigError:
+            return False
+        return reading.read_object(directory / "model.json", "checkpoint").get("made_by") == made_by
+
+    return hosts.of_first(found)
+
+
 def load_model(directory: AnyPath) -> Model:
     """Reads what ``save_model`` wrote, or a model that ships, by its name.
 

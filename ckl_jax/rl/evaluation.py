@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ckl_jax.rl.program import Program
+from ckl_jax.rl.program import TEST_SEED, Program
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import sharding
@@ -19,7 +19,6 @@ from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.problems import Problems
 from ckl_jax.tasks.task import Problem, Task
 
-TEST_SEED = 10**6
 SAMPLES = 2
 
 
@@ -83,13 +82,16 @@ class Tested(NamedTuple):
 
 
 def problem_sets(program: Program, count: int) -> dict[str, tuple[list[Problem], int]]:
-    """The problems of a test and their digits: ``count`` of the ``target`` length, and some of the ``old`` lengths."""
-    base = program.max_pretrain_digits
+    """The problems of a test and their digits: ``count`` of the ``target`` length, and some of the ``old`` lengths.
+
+    Those of a shorter test are the first ones of a longer test.
+    """
+    base, config = program.max_pretrain_digits, program.config
     rng = np.random.default_rng(TEST_SEED)
-    return {
-        "target": (program.task.rl_problems(rng, count, program.digits, base), program.digits),
-        "old": (program.task.short_problems(rng, min(count, program.config.old_problems), base), base),
-    }
+    most = max(count, config.test_problems, config.final_problems)
+    target = program.task.rl_problems(rng, most, program.digits, base)
+    old = program.task.short_problems(rng, config.old_problems, base)
+    return {"target": (target[:count], program.digits), "old": (old[:count], base)}
 
 
 def answer_calls(program: Program, policies: Any, drawn: Sequence[Problem], digits: int) -> Iterator[tuple[Call, int]]:

@@ -21,6 +21,8 @@ from ckl_jax.tasks.task import MAX_DIGITS, Task
 
 Arms = Mapping[str, Mapping[str, Any]]
 MOST_SEEDS = 1_000
+TEST_SEED = 10**6
+"""Draws the problems and the noise of the tests: no run has it."""
 Seeds = Annotated[int, AtLeast(1, MOST_SEEDS)]
 
 
@@ -106,16 +108,20 @@ def make_runs(config: FinetuneConfig, arms: Arms, seeds: int) -> tuple[list[Run]
       arms: name -> overrides of ``learning_rate``, ``kl_coefficient``, ``beta`` and ``kl_weights``.
 
     Raises:
-      ConfigError: no seed, no arm, an override of another field or of a value that the config refuses.
+      ConfigError: no seed, one that draws the tests' problems, no arm, an override of another field or of a value that
+        the config refuses.
     """
     require(is_integer(seeds) and 1 <= seeds <= MOST_SEEDS, "seeds", seeds, f"at least 1, at most {MOST_SEEDS}")
+    drawn = range(config.seed, config.seed + seeds)
+    apart = f"a range without {TEST_SEED}, whose problems are those of the tests"
+    require(TEST_SEED not in drawn, "seed", f"{config.seed} for {seeds} runs", apart)
     require(len(arms) >= 1, "arms", dict(arms), "at least one")
     traced = tuple(name for name in Hyper._fields if name != "seed")
     runs, hypers = list[Run](), list[Hyper]()
     for arm, overrides in arms.items():
         require(set(overrides) <= set(traced), f"arms.{arm}", sorted(overrides), f"overrides of {', '.join(traced)}")
         of_arm = dataclasses.replace(config, **overrides)
-        for seed in range(config.seed, config.seed + seeds):
+        for seed in drawn:
             runs.append(Run(arm, seed))
             numbers = (np.float32(getattr(of_arm, name)) for name in ("learning_rate", "kl_coefficient", "beta"))
             word = np.int32(token_weights.index_of(of_arm.kl_weights))
