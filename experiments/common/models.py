@@ -72,10 +72,10 @@ class Models:
 
 
 def models_preset(scale: str) -> Models:
-    """N = 3, 4, 5 at the tiny scale; elsewhere those of the paper's that a block of 1,024 characters holds, and on the
-    ladder, whose models ship, N = 5."""
+    """N = 3, 4, 5 at the tiny scale, on the ladder those that ship; elsewhere those of the paper's that a block of 1,024
+    characters holds."""
     config = pretrain_preset(scale)
-    digits = {"tiny": (3, 4, 5), "ladder": (5, 7, 9)}.get(scale, (7, 9))
+    digits = {"tiny": (3, 4, 5), "ladder": (3, 5, 6, 7, 9)}.get(scale, (7, 9))
     return Models(config.scale, digits, config)
 
 
