@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.checks import require_logits, require_temperature
-from ckl_jax.errors import require
+from ckl_jax.errors import require_word
 
 CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
 
@@ -33,7 +33,7 @@ def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature
     Raises:
       ConfigError: unknown kind, temperature not above 0, or V < 2.
     """
-    require(kind in get_args(CertaintyKind), "kind", kind, " | ".join(get_args(CertaintyKind)))
+    require_word(kind, "kind", get_args(CertaintyKind))
     require_temperature(temperature)
     require_logits(logits)
     log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32) / temperature))

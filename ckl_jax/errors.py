@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 MOST_CHARACTERS = 300
@@ -17,6 +18,12 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """Raises a ConfigError that names the field, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ConfigError(f"{name}: got {_shown(value)}, allowed is {allowed}")
+
+
+def require_word(value: Any, name: str, words: Iterable[str]) -> None:
+    """Raises a ConfigError that names the field, its value and all words, unless it is one of them."""
+    words = tuple(words)
+    require(isinstance(value, str) and value in words, name, value, " | ".join(words))
 
 
 def _shown(value: Any) -> str:

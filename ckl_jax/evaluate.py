@@ -27,7 +27,7 @@ from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.checks import MOST_SEED
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import is_integer, require
+from ckl_jax.errors import is_integer, require, require_word
 from ckl_jax.fields import NonNegativeInt, PositiveFloat, PositiveInt, require_fields
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling, require_possible
@@ -115,7 +115,7 @@ def judge_cell(
       operands: ``identical`` (both of ``digits`` digits) or ``varying`` (one may be shorter).
       count: problems.
     """
-    require(operands in tuple(DRAWS), "operands", operands, " | ".join(DRAWS))
+    require_word(operands, "operands", DRAWS)
     problems = DRAWS[operands](model.task, problems_lib.measured_on(seed, digits), count, digits)
     return judge(model, problems, digits, temperature=temperature, seed=seed, extra_length=extra_length)
 

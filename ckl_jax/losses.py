@@ -32,7 +32,7 @@ from ckl_jax.checks import (
     require_shape_of,
     require_temperature,
 )
-from ckl_jax.errors import require
+from ckl_jax.errors import require, require_word
 
 KLKind = Literal["k1", "k2", "k3"]
 EPSILON = float(jnp.finfo(jnp.float32).eps)
@@ -122,7 +122,7 @@ def kl_estimate(
     Raises:
       ConfigError: unknown kind or different shapes.
     """
-    require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
+    require_word(kind, "kind", get_args(KLKind))
     require_shape_of(ref_log_probs, "ref_log_probs", log_probs, "log_probs")
     ref_log_probs = jax.lax.stop_gradient(masked(ref_log_probs.astype(jnp.float32), mask))
     log_ratio = masked(log_probs.astype(jnp.float32), mask) - ref_log_probs

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
-from ckl_jax.errors import require
+from ckl_jax.errors import require_word
 from ckl_jax.tasks.catalog import TaskName
 
 _PAPER = {
@@ -89,7 +89,7 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
         ),
         "gpt2": PretrainConfig(scale="gpt2", model=ModelConfig(use_bias=False, dropout=0.2, **_LOW)),
     }
-    require(scale in tuple(presets), "scale", scale, " | ".join(presets))
+    require_word(scale, "scale", presets)
     chosen = dataclasses.replace(presets[scale], task=task)
     # A times table takes longer to learn than sums.
     longer = task == "multiplication" and scale in ("tiny", "ladder")
@@ -98,7 +98,7 @@ def pretrain_preset(scale: str, task: TaskName = "addition") -> PretrainConfig:
 
 def finetune_preset(scale: str, recipe: str) -> FinetuneConfig:
     """The fine-tuning of a named scale and recipe. Raises ConfigError for another name."""
-    require(scale in _SPEED, "scale", scale, " | ".join(_SPEED))
+    require_word(scale, "scale", _SPEED)
     recipes: dict[str, dict[str, Any]] = {"ours": _OURS[scale], "paper": _PAPER, "authors": _AUTHORS}
-    require(recipe in recipes, "recipe", recipe, " | ".join(recipes))
+    require_word(recipe, "recipe", recipes)
     return FinetuneConfig(scale=scale, recipe=recipe, **_SPEED[scale], **recipes[recipe])  # type: ignore[arg-type]

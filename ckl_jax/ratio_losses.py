@@ -14,7 +14,7 @@ import numpy as np
 
 from ckl_jax import overflow
 from ckl_jax.checks import as_mask, require_array, require_shape_of
-from ckl_jax.errors import require
+from ckl_jax.errors import require, require_word
 from ckl_jax.losses import KLKind, masked, masked_mean
 
 Clip = float | tuple[float | jax.Array, float | jax.Array]
@@ -127,7 +127,7 @@ def off_policy_kl(
     Raises:
       ConfigError: unknown kind or different shapes.
     """
-    require(kind in get_args(KLKind), "kind", kind, " | ".join(get_args(KLKind)))
+    require_word(kind, "kind", get_args(KLKind))
     require_shape_of(kl, "kl", log_probs, "log_probs")
     ratio = _ratio(log_probs, old_log_probs, mask)
     ratio = jax.lax.stop_gradient(ratio) if kind == "k2" else ratio

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.checks import as_mask, require_array, require_at_least, require_floats
-from ckl_jax.errors import is_integer, require
+from ckl_jax.errors import is_integer, require, require_word
 
 KLWeights = Literal[
     "prioritized",
@@ -235,7 +235,7 @@ def weigh(index: jax.Array | int, tokens: Tokens, settings: Settings) -> jax.Arr
 def index_of(word: str) -> int:
     """The index of a word for ``weigh``. Raises ConfigError for an unknown one."""
     words = get_args(KLWeights)
-    require(word in words, "kl_weights", word, " | ".join(words))
+    require_word(word, "kl_weights", words)
     return words.index(word)
 
 

@@ -16,7 +16,7 @@ from ckl_jax.analysis.discovery import Rule
 from ckl_jax.check_xla import CheckXlaCommand
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.convert import ConvertCommand
-from ckl_jax.errors import ConfigError
+from ckl_jax.errors import ConfigError, require_word
 from ckl_jax.evaluate import EvaluateCommand
 from ckl_jax.fields import Above, bound, kinds, require_fields
 from ckl_jax.finetune import FinetuneCommand
@@ -128,3 +128,11 @@ def test_a_number_without_bounds_is_one_of_32_bits():
     with pytest.raises(ConfigError, match=r"^digits: got 1\.5, allowed is an integer$"):
         require_fields(Free(digits=(1, 1.5)))
     require_fields(Free(-1e6, (1, -2)))
+
+
+@pytest.mark.parametrize("value", ["c", "a | b", 1, None, ["a"], ("a", "b"), {"a": 1}, np.array(["a"])])
+def test_a_word_is_one_of_the_words_or_refused_with_all_of_them(value):
+    for words in (("a", "b"), {"a": 1, "b": 2}):
+        with pytest.raises(ConfigError, match=r"^kind: got .*, allowed is a \| b$"):
+            require_word(value, "kind", words)
+        require_word("b", "kind", words)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import require
+from ckl_jax.errors import require_word
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.speculative import Verified, speculative_rollout
 from ckl_jax.rollout.trajectory import Sampling, score
@@ -40,7 +40,7 @@ def generate(
         where the task has no drafts or the policy turns out to follow too few of them.
       batch: episodes generated together, at most: ``slots`` of the one, ``batch`` of the other.
     """
-    require(how in get_args(How), "how", how, " | ".join(get_args(How)))
+    require_word(how, "how", get_args(How))
 
     def plain() -> Verified:
         trajectory = rollout(config, params, problems, key, sampling, batch=batch, axis_name=axis_name)

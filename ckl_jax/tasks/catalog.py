@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ckl_jax.errors import require
+from ckl_jax.errors import require_word
 from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION, SUBTRACTION
 from ckl_jax.tasks.task import Task
 
@@ -14,5 +14,5 @@ TASKS: dict[str, Task] = {task.name: task for task in (ADDITION, SUBTRACTION, MU
 
 def task_named(name: str, field: str = "task") -> Task:
     """The task of that name. Raises ConfigError, which names ``field``, for another."""
-    require(name in tuple(TASKS), field, name, " | ".join(TASKS))
+    require_word(name, field, TASKS)
     return TASKS[name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ckl_jax.analysis.statistics import Interval, Side
-from ckl_jax.errors import require
+from ckl_jax.errors import require_word
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not comparable at this size"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -40,7 +40,7 @@ class Claim:
     rule: str
 
     def __post_init__(self) -> None:
-        require(self.verdict in VERDICTS, "verdict", self.verdict, " | ".join(VERDICTS))
+        require_word(self.verdict, "verdict", VERDICTS)
 
 
 def as_json(claims: Iterable[Claim]) -> list[dict[str, Any]]:
