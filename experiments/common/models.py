@@ -72,7 +72,7 @@ class Models:
 
 
 def models_preset(scale: str) -> Models:
-    """N = 3, 4, 5 at the tiny scale, those that ship on the ladder, elsewhere those of the paper's that a block holds."""
+    """Those that ship on the ladder; N = 3, 4, 5 at the tiny scale; elsewhere the paper's that a block holds."""
     config = pretrain_preset(scale)
     digits = {"tiny": (3, 4, 5), "ladder": (3, 5, 6, 7, 9)}.get(scale, (7, 9))
     return Models(config.scale, digits, config)
