@@ -34,6 +34,7 @@ life = pathlib.Path.home().parent.name
 jobs = cloud / "jobs.jsonl"
 before = [json.loads(line) for line in jobs.read_text().splitlines()] if jobs.exists() else []
 job = {"life": life, "worker": worker, "argv": sys.argv[1:], "hosts": os.environ["CKL_HOSTS"]}
+job["platforms"] = os.environ.get("JAX_PLATFORMS")
 with jobs.open("a") as file:
     file.write(json.dumps(job) + "\\n")
 started = sum(job["worker"] == worker for job in before)
@@ -360,6 +361,13 @@ def test_arguments_arrive_as_they_are_given(cloud):
     wanted = ["-u", "-m", "a.module", *HARD, "--out", "gs://bucket/run"]
     assert [job["argv"] for job in cloud.jobs()] == [wanted, wanted]
     assert [job["hosts"] for job in cloud.jobs()] == ["auto", "auto"]
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, "tpu,cpu"), ({"JAX_PLATFORMS": "cpu"}, "cpu")])
+def test_a_command_computes_on_the_tpu_or_not_at_all_unless_the_worker_says_otherwise(cloud, given, seen):
+    cloud.machine()
+    assert cloud.run("run.sh", "a.module", **given).returncode == 0
+    assert [job["platforms"] for job in cloud.jobs()] == [seen]
 
 
 def test_out_is_given_once_and_only_where_it_is_set(cloud):

@@ -57,12 +57,13 @@ start() {
   echo "ckl-status started"
 }
 
-# The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between.
+# The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between. JAX would take the host's
+# CPU for a TPU that does not start, unless platforms are named.
 job() {
   local code=0
   trap : HUP INT QUIT TERM # Outlives the python that it waits for.
   echo "$$" >group
-  (cd "$checkout" && CKL_HOSTS=auto exec .venv/bin/python "$@" 9>&-) || code=$?
+  (cd "$checkout" && CKL_HOSTS=auto JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} exec .venv/bin/python "$@" 9>&-) || code=$?
   echo "$code" >exit_code.new
   mv exit_code.new exit_code
 }
