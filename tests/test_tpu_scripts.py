@@ -118,9 +118,9 @@ class Cloud:
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def asked(self, verb):
-        """How often workers were asked to ``start`` the command or for its ``status``."""
+        """How often workers were asked to ``install``, to ``start`` the command or for its ``status``."""
         calls = self.records("calls.jsonl")
-        return sum(word.startswith(f"--command=bash remote.sh {verb} ") for call in calls for word in call)
+        return sum(word.startswith(f"--command=bash remote.sh {verb}") for call in calls for word in call)
 
     def is_there(self):
         return any(json.loads((self.path / "state.json").read_text()).get(kind) for kind in ("there", "machine"))
@@ -231,6 +231,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
         "--quiet --worker=all --scp-flag=-oBatchMode=yes",
         ssh.format("install"),
+        ssh.format("status run-N"),
         ssh.format(r"start run-N NOW -u -m a.module --name '\''two words'\'' --out gs://bucket/run"),
         "sleep 0.05",
         ssh.format("status run-N"),
@@ -421,6 +422,27 @@ def test_a_worker_that_fails_ends_the_others_and_its_code_goes_before_their_abor
     assert code.read_text() == "143\n"
 
 
+@pytest.mark.parametrize(
+    ("ends", "starts"),
+    [
+        ({"0": [[0, 1], [0, 0]], "1": [[0, 0]]}, 2),  # Process 0 writes the results, alone, and failed there.
+        ({"0": [[0, 0]], "1": [[0, 0]]}, 1),
+    ],
+)
+def test_workers_that_fail_or_not_are_started_again_together_or_not_at_all(cloud, ends, starts):
+    cloud.machine(workers=2, ends=ends)
+    assert [cloud.run("run.sh", "a.module").returncode for _ in range(2)] == [ends["0"][0][1], 0]
+    assert sorted(job["worker"] for job in cloud.jobs()) == ["0"] * starts + ["1"] * starts
+
+
+def test_a_worker_that_goes_on_without_one_that_failed_is_started_again_with_it(cloud):
+    cloud.machine(workers=2, ends={"0": [[0, 1], [0, 0]], "1": [[FOREVER, 0], [0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2 and list((cloud.path / "0" / "0").glob("ckl_runs/*/exit_code")))
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert sorted(job["worker"] for job in cloud.jobs()) == ["0", "0", "1", "1"]
+
+
 def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
     cloud.machine(ends={"0": [[0, 5]]})
     home = cloud.path / "0" / "0"
@@ -468,6 +490,13 @@ def test_ctrl_c_in_run_leaves_the_command_running_and_says_so(cloud):
     cloud.tell()
     assert cloud.run("run.sh", "a.module").returncode == 0
     assert len(cloud.jobs()) == 1
+
+
+def test_an_answer_without_a_word_is_not_taken_for_a_finished_command(cloud):
+    cloud.machine()
+    (cloud.path / "0" / "0" / "remote.sh").write_text("")
+    done = cloud.run("run.sh", "a.module")
+    assert (done.returncode, "is finished" in done.err) == (255, False)
 
 
 def test_run_before_setup_is_told_to_set_up(cloud):
@@ -625,13 +654,13 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(UNTIL)  # Its run.sh holds its streams and looks on.
     again = cloud.start("supervise.sh", "--adopt", "a.module")
-    cloud.wait_for(lambda: cloud.asked("start") == 2)
+    cloud.wait_for(lambda: cloud.asked("install") == 2)
     looks = cloud.asked("status")
     cloud.wait_for(lambda: cloud.asked("status") > looks + 2)
     cloud.tell()
     _, err = again.communicate(timeout=UNTIL)
     assert again.returncode == 0, err
-    assert len(cloud.jobs()) == 1
+    assert (len(cloud.jobs()), cloud.asked("start")) == (1, 1)
 
 
 READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}

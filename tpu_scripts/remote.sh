@@ -15,7 +15,7 @@ checkout=$HOME/ckl_jax
 runs=$HOME/ckl_runs
 unpacked=$HOME/ckl_jax.files
 
-is_running() { [[ -e $1/running ]] && ! flock -n "$1/running" true; }
+is_running() { [[ -e $1/running ]] && ! flock -n -s "$1/running" true; } # Shared: two looks do not see each other.
 
 install() {
   local lock
@@ -47,8 +47,6 @@ start() {
     echo "running already"
   elif [[ -e attempt && $(<attempt) == "$attempt" ]]; then
     echo "started already"
-  elif [[ -e exit_code && $(<exit_code) == 0 ]]; then
-    echo "finished already"
   else
     rm -f exit_code
     printf '%s\n' "$attempt" >attempt
