@@ -533,6 +533,20 @@ def test_supervise_goes_on_after_a_preemption_with_the_same_directory(cloud):
     assert "failed with" not in done.err
 
 
+def test_a_job_goes_on_with_the_files_that_it_began_with_and_ends_with_these_scripts(cloud):
+    (cloud.checkout / "loss.py").write_text("as it began")
+    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
+    process = cloud.start("supervise.sh", "a.module", RETRY_SECONDS="1")
+    cloud.wait_for(lambda: cloud.jobs())
+    (cloud.checkout / "loss.py").write_text("half edited")
+    shutil.rmtree(cloud.checkout / "tpu_scripts")
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert [(cloud.path / life / "0" / "ckl_jax" / "loss.py").read_text() for life in "01"] == ["as it began"] * 2
+    assert not cloud.is_there()
+    assert not list(cloud.path.parent.glob(".cache/ckl_jax/*"))
+
+
 def test_supervise_tries_again_where_there_was_no_capacity(cloud):
     cloud.plan([{"states": ["FAILED"]}, {}])
     assert cloud.run("supervise.sh", "a.module").returncode == 0
@@ -911,9 +925,9 @@ def test_the_process_that_reads_them_ends_with_the_modules_code():
 
 
 @pytest.mark.parametrize("state", first(["PREEMPTED", "TERMINATED", "STOPPED"]))
-@pytest.mark.parametrize("at", [1, 2, 4], ids=["scp", "install", "run"])
+@pytest.mark.parametrize("at", [1, 2, 5], ids=["scp", "install", "run"])
 def test_a_machine_that_is_gone_under_an_active_request_is_a_preemption(cloud, state, at):
-    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 4 else {})
+    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 5 else {})
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
     assert done.returncode == 0, done.err
     assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]

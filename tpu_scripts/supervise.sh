@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # supervise.sh [--dry-run] [--keep] [--adopt] [--no-preflight] MODULE ARG...: create, setup, run, and again until it is done.
 #
-# After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
-# ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
-# taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune
+# After a preemption the machine is deleted and made again, and the command goes on from the same OUT, with the files of this
+# checkout as they were at the start. When this script ends, for whatever reason (ctrl-C too), it deletes the machine; --keep
+# leaves it. A machine that is there already is taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune
 # are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
@@ -30,22 +30,36 @@ require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
 check_command "$@"
 check_arguments "$@"
 preflight
-if [[ $compile ]]; then check_fits "$@"; fi
 
 # script NAME ARG...: one of this directory.
-script() { step "$here/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
+script() { step "$scripts/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
 
-ours=
+ours='' frozen='' scripts=$here
 clean_up() {
+  local code=$1
   if [[ $ours && $keep ]]; then
     say "$TPU_NAME is kept, and paid for until delete.sh"
   elif [[ $ours ]]; then
     say "deleting $TPU_NAME (--keep would leave it)"
-    script delete.sh || return 7
+    script delete.sh || code=7
   fi
-  return "$1"
+  if [[ $frozen ]]; then rm -rf "$frozen"; fi
+  return "$code"
 }
 at_end clean_up
+
+# freeze: keeps these scripts and the packed checkout as they are now, for all machines of a job of days. Not in /tmp: many
+# systems delete there what nobody read for days.
+freeze() {
+  local cache=${XDG_CACHE_HOME:-${HOME-}/.cache}/ckl_jax
+  mkdir -p "$cache" && frozen=$(mktemp -d "$cache/supervise.XXXXXX") || return
+  pack "$frozen" && cp -R "$here" "$frozen/scripts" || return
+  scripts=$frozen/scripts
+  export CKL_PACKED=$frozen/ckl_jax.tar.gz
+}
+
+if [[ ! $dry_run ]] && ! freeze; then fail 2 "the files of this checkout cannot be kept for the job"; fi
+if [[ $compile ]]; then check_fits "$@"; fi
 
 state=$(state_of ABSENT)
 if [[ $state == UNKNOWN ]]; then fail 5 "no answer from gcloud; is it logged in?"; fi
