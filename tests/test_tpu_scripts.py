@@ -395,6 +395,19 @@ def test_the_same_command_is_the_same_run(cloud):
     assert len(cloud.jobs()) == 2
 
 
+def test_a_command_is_not_started_beside_another(cloud):
+    cloud.machine(workers=2, ends={"0": [[0, 0]], "1": [[TOLD, 0], [0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2)
+    refused = cloud.run("run.sh", "another.module")
+    assert (refused.returncode, len(cloud.jobs())) == (69, 2)
+    assert re.search(r"run-\d+, with other arguments, goes on", refused.err)
+    cloud.tell()
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert cloud.run("run.sh", "another.module").returncode == 0
+    assert len(cloud.jobs()) == 4
+
+
 def test_the_code_is_that_of_the_command_and_a_failed_one_is_started_again(cloud):
     cloud.machine(ends={"0": [[0, 3], [0, 0]]})
     failed = cloud.run("run.sh", "a.module")
@@ -675,6 +688,18 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     _, err = again.communicate(timeout=UNTIL)
     assert again.returncode == 0, err
     assert (len(cloud.jobs()), cloud.asked("start")) == (1, 1)
+
+
+def test_supervise_with_other_arguments_leaves_a_machine_to_the_command_that_goes_on_there(cloud):
+    cloud.machine(ends={"0": [[TOLD, 0], [0, 2]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module", "--seeds", "10").returncode == 0
+    cloud.wait_for(lambda: cloud.jobs())
+    done = cloud.run("supervise.sh", "--adopt", "a.module")
+    assert (done.returncode, len(cloud.jobs())) == (2, 1)
+    assert "left to the command" in done.err
+    assert cloud.is_there()
+    cloud.tell()
+    assert cloud.run("run.sh", "a.module", "--seeds", "10").returncode == 0
 
 
 READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}

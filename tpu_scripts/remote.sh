@@ -4,7 +4,8 @@
 #   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax, in place of what it unpacked before, and makes
 #                                      its venv; results that lie there stay
 #   remote.sh start NAME ATTEMPT ARG...   runs the venv's python with ARG... in the background, once per ATTEMPT
-#   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word)
+#   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word), and
+#                                      "ckl-status busy OTHER" while OTHER runs
 #   remote.sh log NAME LINES [follow]  the last lines of its output; NAME may be "latest"
 #   remote.sh stop NAME                ends it: SIGTERM, and SIGKILL after 30 s
 #
@@ -17,14 +18,23 @@ unpacked=$HOME/ckl_jax.files
 
 is_running() { [[ -e $1/running ]] && ! flock -n -s "$1/running" true; } # Shared: two looks do not see each other.
 
-install() {
-  local lock
+# other NAME: a run that goes on here and is not NAME, or nothing.
+other() {
+  local lock run
   for lock in "$runs"/*/running; do
-    if is_running "${lock%/running}"; then
-      echo "a command is running here: the checkout stays as it is"
+    run=${lock%/running}
+    if [[ ${run##*/} != "$1" ]] && is_running "$run"; then
+      echo "${run##*/}"
       return
     fi
   done
+}
+
+install() {
+  if [[ $(other '') ]]; then
+    echo "a command is running here: the checkout stays as it is"
+    return
+  fi
   mkdir -p "$checkout"
   cd "$checkout"
   if [[ -e $unpacked ]]; then xargs -0 rm -f -- <"$unpacked"; fi
@@ -67,6 +77,8 @@ job() {
 }
 
 status() {
+  local busy
+  busy=$(other "$name")
   if is_running .; then # Looked at first: a job writes its exit code before it lets the lock go.
     echo "ckl-status running"
   elif [[ -e exit_code ]]; then
@@ -74,6 +86,7 @@ status() {
   else
     echo "ckl-status gone"
   fi
+  if [[ $busy ]]; then echo "ckl-status busy $busy"; fi
 }
 
 stop() {

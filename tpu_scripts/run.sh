@@ -6,8 +6,9 @@
 # this attaches to it while it goes on, reports it when it has finished on all workers, and else starts it on all again.
 # When one worker fails, the others are stopped and the ends of their logs shown.
 #
-# Exit codes: the command's own; 2 also for bad settings; 137 where it ended without leaving a code; 255 workers cannot
-# be reached, or there is no machine (any more); 129, 130, 131, 143 this script was interrupted (the command goes on).
+# Exit codes: the command's own; 2 also for bad settings; 69 another command goes on there, and this one was not started;
+# 137 where it ended without leaving a code; 255 workers cannot be reached, or there is no machine (any more); 129, 130, 131,
+# 143 this script was interrupted (the command goes on).
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -65,6 +66,9 @@ ask status
 if [[ ! $dry_run && $answer != *ckl-status* ]]; then fail 255 "no worker says how $name stands"; fi
 code=$(worst_code "$answer")
 if [[ $dry_run || $code != running && $code != 0 ]]; then
+  if [[ $answer =~ ckl-status\ busy\ ([^[:space:]]+) ]]; then
+    fail 69 "${BASH_REMATCH[1]}, with other arguments, goes on on $TPU_NAME: not started beside it (logs.sh shows it)"
+  fi
   if [[ $answer == *"ckl-status running"* ]]; then ask stop; fi
   ask start "$(date +%s)-$$" "${arguments[@]}"
   code=running

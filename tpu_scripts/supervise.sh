@@ -3,8 +3,9 @@
 #
 # After a preemption the machine is deleted and made again, and the command goes on from the same OUT, with the files of this
 # checkout as they were at the start. When this script ends, for whatever reason (ctrl-C too), it deletes the machine; --keep
-# leaves it. A machine that is there already is taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune
-# are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
+# leaves it. A machine that is there already is taken, and deleted at the end, with --adopt only, and left if another command goes
+# on there (code 2). Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune are compiled here first for that
+# TPU, and refused if they do not fit its memory or cannot be compiled.
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
 # where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed
@@ -67,7 +68,7 @@ if [[ $state =~ ^(SUSPEND|FAILED|DELETING|PREEMPTED|TERMINATED) ]]; then
   script delete.sh || exit
 elif [[ $state != ABSENT && $adopt ]]; then
   say "taking $TPU_NAME, which is $state"
-  ours=1
+  ours=adopted
 elif [[ $state != ABSENT ]]; then
   fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
 fi
@@ -75,8 +76,7 @@ fi
 retries=0 failures=0 in_place=0 ready='' made=''
 while true; do
   code=0 at=create new=()
-  if [[ ! $ours ]]; then new=(--new); fi
-  ours=1
+  if [[ ! $ours ]]; then new=(--new) ours=1; fi
   script create.sh --keep ${new[@]+"${new[@]}"} || code=$?
   if ((code == 2)) && [[ ${new[*]-} ]]; then ours=; fi
   if ((!code)); then made=1; fi
@@ -89,6 +89,11 @@ while true; do
     script run.sh "$@" || code=$?
   fi
   if ((!code)); then exit 0; fi
+  if ((code == 69)) && [[ $at == run ]]; then
+    if [[ $ours != adopted ]]; then fail 2 "another command was started on $TPU_NAME meanwhile"; fi
+    ours=''
+    fail 2 "$TPU_NAME is left to the command that goes on there, and paid for until delete.sh"
+  fi
   if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
