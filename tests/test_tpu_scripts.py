@@ -84,7 +84,9 @@ class Cloud:
         self.plan()
 
     def plan(self, lives=({},), **more):
-        (self.path / "plan.json").write_text(json.dumps({"lives": lives, **more}))
+        new = self.path / "plan.new"
+        new.write_text(json.dumps({"lives": lives, **more}))
+        new.replace(self.path / "plan.json")  # The fake reads it meanwhile.
 
     def start(self, script, *arguments, **environment):
         return subprocess.Popen(
@@ -589,6 +591,33 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
     assert cloud.calls() == ["create", "scp", "delete"]
 
 
+@pytest.mark.parametrize(("most", "code", "starts"), [("3", 0, 4), ("1", 5, 2)])
+def test_failures_far_apart_do_not_end_supervise_until_they_are_as_many_as_retries(cloud, most, code, starts):
+    cloud.plan(ends={"0": [[0, 1], [0, 1], [0, 1], [0, 0]]})
+    done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2", MAX_RETRIES=most, STEADY_SECONDS="0")
+    assert done.returncode == code, done.err
+    assert len(cloud.jobs()) == starts
+
+
+def test_outages_far_apart_do_not_cost_a_machine_that_computes(cloud):
+    plan = {"lives": [{}, {}], "ends": {"0": [[TOLD, 0], [0, 0]]}}
+    cloud.plan(**plan)
+    process = cloud.start("supervise.sh", "a.module", STEADY_SECONDS="0")
+    cloud.wait_for(lambda: cloud.jobs())
+    for _ in range(3):
+        cloud.plan(**plan, says={"tpu-vm ssh": "ERROR: ssh: connection timed out"})
+        looks = cloud.asked("status")
+        cloud.wait_for(lambda looks=looks: cloud.asked("status") > looks + 3 or process.poll() is not None)
+        cloud.plan(**plan)
+        looks = cloud.asked("status")
+        cloud.wait_for(lambda looks=looks: cloud.asked("status") > looks + 2 or process.poll() is not None)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert len(cloud.jobs()) == 1
+
+
 def test_a_job_that_ends_while_its_status_is_looked_up_is_not_gone(tmp_path):
     run = tmp_path / "ckl_runs" / "run-1"
     run.mkdir(parents=True)
@@ -825,7 +854,9 @@ def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cl
     assert not cloud.is_there()
 
 
-@pytest.mark.parametrize("name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES"])
+@pytest.mark.parametrize(
+    "name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
+)
 @pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
 def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):
     if (name, value) == ("POLL_SECONDS", "08"):

@@ -57,7 +57,7 @@ ask() {
   local code=0
   answer=$(on_workers all bash remote.sh "$1" "$name" "${@:2}" 2>&1) || code=$?
   if ((code == 127)); then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
-  if ((code)); then fail 255 "could not $1 it on every worker: ${answer##*$'\n'}"; fi
+  if ((code)); then fail 255 "no $1 of $name on every worker: ${answer##*$'\n'}"; fi
 }
 
 # Workers start together: one that was through would not come back for the others, and one that went on without them would wait

@@ -9,7 +9,7 @@
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
 # where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed
-# MAX_FAILURES times; 5 preempted, lost or refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not
+# MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the command was not
 # finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
@@ -85,8 +85,9 @@ while true; do
     script setup.sh && ready=1 || code=$?
   fi
   if ((!code)); then
-    at=run
+    at=run begun=$SECONDS
     script run.sh "$@" || code=$?
+    if ((SECONDS - begun >= STEADY_SECONDS)); then failures=0 in_place=0; fi
   fi
   if ((!code)); then exit 0; fi
   if ((code == 69)) && [[ $at == run ]]; then
@@ -99,15 +100,15 @@ while true; do
 
   state=$(state_of ABSENT)
   if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
+  retries=$((retries + 1))
   if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
     failures=$((failures + 1))
     say "$at failed with $code, failure $failures of $MAX_FAILURES"
     if ((failures >= MAX_FAILURES)); then exit 4; fi
   else
-    retries=$((retries + 1))
     say "$at was interrupted ($code, $TPU_NAME is $state), retry $retries of $MAX_RETRIES"
-    if ((retries > MAX_RETRIES)); then exit 5; fi
   fi
+  if ((retries > MAX_RETRIES)); then exit 5; fi
   # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
   in_place=$((in_place + 1))
   if [[ $state != UNKNOWN ]] && { [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); }; then
