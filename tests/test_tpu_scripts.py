@@ -618,6 +618,31 @@ def test_outages_far_apart_do_not_cost_a_machine_that_computes(cloud):
     assert len(cloud.jobs()) == 1
 
 
+def test_supervise_outlives_a_network_that_is_down_for_long(cloud):
+    plan = {"ends": {"0": [[TOLD, 0]]}}
+    cloud.plan(**plan)
+    process = cloud.start("supervise.sh", "a.module", MAX_RETRIES="0")
+    cloud.wait_for(lambda: cloud.jobs())
+    groups = ("queued-resources describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete", "tpu-vm delete")
+    cloud.plan(**plan, says=dict.fromkeys(groups, "ERROR: gcloud crashed (TransportError): Name or service not known"))
+    looks = len(cloud.records("calls.jsonl"))
+    cloud.wait_for(lambda: len(cloud.records("calls.jsonl")) > looks + 20 or process.poll() is not None)
+    cloud.plan(**plan)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert "looking again" in err
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert not cloud.is_there()
+
+
+def test_supervise_keeps_its_place_in_the_queue_while_the_network_is_down(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES", *[""] * 12, "WAITING_FOR_RESOURCES", "ACTIVE"]}])
+    done = cloud.run("supervise.sh", "a.module", MAX_RETRIES="0")
+    assert done.returncode == 0, done.err
+    assert cloud.calls() == ["create", "scp", "delete"]
+
+
 def test_a_job_that_ends_while_its_status_is_looked_up_is_not_gone(tmp_path):
     run = tmp_path / "ckl_runs" / "run-1"
     run.mkdir(parents=True)

@@ -98,7 +98,13 @@ while true; do
   if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
-  state=$(state_of ABSENT)
+  silent=''
+  while state=$(state_of ABSENT) && [[ $state == UNKNOWN ]]; do # The network here is down, say, and the command goes on.
+    silent=1
+    say "no answer from gcloud about $TPU_NAME, which may be paid for: looking again"
+    pause "$RETRY_SECONDS"
+  done
+  if [[ $silent ]] && ! is_dead "$state"; then continue; fi
   if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
   retries=$((retries + 1))
   if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
@@ -111,7 +117,7 @@ while true; do
   if ((retries > MAX_RETRIES)); then exit 5; fi
   # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
   in_place=$((in_place + 1))
-  if [[ $state != UNKNOWN ]] && { [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); }; then
+  if [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); then
     script delete.sh || exit 7
     ours='' ready='' in_place=0
   fi
