@@ -1022,6 +1022,20 @@ def test_delete_looks_for_the_machine_too(cloud):
     assert not cloud.is_there()
 
 
+def test_delete_does_not_call_a_machine_gone_that_it_could_not_see(cloud):
+    cloud.plan([{"lingers": True}])
+    cloud.run("create.sh")
+    says = {group: "ERROR: (gcloud) UNAVAILABLE: 503" for group in ("tpu-vm describe", "tpu-vm delete")}
+    cloud.plan([{"lingers": True}], says=says)
+    done = cloud.run("delete.sh")
+    assert done.returncode == 7
+    assert "MAY BE PAID FOR" in done.err
+    assert "nothing is paid for" not in done.err
+    cloud.plan([{"lingers": True}])
+    assert cloud.run("delete.sh").returncode == 0
+    assert not cloud.is_there()
+
+
 def test_a_gcloud_that_hangs_is_ended(cloud):
     cloud.plan(hangs=["describe"])
     assert cloud.run("supervise.sh", "a.module", CALL_SECONDS="1").returncode == 5
