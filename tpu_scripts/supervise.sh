@@ -7,10 +7,11 @@
 # on there (code 2). Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune are compiled here first for that
 # TPU, and refused if they do not fit its memory or cannot be compiled.
 #
-# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
-# where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed
-# MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the command was not
-# finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
+# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed
+# (also where the command says so by its code 2), or somebody else (or gcloud, which repeated a request) made the machine
+# meanwhile: THEN IT STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command
+# failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the
+# command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -95,7 +96,7 @@ while true; do
     ours=''
     fail 2 "$TPU_NAME is left to the command that goes on there, and paid for until delete.sh"
   fi
-  if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
+  if ((code == 2)); then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
   silent=''
