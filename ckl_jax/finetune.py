@@ -15,7 +15,7 @@ not decay (``--no-learning-rate-decay``). A second process in the same directory
 | code | meaning |
 |---|---|
 | 0 | it has finished |
-| 1 | a file cannot be written or read; one line names it |
+| 1 | a file cannot be written or read, or a device does not start; one line names it |
 | 2 | an option, environment variable or file cannot work; one line names it and what is allowed |
 | 3 | a loss or parameter is not finite; the line names run, round and term |
 | 8 | of `ckl_jax.preflight` alone: a program does not fit the device |

@@ -194,6 +194,39 @@ def test_a_command_starts_whatever_screen_the_environment_names(variables):
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
 
 
+# A command whose TPU is held by another process: JAX's own code, with this factory in place of its TPU's.
+BUSY = """
+import dataclasses, jax
+from jax._src import xla_bridge
+from ckl_jax.errors import ConfigError
+from ckl_jax.runtime import cli
+
+@dataclasses.dataclass
+class Nothing:
+    pass
+
+def busy():
+    raise RuntimeError("ABORTED: The TPU is already in use by process with pid 7.")
+
+tpu = dataclasses.replace(xla_bridge._backend_factories["tpu"], factory=busy)
+xla_bridge._backend_factories["tpu"] = tpu
+cli.run(lambda command: print("on", jax.default_backend()), Nothing)
+"""
+
+
+@pytest.mark.parametrize(
+    ("platforms", "code", "out", "said"),
+    [
+        ("tpu,cpu", 1, "", r"error: a device does not start \(Unable to initialize .* by process with pid 7\. .*\)\n"),
+        (None, 0, "on cpu\n", ""),  # Why tpu_scripts/remote.sh names the platforms.
+    ],
+)
+def test_a_tpu_that_does_not_start_is_no_bad_argument_and_is_not_replaced_where_it_is_named(platforms, code, out, said):
+    done = ended(["-c", BUSY], {"JAX_PLATFORMS": platforms})
+    assert (done.returncode, done.stdout) == (code, out)
+    assert re.fullmatch(said, done.stderr), done.stderr
+
+
 def test_importing_the_library_changes_no_backend_and_no_environment():
     program = """
 import os

@@ -34,6 +34,7 @@ life = pathlib.Path.home().parent.name
 jobs = cloud / "jobs.jsonl"
 before = [json.loads(line) for line in jobs.read_text().splitlines()] if jobs.exists() else []
 job = {"life": life, "worker": worker, "argv": sys.argv[1:], "hosts": os.environ["CKL_HOSTS"]}
+job["platforms"] = os.environ.get("JAX_PLATFORMS")
 with jobs.open("a") as file:
     file.write(json.dumps(job) + "\\n")
 started = sum(job["worker"] == worker for job in before)
@@ -83,7 +84,9 @@ class Cloud:
         self.plan()
 
     def plan(self, lives=({},), **more):
-        (self.path / "plan.json").write_text(json.dumps({"lives": lives, **more}))
+        new = self.path / "plan.new"
+        new.write_text(json.dumps({"lives": lives, **more}))
+        new.replace(self.path / "plan.json")  # The fake reads it meanwhile.
 
     def start(self, script, *arguments, **environment):
         return subprocess.Popen(
@@ -117,9 +120,9 @@ class Cloud:
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def asked(self, verb):
-        """How often workers were asked to ``start`` the command or for its ``status``."""
+        """How often workers were asked to ``install``, to ``start`` the command or for its ``status``."""
         calls = self.records("calls.jsonl")
-        return sum(word.startswith(f"--command=bash remote.sh {verb} ") for call in calls for word in call)
+        return sum(word.startswith(f"--command=bash remote.sh {verb}") for call in calls for word in call)
 
     def is_there(self):
         return any(json.loads((self.path / "state.json").read_text()).get(kind) for kind in ("there", "machine"))
@@ -230,6 +233,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
         "--quiet --worker=all --scp-flag=-oBatchMode=yes",
         ssh.format("install"),
+        ssh.format("status run-N"),
         ssh.format(r"start run-N NOW -u -m a.module --name '\''two words'\'' --out gs://bucket/run"),
         "sleep 0.05",
         ssh.format("status run-N"),
@@ -362,6 +366,13 @@ def test_arguments_arrive_as_they_are_given(cloud):
     assert [job["hosts"] for job in cloud.jobs()] == ["auto", "auto"]
 
 
+@pytest.mark.parametrize(("given", "seen"), [({}, "tpu,cpu"), ({"JAX_PLATFORMS": "cpu"}, "cpu")])
+def test_a_command_computes_on_the_tpu_or_not_at_all_unless_the_worker_says_otherwise(cloud, given, seen):
+    cloud.machine()
+    assert cloud.run("run.sh", "a.module", **given).returncode == 0
+    assert [job["platforms"] for job in cloud.jobs()] == [seen]
+
+
 def test_out_is_given_once_and_only_where_it_is_set(cloud):
     cloud.machine()
     del cloud.environment["OUT"]
@@ -384,6 +395,19 @@ def test_the_same_command_is_the_same_run(cloud):
     assert len(cloud.jobs()) == 1
     assert cloud.run("run.sh", "another.module").returncode == 0
     assert len(cloud.jobs()) == 2
+
+
+def test_a_command_is_not_started_beside_another(cloud):
+    cloud.machine(workers=2, ends={"0": [[0, 0]], "1": [[TOLD, 0], [0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2)
+    refused = cloud.run("run.sh", "another.module")
+    assert (refused.returncode, len(cloud.jobs())) == (69, 2)
+    assert re.search(r"run-\d+, with other arguments, goes on", refused.err)
+    cloud.tell()
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert cloud.run("run.sh", "another.module").returncode == 0
+    assert len(cloud.jobs()) == 4
 
 
 def test_the_code_is_that_of_the_command_and_a_failed_one_is_started_again(cloud):
@@ -411,6 +435,27 @@ def test_a_worker_that_fails_ends_the_others_and_its_code_goes_before_their_abor
     assert cloud.run("run.sh", "a.module").returncode == 7
     (code,) = (cloud.path / "0" / "2").glob("ckl_runs/*/exit_code")
     assert code.read_text() == "143\n"
+
+
+@pytest.mark.parametrize(
+    ("ends", "starts"),
+    [
+        ({"0": [[0, 1], [0, 0]], "1": [[0, 0]]}, 2),  # Process 0 writes the results, alone, and failed there.
+        ({"0": [[0, 0]], "1": [[0, 0]]}, 1),
+    ],
+)
+def test_workers_that_fail_or_not_are_started_again_together_or_not_at_all(cloud, ends, starts):
+    cloud.machine(workers=2, ends=ends)
+    assert [cloud.run("run.sh", "a.module").returncode for _ in range(2)] == [ends["0"][0][1], 0]
+    assert sorted(job["worker"] for job in cloud.jobs()) == ["0"] * starts + ["1"] * starts
+
+
+def test_a_worker_that_goes_on_without_one_that_failed_is_started_again_with_it(cloud):
+    cloud.machine(workers=2, ends={"0": [[0, 1], [0, 0]], "1": [[FOREVER, 0], [0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2 and list((cloud.path / "0" / "0").glob("ckl_runs/*/exit_code")))
+    assert cloud.run("run.sh", "a.module").returncode == 0
+    assert sorted(job["worker"] for job in cloud.jobs()) == ["0", "0", "1", "1"]
 
 
 def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
@@ -462,6 +507,13 @@ def test_ctrl_c_in_run_leaves_the_command_running_and_says_so(cloud):
     assert len(cloud.jobs()) == 1
 
 
+def test_an_answer_without_a_word_is_not_taken_for_a_finished_command(cloud):
+    cloud.machine()
+    (cloud.path / "0" / "0" / "remote.sh").write_text("")
+    done = cloud.run("run.sh", "a.module")
+    assert (done.returncode, "is finished" in done.err) == (255, False)
+
+
 def test_run_before_setup_is_told_to_set_up(cloud):
     cloud.run("create.sh")
     done = cloud.run("run.sh", "a.module")
@@ -496,6 +548,20 @@ def test_supervise_goes_on_after_a_preemption_with_the_same_directory(cloud):
     assert "failed with" not in done.err
 
 
+def test_a_job_goes_on_with_the_files_that_it_began_with_and_ends_with_these_scripts(cloud):
+    (cloud.checkout / "loss.py").write_text("as it began")
+    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
+    process = cloud.start("supervise.sh", "a.module", RETRY_SECONDS="1")
+    cloud.wait_for(lambda: cloud.jobs())
+    (cloud.checkout / "loss.py").write_text("half edited")
+    shutil.rmtree(cloud.checkout / "tpu_scripts")
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert [(cloud.path / life / "0" / "ckl_jax" / "loss.py").read_text() for life in "01"] == ["as it began"] * 2
+    assert not cloud.is_there()
+    assert not list(cloud.path.parent.glob(".cache/ckl_jax/*"))
+
+
 def test_supervise_tries_again_where_there_was_no_capacity(cloud):
     cloud.plan([{"states": ["FAILED"]}, {}])
     assert cloud.run("supervise.sh", "a.module").returncode == 0
@@ -522,6 +588,58 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2")
     assert done.returncode == 4
     assert len(cloud.jobs()) == 2
+    assert cloud.calls() == ["create", "scp", "delete"]
+
+
+@pytest.mark.parametrize(("most", "code", "starts"), [("3", 0, 4), ("1", 5, 2)])
+def test_failures_far_apart_do_not_end_supervise_until_they_are_as_many_as_retries(cloud, most, code, starts):
+    cloud.plan(ends={"0": [[0, 1], [0, 1], [0, 1], [0, 0]]})
+    done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2", MAX_RETRIES=most, STEADY_SECONDS="0")
+    assert done.returncode == code, done.err
+    assert len(cloud.jobs()) == starts
+
+
+def test_outages_far_apart_do_not_cost_a_machine_that_computes(cloud):
+    plan = {"lives": [{}, {}], "ends": {"0": [[TOLD, 0], [0, 0]]}}
+    cloud.plan(**plan)
+    process = cloud.start("supervise.sh", "a.module", STEADY_SECONDS="0")
+    cloud.wait_for(lambda: cloud.jobs())
+    for _ in range(3):
+        cloud.plan(**plan, says={"tpu-vm ssh": "ERROR: ssh: connection timed out"})
+        looks = cloud.asked("status")
+        cloud.wait_for(lambda looks=looks: cloud.asked("status") > looks + 3 or process.poll() is not None)
+        cloud.plan(**plan)
+        looks = cloud.asked("status")
+        cloud.wait_for(lambda looks=looks: cloud.asked("status") > looks + 2 or process.poll() is not None)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert len(cloud.jobs()) == 1
+
+
+def test_supervise_outlives_a_network_that_is_down_for_long(cloud):
+    plan = {"ends": {"0": [[TOLD, 0]]}}
+    cloud.plan(**plan)
+    process = cloud.start("supervise.sh", "a.module", MAX_RETRIES="0")
+    cloud.wait_for(lambda: cloud.jobs())
+    groups = ("queued-resources describe", "tpu-vm describe", "tpu-vm ssh", "queued-resources delete", "tpu-vm delete")
+    cloud.plan(**plan, says=dict.fromkeys(groups, "ERROR: gcloud crashed (TransportError): Name or service not known"))
+    looks = len(cloud.records("calls.jsonl"))
+    cloud.wait_for(lambda: len(cloud.records("calls.jsonl")) > looks + 20 or process.poll() is not None)
+    cloud.plan(**plan)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert "looking again" in err
+    assert cloud.calls() == ["create", "scp", "delete"]
+    assert not cloud.is_there()
+
+
+def test_supervise_keeps_its_place_in_the_queue_while_the_network_is_down(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES", *[""] * 12, "WAITING_FOR_RESOURCES", "ACTIVE"]}])
+    done = cloud.run("supervise.sh", "a.module", MAX_RETRIES="0")
+    assert done.returncode == 0, done.err
     assert cloud.calls() == ["create", "scp", "delete"]
 
 
@@ -617,13 +735,25 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(UNTIL)  # Its run.sh holds its streams and looks on.
     again = cloud.start("supervise.sh", "--adopt", "a.module")
-    cloud.wait_for(lambda: cloud.asked("start") == 2)
+    cloud.wait_for(lambda: cloud.asked("install") == 2)
     looks = cloud.asked("status")
     cloud.wait_for(lambda: cloud.asked("status") > looks + 2)
     cloud.tell()
     _, err = again.communicate(timeout=UNTIL)
     assert again.returncode == 0, err
-    assert len(cloud.jobs()) == 1
+    assert (len(cloud.jobs()), cloud.asked("start")) == (1, 1)
+
+
+def test_supervise_with_other_arguments_leaves_a_machine_to_the_command_that_goes_on_there(cloud):
+    cloud.machine(ends={"0": [[TOLD, 0], [0, 2]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module", "--seeds", "10").returncode == 0
+    cloud.wait_for(lambda: cloud.jobs())
+    done = cloud.run("supervise.sh", "--adopt", "a.module")
+    assert (done.returncode, len(cloud.jobs())) == (2, 1)
+    assert "left to the command" in done.err
+    assert cloud.is_there()
+    cloud.tell()
+    assert cloud.run("run.sh", "a.module", "--seeds", "10").returncode == 0
 
 
 READERS = {"died": "2>&1 | head -1 >/dev/null", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}
@@ -749,7 +879,9 @@ def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cl
     assert not cloud.is_there()
 
 
-@pytest.mark.parametrize("name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES"])
+@pytest.mark.parametrize(
+    "name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
+)
 @pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
 def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):
     if (name, value) == ("POLL_SECONDS", "08"):
@@ -874,9 +1006,9 @@ def test_the_process_that_reads_them_ends_with_the_modules_code():
 
 
 @pytest.mark.parametrize("state", first(["PREEMPTED", "TERMINATED", "STOPPED"]))
-@pytest.mark.parametrize("at", [1, 2, 4], ids=["scp", "install", "run"])
+@pytest.mark.parametrize("at", [1, 2, 5], ids=["scp", "install", "run"])
 def test_a_machine_that_is_gone_under_an_active_request_is_a_preemption(cloud, state, at):
-    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 4 else {})
+    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 5 else {})
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
     assert done.returncode == 0, done.err
     assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]
@@ -887,6 +1019,20 @@ def test_delete_looks_for_the_machine_too(cloud):
     cloud.run("create.sh")
     assert cloud.run("delete.sh").returncode == 0
     assert cloud.calls() == ["create", "delete", "delete"]
+    assert not cloud.is_there()
+
+
+def test_delete_does_not_call_a_machine_gone_that_it_could_not_see(cloud):
+    cloud.plan([{"lingers": True}])
+    cloud.run("create.sh")
+    says = {group: "ERROR: (gcloud) UNAVAILABLE: 503" for group in ("tpu-vm describe", "tpu-vm delete")}
+    cloud.plan([{"lingers": True}], says=says)
+    done = cloud.run("delete.sh")
+    assert done.returncode == 7
+    assert "MAY BE PAID FOR" in done.err
+    assert "nothing is paid for" not in done.err
+    cloud.plan([{"lingers": True}])
+    assert cloud.run("delete.sh").returncode == 0
     assert not cloud.is_there()
 
 

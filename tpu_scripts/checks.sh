@@ -23,6 +23,7 @@ preflight() {
     if [[ $tool != gcloud || ! $dry_run ]] && ! command -v "$tool" >/dev/null; then missing+=" $tool"; fi
   done
   if [[ $missing ]]; then fail 2 "not installed, or not on PATH:$missing"; fi
+  if [[ ${CKL_PACKED-} ]]; then return; fi # supervise.sh has done it.
   if ! answer=$( (scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT && pack "$scratch") 2>&1); then
     fail 2 "the files of this checkout cannot be packed: ${answer##*$'\n'}"
   fi
@@ -65,7 +66,8 @@ check_arguments() {
 }
 
 # check_fits MODULE ARG...: ends with code 2 where the command's programs do not fit the memory of ACCELERATOR_TYPE (preflight's
-# code 8), or preflight failed. It looks at commands that ckl_jax.preflight knows, and only where a python with its extra is at hand.
+# code 8), or preflight failed. It looks at commands that ckl_jax.preflight knows, and only where a python with its extra is at
+# hand.
 check_fits() {
   local root=$here/.. python name=${1#ckl_jax.} code=0
   python=$(here_python)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # create.sh [--dry-run] [--keep] [--new]: asks for the TPU by a queued resource and waits until it is ready.
 #
-# A request that exists already is waited for; with --new it is somebody else's, and refused. If this call is interrupted, or the request fails, it deletes what it
-# asked for; --keep leaves it.
+# A request that exists already is waited for; with --new it is somebody else's, and refused. If this call is interrupted,
+# or the request fails, it deletes what it asked for; --keep leaves it.
 #
 # Exit codes: 0 ready (and paid for until delete.sh); 2 bad settings, a checkout that setup.sh could not copy, or somebody
-# else made it meanwhile; 3 no machine; 7 the request could not be deleted; 129, 130, 131, 143 interrupted.
+# else made it meanwhile (or gcloud, which repeated the request: it stays, AND WILL BE PAID FOR); 3 no machine; 7 the
+# request could not be deleted; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"

@@ -146,7 +146,6 @@ state_of() {
     case $request/$machine in
       ACTIVE/READY | ACTIVE/UNKNOWN | ABSENT/READY) request=ACTIVE ;;
       ACTIVE/ABSENT) request=MACHINE_ABSENT ;;
-      ABSENT/UNKNOWN) ;;
       *) request=$machine ;;
     esac
   fi

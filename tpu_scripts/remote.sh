@@ -4,7 +4,8 @@
 #   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax, in place of what it unpacked before, and makes
 #                                      its venv; results that lie there stay
 #   remote.sh start NAME ATTEMPT ARG...   runs the venv's python with ARG... in the background, once per ATTEMPT
-#   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word)
+#   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word), and
+#                                      "ckl-status busy OTHER" while OTHER runs
 #   remote.sh log NAME LINES [follow]  the last lines of its output; NAME may be "latest"
 #   remote.sh stop NAME                ends it: SIGTERM, and SIGKILL after 30 s
 #
@@ -15,16 +16,25 @@ checkout=$HOME/ckl_jax
 runs=$HOME/ckl_runs
 unpacked=$HOME/ckl_jax.files
 
-is_running() { [[ -e $1/running ]] && ! flock -n "$1/running" true; }
+is_running() { [[ -e $1/running ]] && ! flock -n -s "$1/running" true; } # Shared: two looks do not see each other.
 
-install() {
-  local lock
+# other NAME: a run that goes on here and is not NAME, or nothing.
+other() {
+  local lock run
   for lock in "$runs"/*/running; do
-    if is_running "${lock%/running}"; then
-      echo "a command is running here: the checkout stays as it is"
+    run=${lock%/running}
+    if [[ ${run##*/} != "$1" ]] && is_running "$run"; then
+      echo "${run##*/}"
       return
     fi
   done
+}
+
+install() {
+  if [[ $(other '') ]]; then
+    echo "a command is running here: the checkout stays as it is"
+    return
+  fi
   mkdir -p "$checkout"
   cd "$checkout"
   if [[ -e $unpacked ]]; then xargs -0 rm -f -- <"$unpacked"; fi
@@ -47,8 +57,6 @@ start() {
     echo "running already"
   elif [[ -e attempt && $(<attempt) == "$attempt" ]]; then
     echo "started already"
-  elif [[ -e exit_code && $(<exit_code) == 0 ]]; then
-    echo "finished already"
   else
     rm -f exit_code
     printf '%s\n' "$attempt" >attempt
@@ -57,17 +65,20 @@ start() {
   echo "ckl-status started"
 }
 
-# The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between.
+# The exit code is written by the shell that waits for python: no pipe, no tee, nothing in between. JAX would take the host's
+# CPU for a TPU that does not start, unless platforms are named.
 job() {
   local code=0
   trap : HUP INT QUIT TERM # Outlives the python that it waits for.
   echo "$$" >group
-  (cd "$checkout" && CKL_HOSTS=auto exec .venv/bin/python "$@" 9>&-) || code=$?
+  (cd "$checkout" && CKL_HOSTS=auto JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} exec .venv/bin/python "$@" 9>&-) || code=$?
   echo "$code" >exit_code.new
   mv exit_code.new exit_code
 }
 
 status() {
+  local busy
+  busy=$(other "$name")
   if is_running .; then # Looked at first: a job writes its exit code before it lets the lock go.
     echo "ckl-status running"
   elif [[ -e exit_code ]]; then
@@ -75,6 +86,7 @@ status() {
   else
     echo "ckl-status gone"
   fi
+  if [[ $busy ]]; then echo "ckl-status busy $busy"; fi
 }
 
 stop() {

@@ -3,11 +3,12 @@
 #
 # Arguments arrive as they are given, spaces, quotes and newlines too; `--out $OUT` is added where OUT is set. The
 # command is detached: it outlives the connection and this script. The same arguments are the same run: called again,
-# this attaches to it while it goes on, reports it when it has finished, and starts it again when it had failed.
+# this attaches to it while it goes on, reports it when it has finished on all workers, and else starts it on all again.
 # When one worker fails, the others are stopped and the ends of their logs shown.
 #
-# Exit codes: the command's own; 2 also for bad settings; 137 where it ended without leaving a code; 255 workers cannot
-# be reached, or there is no machine (any more); 129, 130, 131, 143 this script was interrupted (the command goes on).
+# Exit codes: the command's own; 2 also for bad settings; 69 another command goes on there, and this one was not started;
+# 137 where it ended without leaving a code; 255 workers cannot be reached, or there is no machine (any more); 129, 130, 131,
+# 143 this script was interrupted (the command goes on).
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -37,13 +38,6 @@ left_alone() {
 }
 at_end left_alone
 
-code=0
-answer=$(on_workers all bash remote.sh start "$name" "$(date +%s)-$$" "${arguments[@]}" 2>&1) || code=$?
-if ((code == 127)); then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
-if ((code)); then fail 255 "could not start it on every worker: ${answer##*$'\n'}"; fi
-say "$name on $TPU_NAME: $(quote python "${arguments[@]}")"
-if [[ ! $wait ]]; then exit 0; fi
-
 # worst_code ANSWER: "running", 0 when all workers are through, else a code, rather of a failure than of a worker that
 # aborted since it lost another.
 worst_code() {
@@ -58,8 +52,31 @@ worst_code() {
   if ((!worst)) && [[ $running ]]; then echo running; else echo "$worst"; fi
 }
 
+# ask VERB ARG...: the workers' answer. Ends with 255 where one of them cannot be reached.
+ask() {
+  local code=0
+  answer=$(on_workers all bash remote.sh "$1" "$name" "${@:2}" 2>&1) || code=$?
+  if ((code == 127)); then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
+  if ((code)); then fail 255 "no $1 of $name on every worker: ${answer##*$'\n'}"; fi
+}
+
+# Workers start together: one that was through would not come back for the others, and one that went on without them would wait
+# in vain.
+ask status
+if [[ ! $dry_run && $answer != *ckl-status* ]]; then fail 255 "no worker says how $name stands"; fi
+code=$(worst_code "$answer")
+if [[ $dry_run || $code != running && $code != 0 ]]; then
+  if [[ $answer =~ ckl-status\ busy\ ([^[:space:]]+) ]]; then
+    fail 69 "${BASH_REMATCH[1]}, with other arguments, goes on on $TPU_NAME: not started beside it (logs.sh shows it)"
+  fi
+  if [[ $answer == *"ckl-status running"* ]]; then ask stop; fi
+  ask start "$(date +%s)-$$" "${arguments[@]}"
+  code=running
+fi
+say "$name on $TPU_NAME: $(quote python "${arguments[@]}")"
+if [[ ! $wait ]]; then exit 0; fi
+
 unreachable=0
-code=running
 while [[ $code == running ]]; do
   pause "$POLL_SECONDS"
   if answer=$(on_workers all bash remote.sh status "$name" 2>&1) && [[ $dry_run || $answer == *ckl-status* ]]; then

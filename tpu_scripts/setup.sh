@@ -2,7 +2,8 @@
 # setup.sh [--dry-run]: copies this checkout to all workers and installs it with the extra `tpu`.
 #
 # What is copied: files that git tracks, and untracked ones that it does not ignore (without .git: all that .gitignore
-# leaves). The versions are those of uv.lock. While a command runs on a worker, that worker is left as it is.
+# leaves), or what supervise.sh packed of it before (CKL_PACKED). The versions are those of uv.lock. While a command runs on
+# a worker, that worker is left as it is.
 #
 # Exit codes: 0 installed on every worker; 2 bad settings; 6 packing, copying or installing failed; 255 workers cannot be
 # reached, or there is no machine (any more); 129, 130, 131, 143 interrupted.
@@ -28,8 +29,10 @@ clean_up() {
 }
 at_end clean_up
 if [[ ! $dry_run ]]; then
-  if ! { scratch=$(mktemp -d) && pack "$scratch"; }; then fail 6 "the files of this checkout could not be packed"; fi
-  packed=$scratch/ckl_jax.tar.gz
+  if ! { scratch=$(mktemp -d) && { [[ ${CKL_PACKED-} ]] || pack "$scratch"; }; }; then
+    fail 6 "the files of this checkout could not be packed"
+  fi
+  packed=${CKL_PACKED:-$scratch/ckl_jax.tar.gz}
 fi
 
 # attempt COMMAND...: ends with 255 or 6 where it fails.

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # supervise.sh [--dry-run] [--keep] [--adopt] [--no-preflight] MODULE ARG...: create, setup, run, and again until it is done.
 #
-# After a preemption the machine is deleted and made again, and the command goes on from the same OUT. When this script
-# ends, for whatever reason (ctrl-C too), it deletes the machine; --keep leaves it. A machine that is there already is
-# taken, and deleted at the end, with --adopt only. Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune
-# are compiled here first for that TPU, and refused if they do not fit its memory or cannot be compiled.
+# After a preemption the machine is deleted and made again, and the command goes on from the same OUT, with the files of this
+# checkout as they were at the start. When this script ends, for whatever reason (ctrl-C too), it deletes the machine; --keep
+# leaves it. A machine that is there already is taken, and deleted at the end, with --adopt only, and left if another command goes
+# on there (code 2). Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune are compiled here first for that
+# TPU, and refused if they do not fit its memory or cannot be compiled.
 #
-# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed (also
-# where the command says so by its code 2); 3 the first request for a machine was refused; 4 setup or the command failed
-# MAX_FAILURES times; 5 preempted, lost or refused more than MAX_RETRIES times; 6 a loss or parameter of the command was not
-# finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
+# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed
+# (also where the command says so by its code 2), or somebody else (or gcloud, which repeated a request) made the machine
+# meanwhile: THEN IT STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command
+# failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the
+# command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -30,22 +32,36 @@ require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
 check_command "$@"
 check_arguments "$@"
 preflight
-if [[ $compile ]]; then check_fits "$@"; fi
 
 # script NAME ARG...: one of this directory.
-script() { step "$here/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
+script() { step "$scripts/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
 
-ours=
+ours='' frozen='' scripts=$here
 clean_up() {
+  local code=$1
   if [[ $ours && $keep ]]; then
     say "$TPU_NAME is kept, and paid for until delete.sh"
   elif [[ $ours ]]; then
     say "deleting $TPU_NAME (--keep would leave it)"
-    script delete.sh || return 7
+    script delete.sh || code=7
   fi
-  return "$1"
+  if [[ $frozen ]]; then rm -rf "$frozen"; fi
+  return "$code"
 }
 at_end clean_up
+
+# freeze: keeps these scripts and the packed checkout as they are now, for all machines of a job of days. Not in /tmp: many
+# systems delete there what nobody read for days.
+freeze() {
+  local cache=${XDG_CACHE_HOME:-${HOME-}/.cache}/ckl_jax
+  mkdir -p "$cache" && frozen=$(mktemp -d "$cache/supervise.XXXXXX") || return
+  pack "$frozen" && cp -R "$here" "$frozen/scripts" || return
+  scripts=$frozen/scripts
+  export CKL_PACKED=$frozen/ckl_jax.tar.gz
+}
+
+if [[ ! $dry_run ]] && ! freeze; then fail 2 "the files of this checkout cannot be kept for the job"; fi
+if [[ $compile ]]; then check_fits "$@"; fi
 
 state=$(state_of ABSENT)
 if [[ $state == UNKNOWN ]]; then fail 5 "no answer from gcloud; is it logged in?"; fi
@@ -53,7 +69,7 @@ if [[ $state =~ ^(SUSPEND|FAILED|DELETING|PREEMPTED|TERMINATED) ]]; then
   script delete.sh || exit
 elif [[ $state != ABSENT && $adopt ]]; then
   say "taking $TPU_NAME, which is $state"
-  ours=1
+  ours=adopted
 elif [[ $state != ABSENT ]]; then
   fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
 fi
@@ -61,8 +77,7 @@ fi
 retries=0 failures=0 in_place=0 ready='' made=''
 while true; do
   code=0 at=create new=()
-  if [[ ! $ours ]]; then new=(--new); fi
-  ours=1
+  if [[ ! $ours ]]; then new=(--new) ours=1; fi
   script create.sh --keep ${new[@]+"${new[@]}"} || code=$?
   if ((code == 2)) && [[ ${new[*]-} ]]; then ours=; fi
   if ((!code)); then made=1; fi
@@ -71,27 +86,39 @@ while true; do
     script setup.sh && ready=1 || code=$?
   fi
   if ((!code)); then
-    at=run
+    at=run begun=$SECONDS
     script run.sh "$@" || code=$?
+    if ((SECONDS - begun >= STEADY_SECONDS)); then failures=0 in_place=0; fi
   fi
   if ((!code)); then exit 0; fi
-  if ((code == 2)); then fail 2 "$at: its settings or arguments cannot work; not tried again"; fi
+  if ((code == 69)) && [[ $at == run ]]; then
+    if [[ $ours != adopted ]]; then fail 2 "another command was started on $TPU_NAME meanwhile"; fi
+    ours=''
+    fail 2 "$TPU_NAME is left to the command that goes on there, and paid for until delete.sh"
+  fi
+  if ((code == 2)); then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
-  state=$(state_of ABSENT)
+  silent=''
+  while state=$(state_of ABSENT) && [[ $state == UNKNOWN ]]; do # The network here is down, say, and the command goes on.
+    silent=1
+    say "no answer from gcloud about $TPU_NAME, which may be paid for: looking again"
+    pause "$RETRY_SECONDS"
+  done
+  if [[ $silent ]] && ! is_dead "$state"; then continue; fi
   if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
+  retries=$((retries + 1))
   if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
     failures=$((failures + 1))
     say "$at failed with $code, failure $failures of $MAX_FAILURES"
     if ((failures >= MAX_FAILURES)); then exit 4; fi
   else
-    retries=$((retries + 1))
     say "$at was interrupted ($code, $TPU_NAME is $state), retry $retries of $MAX_RETRIES"
-    if ((retries > MAX_RETRIES)); then exit 5; fi
   fi
+  if ((retries > MAX_RETRIES)); then exit 5; fi
   # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
   in_place=$((in_place + 1))
-  if [[ $state != UNKNOWN ]] && { [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); }; then
+  if [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); then
     script delete.sh || exit 7
     ours='' ready='' in_place=0
   fi

@@ -122,7 +122,7 @@ def run(
     """Parses the process's arguments and runs ``main``; what stops it is one line and an exit code.
 
     2: a ConfigError. 3: a loss or parameter is not finite. 75: stopped by SIGTERM, to go on with the same command. 1: a
-    file cannot be written or read.
+    file cannot be written or read, or a device does not start.
 
     Args:
       joins_hosts: become one of several processes where the environment says so (``hosts.start``).

@@ -26,6 +26,7 @@ from ckl_jax.errors import ConfigError, require
 from ckl_jax.runtime import xla_cpu
 
 DEVICES, THREADS, CACHE = "JAX_NUM_CPU_DEVICES", "NPROC", "JAX_COMPILATION_CACHE_DIR"
+UNKNOWN = "is not in the list of known backends"  # What JAX says of a platform that it has no code for.
 FORCED = "--xla_force_host_platform_device_count"
 READ_BY = {"jax": ("JAX_",), "matplotlib": ("MATPLOTLIBRC", "MPLCONFIGDIR", "TMPDIR", "XDG_CONFIG_HOME")}
 OTHERWISE = "with other values a seed gives other numbers, or none"
@@ -99,13 +100,20 @@ def require_same_numbers() -> None:
 
 
 def require_devices() -> None:
-    """Starts JAX's devices. Raises ConfigError where there are none as asked for, or processes have unequal numbers."""
+    """Starts JAX's devices.
+
+    Raises:
+      ConfigError: JAX_PLATFORMS names what is not here, or processes have unequal numbers of devices.
+      OSError: a device did not start. It may later: another process may hold it still.
+    """
     import jax
 
     try:
         counts = collections.Counter(device.process_index for device in jax.devices())
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split()) or "none of that kind is here"
+        if isinstance(error, RuntimeError) and UNKNOWN not in said:
+            raise OSError(f"a device does not start ({said})") from error
         raise ConfigError(
             f"JAX_PLATFORMS: got {os.environ.get('JAX_PLATFORMS', '')!r}, allowed is a platform with a device ({said})"
         ) from error
