@@ -1025,7 +1025,7 @@ def test_delete_looks_for_the_machine_too(cloud):
 def test_delete_does_not_call_a_machine_gone_that_it_could_not_see(cloud):
     cloud.plan([{"lingers": True}])
     cloud.run("create.sh")
-    says = {group: "ERROR: (gcloud) UNAVAILABLE: 503" for group in ("tpu-vm describe", "tpu-vm delete")}
+    says = dict.fromkeys(("tpu-vm describe", "tpu-vm delete"), "ERROR: (gcloud) UNAVAILABLE: 503")
     cloud.plan([{"lingers": True}], says=says)
     done = cloud.run("delete.sh")
     assert done.returncode == 7
