@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -46,7 +47,7 @@ from ckl_jax.evaluate import DRAWS, judge_cell
 from ckl_jax.fields import NonNegativeInt, PositiveInt, require_fields
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
-from experiments.common.claims import LIES_ABOVE, OVERLAP
+from experiments.common.claims import LIES_ABOVE, LIES_BELOW, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
 from experiments.common.pretraining_claims import compared, figure2_claims
@@ -134,10 +135,11 @@ def verdicts(cells: list[dict[str, Any]], scale: str, task: str = "addition") ->
             add("high at N", operands, [base], at[0], HIGH)
             add("falls at N+1", operands, [base], at[0], at[1])
             if base <= NONE_UP_TO:
-                add("almost none at N+3", operands, [base], ALMOST_NONE, at[3])
+                add("almost none at N+3", operands, [base], at[3], ALMOST_NONE, LIES_BELOW)
             if scale == "gpt2" and task == "addition" and base in PAPER[operands]:
                 for k, (mean, half) in enumerate(PAPER[operands][base]):
-                    theirs = Interval(mean / 100, (mean - half) / 100, (mean + half) / 100)
+                    bounds = Interval(mean / 100, (mean - half) / 100, (mean + half) / 100)
+                    theirs = bounds if half else share_interval(round(10 * mean), 1000)  # Theirs has no width there.
                     add(f"the paper's number at {LENGTHS[k]}", operands, [base], at[k], theirs, OVERLAP)
         low, high = bases[0], bases[-1]
         for k in BEYOND[1:] if low < high else ():
@@ -191,16 +193,18 @@ def measure(command: Figure2Command) -> Results:
     settings = {name: getattr(command, name) for name in ("problems", "seed", "extra_length")}
     described = {"command": COMMAND, "models": command.models.describe(), **settings}
     directory = RunDirectory(command.out, described)
-    directory.rewind_metrics(len(BEYOND) * len(DRAWS) * len(command.models.digits))
-    done = {(cell["checkpoint"], cell["operands"], cell["digits"]): cell for cell in directory.metrics()}
+    directory.rewind_metrics(sys.maxsize)  # Half-written lines alone: a cell stays.
+    logged = directory.metrics()
+    done = {(cell["checkpoint"], cell["operands"], cell["digits"]): cell for cell in logged}
+    steps = itertools.count(len(logged) + 1)
     cells: list[dict[str, Any]] = []
     for config in command.models.configs:
         model = command.models.load(config)
         name = fingerprint(model.params)
         for digits, operands in itertools.product((config.max_digits + k for k in BEYOND), DRAWS):
-            key, step = (name, operands, digits), len(cells) + 1
+            key = (name, operands, digits)
             if key not in done:
-                started = time.monotonic()
+                started, step = time.monotonic(), next(steps)
                 done[key] = {"step": step, "checkpoint": name, **measure_cell(command, model, operands, digits)}
                 directory.log([done[key]])
                 directory.log_seconds(step, time.monotonic() - started)

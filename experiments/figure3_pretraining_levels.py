@@ -4,10 +4,11 @@
     python -m experiments.figure3_pretraining_levels --seeds 10 --extra-digits 2       # the figure's N + 2 alone
     python -m experiments.figure3_pretraining_levels --scale gpt2                      # the paper's size, N = 7 and 9
 
-Accuracy against RL episodes under the standard KL penalty (beta 0, alpha twice that of figure 4, as section 5.2 has 10
-where section 5.3 has 5), on each round's new problems (lines) and on common test problems (points), sampled. The
-paper's text says N + 1 digits and its caption N + 2: a panel for each. A run with several seeds per N and panel lies
-under ``out``; all have the same budget, but not the same problems, since these have other lengths.
+Accuracy against RL episodes under the standard KL penalty (beta 0, alpha twice that of figure 4, as section 5.2 has
+10 where section 5.3 has 5), on each round's new problems (lines) and on common test problems (points, on the way the
+first of them), sampled. The paper's text says N + 1 digits and its caption N + 2: a panel for each. A run with
+several seeds per N and panel lies under ``out``; all have the same budget, but not the same problems, since these
+have other lengths.
 
 The models come from the cache that experiments share (``common.models``); the missing ones are trained first. A call
 that was interrupted goes on with the same command; ``--plot-only`` draws again from results.json. Targets that a
@@ -19,7 +20,7 @@ else *undecided* (all of 95%):
 
 - starts higher: the share of test problems solved before RL, with Wilson's interval over problems.
 - ends higher: the accuracy after the last round, with Student's interval over seeds. Whether the curves have levelled
-  off by then is not decided; the change between the last two tests stands beside it.
+  off by then is not decided; the change between the last two tests stands beside it, if both had the same problems.
 
 The paper's sizes (N = 7 to 13, 85M parameters) make its curves' heights not comparable at other scales.
 """
@@ -121,16 +122,18 @@ def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[
     found = arms_lib.summarize(run, [ARM], {})
     values = found.pop("arms")[ARM]
     target = np.array(values["learning_curve"])
-    problems = next(record["test_problems"] for record in records if record["step"] == 0)
+    problems = {record["step"]: record["test_problems"] for record in records if "test_problems" in record}
+    *_, earlier, last = sorted(problems)
+    change = mean_interval(target[:, -1] - target[:, -2]).within(-1, 1)
     return found | {
         "max_pretrain_digits": base,
         "extra_digits": config.extra_digits,
         "digits": digits,
         **{name: values[name] for name in ("learning_curve", "old_curve", "collect_success", "kl", "old_after")},
-        "before": share_interval(round(target[0, 0] * problems), problems),
+        "before": share_interval(round(target[0, 0] * problems[0]), problems[0]),
         "after": values["target_after"],
         "gain": values["target_gain"],
-        "last_change": mean_interval(target[:, -1] - target[:, -2]).within(-1, 1),
+        "last_change": change if problems[earlier] == problems[last] else Interval(*[float("nan")] * 3),
         "old_before": values["old_curve"][0][0],
     }
 

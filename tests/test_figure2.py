@@ -2,14 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import made_runs
 import numpy as np
 import pytest
-from policies import SCRIPT_MODEL, scripted_policy
+from policies import SCRIPT_MODEL, policy, scripted_policy
 
 from ckl_jax.analysis.statistics import share_interval
-from ckl_jax.checkpoint.store import Model
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
@@ -86,6 +87,15 @@ def test_the_papers_numbers_are_compared_at_its_own_size_and_n_alone():
     assert {tuple(row["max_pretrain_digits"]) for row in none_left} == {(7,), (8,)}
 
 
+def test_a_number_that_the_paper_rounds_to_all_or_none_is_no_exact_one():
+    cells = made_cells({7: (999, 690, 1, 1)})
+    for place in ("N", "N+2", "N+3"):
+        assert said(cells, f"the paper's number at {place}", 7, scale="gpt2") == "reproduced"
+    far = made_cells({7: (960, 690, 30, 30)})
+    for place in ("N", "N+2", "N+3"):
+        assert said(far, f"the paper's number at {place}", 7, scale="gpt2") == "not reproduced"
+
+
 @pytest.fixture
 def command(tmp_path, small_model):
     model = dataclasses.replace(small_model, num_layers=1, block_size=350)
@@ -128,6 +138,21 @@ def test_all_cells_are_there_once_and_those_that_were_done_are_kept(finished):
     assert len({cell["checkpoint"] for cell in cells}) == 2
     assert results["wall_seconds"] > 0
     assert {"device", "config", "paper", "verdicts"} <= results.keys()
+
+
+def test_models_that_were_trained_again_are_measured_beside_the_earlier_ones(finished, command, monkeypatch):
+    def other(config, run, data_dir, progress):
+        save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits + 10)), {})
+
+    shutil.rmtree(command.models.pretrained)
+    monkeypatch.setattr(models, "pretrain", other)
+    for _ in range(2):
+        figure2.main(command)
+    again = json.loads((command.out / "results.json").read_text())
+    theirs, ours = ({cell["checkpoint"] for cell in results["cells"]} for results in (finished[2], again))
+    assert not theirs & ours
+    steps = [json.loads(line)["step"] for line in (command.out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 2 * len(again["cells"]) + 1))
 
 
 def test_a_cell_has_its_interval_or_says_why_not(finished):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import made_runs
+import numpy as np
 import pytest
 
 from ckl_jax import finetune as finetune_lib
@@ -42,6 +43,22 @@ def test_the_summary_of_a_run():
     assert found["gain"][0] == pytest.approx(0.6)
     assert found["last_change"][0] == pytest.approx(0.2)
     assert (found["old_before"], found["old_after"][0]) == (0.9, pytest.approx(0.9))
+
+
+def test_the_last_change_is_one_of_the_same_problems_or_none():
+    made = records(10, (60, 80))
+    for record in made:
+        if record["step"] == 2 and "test_problems" in record:
+            record["test_problems"] = 1000
+    config = dataclasses.replace(finetune_preset("tiny", "ours"), extra_digits=2)
+    found = figure3.summarize(config, 3, 2, made)
+    assert np.isnan(found["last_change"]).all()
+    assert found["gain"][0] == pytest.approx(0.6)
+
+
+def test_seeds_that_all_end_alike_decide_nothing():
+    one, other = run(3, 1, 0, (0, 0)), run(4, 1, 0, (20, 20))
+    assert said(one, other)["larger N ends higher on N+1"] == ([4, 3], "undecided")
 
 
 def said(*runs):

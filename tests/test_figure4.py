@@ -79,6 +79,14 @@ def test_plot_only_draws_again_and_trains_nothing(finished, capsys):
     assert "paired" in capsys.readouterr().out
 
 
+def test_a_call_that_computes_nothing_keeps_the_device_that_did(finished, monkeypatch):
+    """Else a run of a GPU that is drawn again on a laptop would be the laptop's."""
+    before = json.loads((finished / "out" / "results.json").read_text())
+    monkeypatch.setattr("experiments.common.figure.machine", lambda: {"device": "another", "platform": "other"})
+    figure4.main(command(finished))
+    assert json.loads((finished / "out" / "results.json").read_text()) == before
+
+
 def test_a_second_call_with_another_seed_count_is_refused(finished):
     with pytest.raises(ConfigError, match="seeds"):
         figure4.main(command(finished, "--seeds", "3"))

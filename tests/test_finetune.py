@@ -569,6 +569,16 @@ def test_a_run_logs_every_round_and_test_of_every_arm_and_saves_its_policies(uni
         assert optax.tree.norm(jax.tree.map(jnp.subtract, one.params, other.params)) > 1e-3
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_records(uninterrupted, model, tmp_path):
+    """All that ships as a result is such a run, and so is one whose space on the disk was needed."""
+    path, _, _ = uninterrupted
+    shutil.copytree(path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match=r"^out: .* has records up to step 4 and no checkpoint to go on from"):
+        _run(CONFIG, model, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
 def test_all_arms_of_a_seed_get_the_same_problems_and_each_round_new_ones(uninterrupted):
     _, _, drawn = uninterrupted
     assert len(drawn) == 2

@@ -402,6 +402,15 @@ def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, mo
     assert {file: file.read_bytes() for file in files} == files
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_records(config, data_dir, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match=r"^out: .* has records up to step 24 and no checkpoint to go on from"):
+        _run(config, tmp_path / "run", data_dir)
+    for name in ("metrics.jsonl", "model.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (uninterrupted[0] / name).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["model.json", "params.sha256.json"])
 def test_a_finished_run_saves_a_model_that_is_missing_or_another_ones(config, data_dir, uninterrupted, tmp_path, name):
     path, expected, _ = uninterrupted

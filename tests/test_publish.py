@@ -92,3 +92,8 @@ def test_a_table_is_markdown():
 def test_one_is_no_plural_in_a_title(number, said):
     assert plots.counted(number, "seed") == said
     assert said in plots.spread(number)
+
+
+def test_every_arm_of_a_picture_has_its_own_color():
+    names = ["standard", "prioritized", *(f"arm {index}" for index in range(30))]
+    assert len(set(plots.colors_of(names).values())) == len(names)

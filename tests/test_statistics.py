@@ -27,6 +27,8 @@ NAN = float("nan")
         (-0.1, 0.0, 0.0, "undecided"),
         (-0.2, -0.01, 0.0, "below"),
         (NAN, NAN, 0.0, "undecided"),
+        (0.1, 0.1, 0.0, "undecided"),
+        (0.1, 0.1, (0.5, 0.4, 0.6), "undecided"),
         (0.6, 0.8, 0.5, "above"),
         (0.2, 0.4, 0.5, "below"),
         (0.6, 0.8, Interval(0.4, 0.3, 0.5), "above"),
@@ -79,7 +81,7 @@ def test_the_interval_of_a_mean_is_students(count):
         # Two: p = 1 - t / sqrt(2 + t^2); here t = 2 sqrt(3).
         ((1, 2, 3), 0.0741799),
         ((-1, 1), 1),
-        ((0.5, 0.5, 0.5), 0),
+        ((0.5, 0.5, 0.5), NAN),
         ((0, 0, 0), 1),
         ((0.5,), NAN),
         ((), NAN),

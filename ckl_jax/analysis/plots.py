@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
@@ -87,8 +87,9 @@ def points(
 
 
 def colors_of(arms: Iterable[str]) -> dict[str, str]:
-    """A color for every arm: its own in ``COLORS``, or the next of ``OTHERS``, again from the first after the last."""
-    others = itertools.cycle(OTHERS)
+    """A color for every arm: its own in ``COLORS``, or the next of ``OTHERS``; after the last these again, darker."""
+    turns = (np.array([to_rgb(color) for color in OTHERS]) * 0.6**turn for turn in itertools.count())
+    others = (to_hex(color) for turn in turns for color in turn)
     return {arm: COLORS.get(arm) or next(others) for arm in arms}
 
 

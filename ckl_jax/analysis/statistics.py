@@ -22,8 +22,13 @@ class Interval(NamedTuple):
     high: float
 
     def side(self, than: float | Sequence[float] = 0.0) -> Side:
-        """Whether all of it lies above or below a number or another interval."""
+        """Whether all of it lies above or below a number or another interval.
+
+        Values that are all the same, whose interval has no width, decide nothing.
+        """
         _, low, high = than if isinstance(than, Sequence) else (than, than, than)
+        if self.low == self.high:
+            return "undecided"
         return "above" if self.low > high else "below" if self.high < low else "undecided"
 
     def within(self, least: float, most: float) -> Interval:
@@ -71,7 +76,7 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def paired_p(differences: np.ndarray) -> float:
     """Two-sided p-value of Student's t test that the mean of ``differences`` [n] over seeds is 0.
 
-    NaN for less than two; differences that are all the same have 0, or 1 if they are 0.
+    NaN for less than two, and for differences that are all the same; 1 if these are 0.
     """
     differences = np.asarray(differences, np.float64)
     count = len(differences)
@@ -79,7 +84,7 @@ def paired_p(differences: np.ndarray) -> float:
         return float("nan")
     mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(count)
     if error == 0:
-        return float(mean == 0)
+        return 1.0 if mean == 0 else float("nan")
     return float(2 * special.stdtr(count - 1, -abs(mean / error)))
 
 

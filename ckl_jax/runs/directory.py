@@ -109,6 +109,18 @@ class RunDirectory:
         self.record_config()
         return again
 
+    def require_unbegun(self) -> None:
+        """Where no checkpoint is left: raises a ConfigError if the run had come beyond its first one.
+
+        Its records would all be dropped, and what they took be paid for again.
+        """
+        steps = {record["step"] for record in hosts.of_first(lambda: _logged(self.metrics_path))}
+        if len(steps) > 1:
+            raise ConfigError(
+                f"out: {self.path} has records up to step {max(steps)} and no checkpoint to go on from; "
+                "allowed is a directory with its checkpoints, or another one"
+            )
+
     def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
         metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))
         kept, samples = ([record for record in found if record["step"] <= step] for found in (metrics, samples))

@@ -22,7 +22,7 @@ from ckl_jax.finetune import certainty_model, describe
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import MOST_SEEDS, Arms, Seeds
 from ckl_jax.runs.logs import LogOptions
-from ckl_jax.runs.records import by_run, earlier_results, machine, read_json, read_metrics
+from ckl_jax.runs.records import by_run, earlier_results, read_json, read_metrics
 from ckl_jax.runtime import reading
 from ckl_jax.tasks.catalog import TaskName
 from ckl_jax.tasks.columns import ADDITION
@@ -143,9 +143,10 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
         return _finished(command, name, model)
     other = certainty_model(command)
     config = {"command": name, **describe(command, model, other), **described}
-    settings = command.config, model, arms, command.seeds, command.logs
+    settings, earlier = (command.config, model, arms, command.seeds, command.logs), earlier_results(command.out, name)
     directory = finetune.run(command.out, config, *settings, certainty_from=other)
-    made = {**machine(), "wall_seconds": directory.seconds()}
+    seconds = directory.seconds()
+    made = {**figure.made_on(earlier, seconds), "wall_seconds": seconds}
     digits = model.max_pretrain_digits + command.config.extra_digits
     return Run(config, directory.metrics(), made, digits, model.task)
 

@@ -15,6 +15,8 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 NOT_COMPARABLE: Verdict = "not comparable at this size"
 LIES_ABOVE: dict[Side, Verdict] = {"above": "reproduced", "below": "not reproduced", "undecided": "undecided"}
 """The claim that an interval lies above a number, or another interval."""
+LIES_BELOW: dict[Side, Verdict] = {"above": "not reproduced", "below": "reproduced", "undecided": "undecided"}
+"""The claim that it lies below."""
 OVERLAP: dict[Side, Verdict] = {"above": "not reproduced", "below": "not reproduced", "undecided": "reproduced"}
 """The claim that two intervals are of the same number."""
 HOLDS: dict[Side, str] = {"above": "holds", "below": "fails", "undecided": "undecided"}

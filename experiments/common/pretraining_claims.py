@@ -20,7 +20,7 @@ PAPER = {
 RULES = {
     "high at N": "the accuracy at N lies above 90%",
     "falls at N+1": "the accuracy at N lies above that at N + 1",
-    "almost none at N+3": "1% lies above the accuracy at N + 3",
+    "almost none at N+3": "the accuracy at N + 3 lies below 1%",
     "larger N better": "the accuracy of the largest N lies above that of the smallest",
     "the paper's number": "our interval and the paper's overlap, else not reproduced",
     "larger N starts higher": "the share solved before RL by the largest N lies above that by the smallest",
@@ -50,7 +50,7 @@ def _claim(row: dict[str, Any]) -> Claim:
     fits = row["verdict"] != "does not fit"
     one, other = row["intervals"]
     here = f"{percent(one)}% against {percent(other)}%" if fits else "an answer does not fit the model's block"
-    rest = "" if kind == "the paper's number" else "; not reproduced if it lies below, else undecided"
+    rest = "" if kind == "the paper's number" else "; not reproduced if it lies on the other side, else undecided"
     return Claim(
         f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths})",
         PAPER[kind],
