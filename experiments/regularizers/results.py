@@ -192,4 +192,7 @@ def _draw_confirmation(curves: Axes, differences: Axes, frontier: Axes, results:
         )
     frontier.set(xlabel="exact KL to the pre-trained model, last round (nats a token)", ylabel="accuracy after RL (%)")
     frontier.set_xscale("log")
+    low, high = frontier.get_xlim()
+    if high < 30 * low:  # Else labels in scientific notation lie on each other.
+        plots.plain_ticks(frontier.xaxis)
     curves.legend(fontsize=9, loc="upper left", ncols=2)
