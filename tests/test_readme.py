@@ -439,6 +439,28 @@ def test_the_second_look_at_the_oracles_from_n7_is_what_was_published():
     assert all((np.concatenate(differences("prioritized", "standard")) > 0).tolist())
 
 
+def test_the_arms_from_n6_are_what_was_published():
+    """By the rule of tries.md: prioritized against standard over ten seeds, with 97.5% as it is the second look."""
+    first, second = ladder_results("oracles_N6")["confirmation"], ladder_results("figure4_N6")
+    assert first["seeds"] + second["seeds"] == list(range(10, 20))
+    for found, seeds in ((first, "10 to 14"), (second, "15 to 19")):
+        for arm, values in found["arms"].items():
+            (row,) = [
+                line
+                for line in EXPERIMENTS.splitlines()
+                if line.startswith("| from N6: ") and f"({arm}) | {seeds} |" in line
+            ]
+            pair = "" if arm == "standard" else percent(comparison.pair(found, arm, "standard")["target"], "+")
+            kl = f"{np.array(values['kl'])[:, -1].mean():.3f}"
+            told = [percent(values["target_after"]), pair, percent(values["old_after"]), kl]
+            assert row.endswith(f"| {' | '.join(told)} |")
+    pairs = [comparison.pair(found, "prioritized", "standard")["differences"] for found in (first, second)]
+    interval = mean_interval(np.concatenate(pairs), 0.975)
+    assert interval.side() == "undecided"
+    for text in (README, EXPERIMENTS):
+        assert f"{percent(interval, '+')} (97.5%, " in " ".join(text.split())
+
+
 def test_figure_3_from_the_ladder_is_what_was_published():
     for name in ("figure3", "figure3_plus2"):
         for run in ladder_results(name)["runs"]:
