@@ -99,9 +99,10 @@ def finetune(
     to ``<arm>/seed_<k>/`` as checkpoints like the pre-trained one.
 
     Raises:
+      ConfigError: a run that had begun has no checkpoint left.
       PreemptedError: SIGTERM came, and the rounds up to the next test are done and saved.
       NotFiniteError: a metric or parameter is not finite; nothing of those rounds is logged or saved.
-      OSError: a file cannot be written. All three leave what was saved before.
+      OSError: a file cannot be written. All four leave what was saved before.
     """
     setup = set_up(config, model, arms, seeds, certainty_from)
     program, runs = setup.program, setup.runs

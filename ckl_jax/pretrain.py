@@ -46,9 +46,10 @@ def pretrain(
     """Trains to the last step, with checkpoints on the way, and saves the model into the run's directory.
 
     Raises:
+      ConfigError: a run that had begun has no checkpoint left.
       PreemptedError: SIGTERM came, and the steps so far are saved.
       NotFiniteError: a loss or parameter is not finite; nothing since the last checkpoint is logged or saved.
-      OSError: a file cannot be written. All three leave what was saved before.
+      OSError: a file cannot be written. All four leave what was saved before.
     """
     run, task = f"seed {config.seed}", task_named(config.task)
     mesh = make_mesh(config)
