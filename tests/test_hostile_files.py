@@ -227,7 +227,7 @@ def test_what_another_command_wrote_is_read_whole_or_refused_in_one_line(reader,
     module, options, names = READERS[reader]
     name, directory = f"experiments.{module}", tmp_path / "earlier"
     published = {"figure7": "figure4", "regularizers": "regularizers", "report": "reproduce"}[reader]
-    shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg", "kl_cov"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plots, "save", _go_on)
     for ends, function in (("regularizers", "run_stage"), ("reproduce", "write_report")):
