@@ -459,6 +459,17 @@ def test_the_arms_from_n6_are_what_was_published():
     assert interval.side() == "undecided"
     for text in (README, EXPERIMENTS):
         assert f"{percent(interval, '+')} (97.5%, " in " ".join(text.split())
+    slower = ladder_results("slower_N6")
+    pair = comparison.pair(slower, "prioritized", "standard")
+    assert slower["seeds"] == list(range(20, 25))
+    assert min(pair["differences"]) > 0
+    assert f"{paired_p(np.array(pair['differences'])):.3f}" == "0.014"
+    for arm, told in (("standard", ""), ("prioritized", f"**{percent(pair['target'], '+')}**")):
+        values = slower["arms"][arm]
+        row = published_row(f"| {arm}, seeds 20 to 24 |")
+        cells = [percent(values["target_after"]), told, percent(values["old_after"])]
+        assert row.replace("| |", "|  |").endswith(f"| {' | '.join(cells)} |")
+    assert percent(pair["target"], "+") in README
 
 
 def test_figure_3_from_the_ladder_is_what_was_published():
