@@ -20,10 +20,14 @@ def require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name}: got {_shown(value)}, allowed is {allowed}")
 
 
-def require_word(value: Any, name: str, words: Iterable[str]) -> None:
-    """Raises a ConfigError that names the field, its value and all words, unless it is one of them."""
+def require_word(value: Any, name: str, words: Iterable[str], beside: str = "") -> None:
+    """Raises a ConfigError that names the field, its value and all words, unless it is one of them.
+
+    Args:
+      beside: what else is allowed, to be told after the words; the caller has seen that it is none of that.
+    """
     words = tuple(words)
-    require(isinstance(value, str) and value in words, name, value, " | ".join(words))
+    require(isinstance(value, str) and value in words, name, value, " | ".join(words) + beside)
 
 
 def _shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from ckl_jax.errors import require
+from ckl_jax.errors import require, require_word
 
 _FLOAT32 = np.finfo(np.float32)
 _KINDS: dict[Any, tuple[Any, str]] = {
@@ -97,7 +97,7 @@ def _require(name: str, value: Any, kind: Any, limits: AtLeast | None = None, no
     elif origin is Annotated:
         _require(name, value, arguments[0], bound(kind), none)
     elif origin is Literal:
-        require(isinstance(value, str) and value in arguments, name, value, " | ".join(arguments) + none)
+        require_word(value, name, arguments, beside=none)
     elif origin is tuple:
         require(isinstance(value, tuple), name, value, "a tuple" + none)
         for item in value:

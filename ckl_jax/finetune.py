@@ -106,9 +106,7 @@ def finetune(
     """
     setup = set_up(config, model, arms, seeds, certainty_from)
     program, runs = setup.program, setup.runs
-    restored = directory.checkpoints.restore_latest(setup.states)
-    if restored is None:
-        directory.require_unbegun()
+    restored = directory.restore(setup.states)
     done, states = restored or (0, setup.create.run())
     logbook = Logbook(program, runs, directory, progress, done)
     again = directory.rewind_metrics(

@@ -56,10 +56,7 @@ def pretrain(
     stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir, task=config.task)
     stream = sharding.put(stream, sharding.everywhere(mesh))
     shapes, create = planned_state(config, mesh)
-    restored = directory.checkpoints.restore_latest(shapes)
-    if restored is None:
-        directory.require_unbegun()
-    done, state = restored or (0, create.run())
+    done, state = directory.restore(shapes) or (0, create.run())
     history = [jax.tree.map(np.float32, metrics) for metrics in directory.checkpoints.restore_history(done) or []]
     logged = done - len(history)
     directory.rewind_metrics(done, logged or None)

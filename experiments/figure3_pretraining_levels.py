@@ -124,7 +124,7 @@ def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[
     target = np.array(values["learning_curve"])
     problems = {record["step"]: record["test_problems"] for record in records if "test_problems" in record}
     *_, earlier, last = sorted(problems)
-    change = mean_interval(target[:, -1] - target[:, -2]).within(-1, 1)
+    changes = target[:, -1] - target[:, -2] if problems[earlier] == problems[last] else np.array([])
     return found | {
         "max_pretrain_digits": base,
         "extra_digits": config.extra_digits,
@@ -133,7 +133,7 @@ def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[
         "before": share_interval(round(target[0, 0] * problems[0]), problems[0]),
         "after": values["target_after"],
         "gain": values["target_gain"],
-        "last_change": change if problems[earlier] == problems[last] else Interval(*[float("nan")] * 3),
+        "last_change": mean_interval(changes).within(-1, 1),
         "old_before": values["old_curve"][0][0],
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckl_jax.config import ModelConfig
-from ckl_jax.errors import ConfigError, is_integer, require
+from ckl_jax.errors import ConfigError, is_integer, require, require_word
 from ckl_jax.model import LAYER_NORM_EPSILON
 
 ACTIVATIONS = {
@@ -88,8 +88,7 @@ def model_config(found: dict[str, Any], *, is_linear: bool, biased: bool, activa
 def _activation(found: Mapping[str, Any], is_linear: bool, given: str | None) -> Any:
     if "activation_function" in found:
         named = found["activation_function"]
-        known = isinstance(named, str) and named in ACTIVATIONS
-        require(known, "config.json activation_function", named, " | ".join(ACTIVATIONS))
+        require_word(named, "config.json activation_function", ACTIVATIONS)
         said = ACTIVATIONS[named]
         require(given in (None, said), "activation", given, f"{said}, by config.json's activation_function {named}")
         return said

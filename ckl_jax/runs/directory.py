@@ -90,6 +90,24 @@ class RunDirectory:
         """Writes this call's config, of which speed or end may be others than those of the run so far."""
         write_json(self.path / "config.json", self._config)
 
+    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """The newest checkpoint, as ``StateCheckpoints.restore_latest``; None for a run that has yet to come to one.
+
+        Raises:
+          ConfigError: also where the run had come beyond its first checkpoint and none is left. Its records would all
+            be dropped, and what they took be paid for again.
+        """
+        restored = self.checkpoints.restore_latest(abstract_state)
+        if restored is not None:
+            return restored
+        steps = {record["step"] for record in hosts.of_first(lambda: _logged(self.metrics_path))}
+        if len(steps) > 1:
+            raise ConfigError(
+                f"out: {self.path} has records up to step {max(steps)} and no checkpoint to go on from; "
+                "allowed is a directory with its checkpoints, or another one"
+            )
+        return None
+
     def rewind_metrics(self, step: int, recorded: int | None = None, tested: int | None = None) -> bool:
         """Drops metrics and samples after ``step`` (they will be computed again) and half-written last lines.
 
@@ -108,18 +126,6 @@ class RunDirectory:
         again = hosts.of_first(lambda: self._rewind(step, recorded, tested))
         self.record_config()
         return again
-
-    def require_unbegun(self) -> None:
-        """Where no checkpoint is left: raises a ConfigError if the run had come beyond its first one.
-
-        Its records would all be dropped, and what they took be paid for again.
-        """
-        steps = {record["step"] for record in hosts.of_first(lambda: _logged(self.metrics_path))}
-        if len(steps) > 1:
-            raise ConfigError(
-                f"out: {self.path} has records up to step {max(steps)} and no checkpoint to go on from; "
-                "allowed is a directory with its checkpoints, or another one"
-            )
 
     def _rewind(self, step: int, recorded: int | None, tested: int | None) -> bool:
         metrics, samples, seconds = map(_logged, (self.metrics_path, self.samples_path, self._seconds_path))

@@ -143,7 +143,8 @@ def run_arms(command: ArmsCommand, name: str, arms: Arms, **described: Any) -> R
         return _finished(command, name, model)
     other = certainty_model(command)
     config = {"command": name, **describe(command, model, other), **described}
-    settings, earlier = (command.config, model, arms, command.seeds, command.logs), earlier_results(command.out, name)
+    settings = command.config, model, arms, command.seeds, command.logs
+    earlier = earlier_results(command.out, name)
     directory = finetune.run(command.out, config, *settings, certainty_from=other)
     seconds = directory.seconds()
     made = {**figure.made_on(earlier, seconds), "wall_seconds": seconds}
