@@ -1,11 +1,11 @@
 """Prioritized KL for RL fine-tuning of language models, in JAX (arXiv 2502.06533).
 
-A KL penalty holds a policy as firmly at every token. Here the KL of a token is weighted by J(s)^beta, where J is how
+A KL penalty holds a policy equally firmly at every token. Here a token's KL is weighted by J(s)^beta, where J is how
 sure the frozen pre-trained model is of its next token: firm where it is sure, loose where it is not.
 
 Nothing is imported with the package; take the modules that you need.
 
-**For whom is what?**
+**Where to start?**
 
 - **The loss in a trainer of your own.** `ckl_jax.certainty.certainty` and `ckl_jax.losses.prioritized_kl` take plain
   arrays of any vocabulary and batch layout; `ckl_jax.token_weights` has the controls and the weights of other works. On
