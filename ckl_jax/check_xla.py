@@ -180,7 +180,7 @@ class CheckXlaCommand:
     stages: tuple[Stage, ...] = get_args(Stage)
     """Programs to compare. The rounds are named by their algorithm, or by `transitions` and `vmapped` (two runs)."""
     episodes: Annotated[int, AtLeast(16)] = 128
-    """Answers of a rollout, a test, or a round."""
+    """Answers of a rollout, a test, or a round (4 of transitions)."""
     quick: bool = False
     """The same widths, but a model of one layer and short texts."""
 

@@ -77,6 +77,10 @@ class ConvertCommand:
             local = value is None or not in_bucket(resolved(value, name))
             require(local, name, str(value), "a path of this machine" + ("" if name == "out" else " or owner/name"))
         require_directory(self.out, "out")
+        for name in ("vocabulary", "tokenizer", "activation", "task", "digits"):
+            value, default = getattr(self, name), getattr(ConvertCommand, name)
+            unread = f"{default} with --to transformers, which takes our checkpoint as it is"
+            require(self.to == "ours" or value == default, name, value, unread)
         other = resolved(self.out, "out") != resolved(self.source, "source")
         require(other, "out", str(self.out), "another than source")
 

@@ -39,7 +39,7 @@ import tyro
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, identity, load_model, save_model
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.errors import ConfigError
+from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Arms, Run, Seeds, make_mesh, make_program, make_runs
@@ -161,6 +161,8 @@ class FinetuneCommand:
 
     def __post_init__(self) -> None:
         require_fields(self)
+        other, unread = self.certainty_checkpoint, "none where no token's KL depends on it (beta, kl_weights)"
+        require(other is None or self.config.reads_certainty, "certainty_checkpoint", str(other), unread)
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:

@@ -46,7 +46,7 @@ _SPEED: dict[str, dict[str, Any]] = {
     "tiny": _TINY_SPEED,
     "ladder": _TINY_SPEED,
     "small": {"runs_at_once": 4},
-    "gpt2": {"rollout_batch": 16, "episode_batch": 4},  # What fits a chip of 16 GiB, by `ckl_jax.preflight`.
+    "gpt2": {"rollout_batch": 16, "episode_batch": 2},  # What fits a chip of 16 GiB, by `ckl_jax.preflight`.
 }
 _LOW: dict[str, Any] = {"dtype": "bfloat16", "precision": "default"}
 """Pre-training's arithmetic where it is meant for accelerators: six times fewer passes there than in float32."""

@@ -73,6 +73,7 @@ class ControlsCommand(arms_lib.ArmsCommand):
         config = self.config
         require(config.beta > 0, "beta", config.beta, "above 0")
         require(config.kl_coefficient > 0, "kl_coefficient", config.kl_coefficient, "above 0, the arm no_kl has 0")
+        require(config.kl_target is None, "kl_target", config.kl_target, "None, as the arm no_kl has no coefficient")
         prioritized = config.kl_weights == "prioritized"
         require(prioritized, "kl_weights", config.kl_weights, "prioritized, the other arms have the others")
         shares = len({f"{share:g}" for share in self.grid if 0 < share < 1}) == len(self.grid)

@@ -47,6 +47,7 @@ from ckl_jax.evaluate import DRAWS, judge_cell
 from ckl_jax.fields import NonNegativeInt, PositiveInt, require_fields
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
+from ckl_jax.tasks.catalog import TaskName
 from experiments.common.claims import LIES_ABOVE, LIES_BELOW, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
@@ -94,8 +95,9 @@ class Figure2Command:
         require(beyond <= tasks.MAX_DIGITS, "digits", self.models.digits, f"up to {tasks.MAX_DIGITS - max(BEYOND)}")
 
 
-def preset(scale: str = "tiny") -> Figure2Command:
-    return Figure2Command(models_preset(scale), extra_length=tasks.EXTRA_LENGTH if scale == "tiny" else 40)
+def preset(scale: str = "tiny", pretrain_task: TaskName = "addition") -> Figure2Command:
+    extra_length = tasks.EXTRA_LENGTH if scale == "tiny" else 40
+    return Figure2Command(models_preset(scale, pretrain_task), extra_length=extra_length)
 
 
 def measure_cell(command: Figure2Command, model: Model, operands: str, digits: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from ckl_jax.rl.program import Seeds, make_program, make_runs
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.catalog import task_named
+from ckl_jax.tasks.catalog import TaskName, task_named
 from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish
@@ -73,7 +73,7 @@ class Figure3Command:
 
     models: Annotated[Models, tyro.conf.arg(name="")] = field(default_factory=Models)
     finetune: FinetuneConfig = field(default_factory=lambda: standard_kl("tiny"))
-    """Its extra_digits is replaced by each of extra_digits."""
+    """Its extra_digits is not given, as it is each of extra_digits."""
     extra_digits: tuple[int, ...] = (1, 2)
     """Target lengths beyond N, a panel each."""
     out: pathlib.Path = pathlib.Path("runs/figure3")
@@ -89,6 +89,8 @@ class Figure3Command:
         require(possible, "extra_digits", self.extra_digits, "1, 2, or 1 2")
         scale = self.models.scale
         require(self.finetune.scale == scale, "finetune.scale", self.finetune.scale, f"scale = {scale}")
+        ungiven, given = FinetuneConfig.extra_digits, self.finetune.extra_digits
+        require(given == ungiven, "finetune.extra_digits", given, f"none ({ungiven}): extra_digits has the targets")
         require(self.finetune.beta == 0, "finetune.beta", self.finetune.beta, "0, the standard KL penalty")
         alpha = self.finetune.kl_coefficient
         require(alpha > 0, "finetune.kl_coefficient", alpha, "above 0")
@@ -111,8 +113,8 @@ class Figure3Command:
         make_runs(self.target(extra), {ARM: {}}, self.seeds)
 
 
-def preset(scale: str = "tiny", recipe: str = "ours") -> Figure3Command:
-    return Figure3Command(models_preset(scale), standard_kl(scale, recipe))
+def preset(scale: str = "tiny", finetune_recipe: str = "ours", pretrain_task: TaskName = "addition") -> Figure3Command:
+    return Figure3Command(models_preset(scale, pretrain_task), standard_kl(scale, finetune_recipe))
 
 
 def summarize(config: FinetuneConfig, base: int, seeds: int, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -494,6 +494,7 @@ def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
         ({"kl_target": 0.0}, "kl_target"),
         ({"kl_target": 0.1, "kl_gain": 5.0}, "kl_gain"),
         ({"kl_target": 0.1, "kl_coefficient": 0.0}, "kl_coefficient"),
+        ({"kl_weights": "inverted", "beta": 0.0}, "beta"),
         ({"clip": 0.0}, "clip"),
         ({"clip_by": "entropy"}, "clip_by"),
         ({"clip_by": "entropy", "algorithm": "rloo", "group_size": 2}, "clip_by"),

@@ -1,8 +1,11 @@
 """Command lines: help names every field, and bad input ends as one line that says what is allowed."""
 
+import contextlib
 import dataclasses
+import inspect
 import re
 import sys
+import typing
 
 import pytest
 from hostile import TYPES, command_of
@@ -13,8 +16,10 @@ from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.fields import Chapter, bound, kinds
+from ckl_jax.presets import pretrain_preset
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.options import is_unnamed
+from experiments import figure3_pretraining_levels
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
 FINETUNE = (finetune.main, finetune.FinetuneCommand, finetune.preset)
@@ -78,6 +83,10 @@ def _error(capsys, monkeypatch, command, arguments):
         (FINETUNE, "--test-every 3", ["test_every: got 3", "divisor of rounds = 14"]),
         (FINETUNE, "--diagnostic-episodes 129", ["diagnostic_episodes: got 129", "at most 128"]),
         (FINETUNE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
+        *(
+            (FINETUNE, f"--certainty-checkpoint N6 {unread}", ["certainty_checkpoint: got", "none where no token"])
+            for unread in ("--beta 0", "--kl-weights uniform", "--kl-weights overlong_free", "--kl-coefficient 0")
+        ),
         (EVALUATE, "--problems 0", ["problems: got 0", "at least 1"]),
         (EVALUATE, "--checkpoint nowhere", ["checkpoint: got", "nowhere", "model.json"]),
         (EVALUATE, "nowhere", ["Unrecognized options", "nowhere"]),
@@ -90,6 +99,39 @@ def test_bad_input_is_one_line_with_field_value_and_what_is_allowed(
     line = _error(capsys, monkeypatch, command, arguments.split())
     assert [part for part in said if part not in line] == []
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
+def _preset_words(config_type, prefix=""):
+    """The words that name a preset, of the parts of a command that have names of their own: pretrain.task and so on."""
+    for name, kind in typing.get_type_hints(config_type, include_extras=True).items():
+        unnamed = is_unnamed(kind)
+        kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+        if dataclasses.is_dataclass(kind):
+            yield from _preset_words(kind, prefix if unnamed else f"{prefix}{name}.")
+        elif prefix and name in ("scale", "recipe", "task"):
+            yield prefix + name, typing.get_args(kind)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_word_that_names_a_preset_chooses_it_or_is_refused(name):
+    """One that changes nothing but the record would be a number under a wrong name."""
+    _, kind, preset = command_of(name)
+    for option, words in _preset_words(kind):
+        chooses = preset is not None and option.replace(".", "_") in inspect.signature(preset).parameters
+        for word in words[1:]:
+            with contextlib.nullcontext() if chooses else pytest.raises(ConfigError, match=rf"^{option}: got"):
+                cli.parse(kind, preset, [f"--{option}", word])
+
+
+def test_figures_2_and_3_take_the_presets_of_their_parts():
+    _, kind, preset = command_of("experiments.figure3_pretraining_levels")
+    command = cli.parse(kind, preset, ["--finetune.recipe", "paper", "--pretrain.task", "multiplication"])
+    assert command.finetune == figure3_pretraining_levels.standard_kl("tiny", "paper")
+    assert command.finetune.kl_coefficient == 10
+    assert command.models.pretrain == pretrain_preset("tiny", "multiplication")
+    _, kind, preset = command_of("experiments.figure2_pretraining")
+    command = cli.parse(kind, preset, ["--pretrain.task=multiplication", "--scale=ladder"])
+    assert command.models.pretrain == pretrain_preset("ladder", "multiplication")
 
 
 def test_parse_raises_a_config_error_for_code_that_calls_it():

@@ -332,6 +332,16 @@ FILES = r"allowed is a directory with one of model\.safetensors, .*; or the file
             "--source theirs --to transformers",
             r"source: got 'theirs', allowed is a checkpoint of ours .* for --to .*",
         ),
+        *(
+            (f"--source model --to transformers {option}", rf"{option[2:].split()[0]}: got .*, allowed is .* --to .*")
+            for option in (
+                "--vocabulary ours",
+                "--tokenizer x",
+                "--activation gelu_erf",
+                "--task subtraction",
+                "--digits 1",
+            )
+        ),
         ("--source theirs/config.json --digits 1", rf"source: got '\S*config\.json', {FILES}"),
         ("--source theirs/tokenizer.json --digits 1", rf"source: got '\S*tokenizer\.json', {FILES}"),
         ("--source model/params --digits 1", rf"source: got '\S*params', {FILES}"),

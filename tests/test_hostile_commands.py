@@ -191,6 +191,18 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ),
         ("experiments.critical_token_discovery", "--answers 0", r"answers: got 0, allowed is at least 1"),
         ("experiments.controls", "--seeds -1", r"seeds: got -1, allowed is at least 1, at most 1000"),
+        (
+            "experiments.figure2_pretraining",
+            "--pretrain.max-digits 6",
+            r"pretrain\.max_digits: got 6, allowed is one of .*",
+        ),
+        (
+            "experiments.figure3_pretraining_levels",
+            "--finetune.extra-digits 2",
+            r"finetune\.extra_digits: got 2, allowed is none \(1\): extra_digits has the targets",
+        ),
+        ("experiments.figure3_pretraining_levels", "--finetune.recipe secret", r"recipe: got 'secret', allowed is .*"),
+        ("experiments.controls", "--kl-target 0.1", r"kl_target: got 0\.1, allowed is None, .*"),
         ("experiments.controls", "--grid nan", r"grid: got nan, allowed is .*"),
         ("experiments.spared_tokens", "--beta 0", r"beta: got 0\.0, allowed is above 0"),
         ("experiments.regularizers", "--methods k4", r"methods: got \['k4'\], allowed is standard \| prioritized .*"),

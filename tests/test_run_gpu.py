@@ -1,5 +1,6 @@
 """tpu_scripts/run_gpu.sh with a python that notes its arguments and ends as planned."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,14 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import pytest
 
+from ckl_jax.config import PretrainConfig
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.pretrain import preset as pretrain_preset
 from ckl_jax.runtime import cli
+from ckl_jax.runtime.options import is_unnamed
 from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
+from experiments.figure3_pretraining_levels import Figure3Command
+from experiments.figure3_pretraining_levels import preset as figure3_preset
 from experiments.reproduce.__main__ import ReproduceCommand
 
 UNTIL = 300.0  # Seconds after which a stage that should be at some point counts as stuck.
@@ -66,8 +72,30 @@ def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
     assert reproduction.items == ("table1", "figure2", "figure4", "figure6")
     assert reproduction.more["table1"] == ["--answers", "2"]
     assert reproduction.more["figure4"] == ["--rounds", "2"]
-    figure2 = cli.parse(Figure2Command, figure2_preset, ["--scale", "small", *reproduction.more["figure2"]])
-    assert figure2.models.configs == [config], "the model that is there, not another one"
+    figures = {"figure2": (Figure2Command, figure2_preset), "figure3": (Figure3Command, figure3_preset)}
+    for name, figure in figures.items():
+        found = cli.parse(*figure, ["--scale", "small", *reproduction.more[name]])
+        assert found.models.configs == [config], "the model that is there, not another one"
+
+
+def fields_of(kind):
+    """The options of a command, those of its unnamed parts too."""
+    for name, part in typing.get_type_hints(kind, include_extras=True).items():
+        if is_unnamed(part):
+            yield from fields_of(typing.get_args(part)[0])
+        else:
+            yield name
+
+
+OF_PRETRAINING = {field.name for field in dataclasses.fields(PretrainConfig)} - {"scale", "task", "max_digits"}
+
+
+@pytest.mark.parametrize("name", [name for name in fields_of(PretrainCommand) if name not in OF_PRETRAINING])
+@pytest.mark.parametrize("written", ["--{} x", "--{}=x"])
+def test_what_the_figures_cannot_take_is_refused_before_anything_is_trained(call, name, written):
+    done, calls = call("small", "runs/x", PRETRAIN=written.format(name.replace("_", "-")))
+    assert (done.returncode, calls) == (2, [])
+    assert f"allowed are settings of pre-training but --{name.replace('_', '-')}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -14,6 +15,8 @@ from ckl_jax.config import FinetuneConfig, PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.next_character import init_state, train_step
+from ckl_jax.rl import minibatches
+from ckl_jax.rl.objective import term_names
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
@@ -84,6 +87,37 @@ def test_any_mesh_gives_the_numbers_of_one_device(model, on_one_device, shape, o
     for leaf in jax.tree.leaves(states.params["policy"]):
         assert len(leaf.sharding.device_set) == shape[0] * shape[1]
         assert leaf.addressable_shards[0].data.size * split == leaf.size
+
+
+class Masked(NamedTuple):
+    mask_BxT: jax.Array
+
+
+class Drawn(NamedTuple):
+    trajectory: Masked
+
+
+@pytest.mark.parametrize(
+    ("devices", "limit", "together"), [(1, 1, 1), (1, 4, 4), (1, 3, 2), (4, 1, 4), (4, 2, 8), (4, None, 8)]
+)
+def test_the_episodes_computed_together_are_those_of_a_device(monkeypatch, model, devices, limit, together):
+    """A limit for one device leaves no other one idle."""
+    program = make_program(dataclasses.replace(CONFIG, episodes=8, minibatch_episodes=8, episode_batch=limit), model)
+    rows = []
+
+    def noted(program, hyper, params, chosen):
+        rows.append(len(chosen.trajectory.mask_BxT))
+        return params, dict.fromkeys(term_names(program.config), jax.numpy.zeros(()))
+
+    def update(params, mask_BxT):
+        drawn = Drawn(Masked(mask_BxT))
+        _, gradient = minibatches.of_episodes(program, None, drawn, jax.random.key(0), None)
+        return gradient(params, 0)
+
+    monkeypatch.setattr(minibatches, "loss_gradient", noted)
+    with jax.set_mesh(make_mesh(1, 8, data_devices=devices)):
+        jax.eval_shape(update, {"policy": np.zeros(3)}, np.ones((8, 5), bool))
+    assert set(rows) == {together}
 
 
 @pytest.fixture(scope="module")

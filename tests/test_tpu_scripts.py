@@ -984,6 +984,21 @@ def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch,
     assert ("error: checkpoint: got " in capsys.readouterr().err) == bool(code)
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("figure", ["figure2_pretraining", "figure3_pretraining_levels"])
+@pytest.mark.parametrize(
+    ("words", "code"), [("", 2), ("--pretrained runs/x", 2), ("--pretrained gs://bucket/models", 0)]
+)
+def test_models_that_would_be_lost_with_the_machine_are_refused_before_it_is_paid_for(
+    monkeypatch, capsys, figure, words, code
+):
+    monkeypatch.setattr(cli, "run", cli.run)
+    monkeypatch.setattr(sys, "argv", [str(PARSE), f"experiments.{figure}", *words.split(), "--out", "gs://bucket/run"])
+    found = code_of_parse()
+    assert found == code
+    assert ("error: pretrained: got 'runs/" in capsys.readouterr().err) == bool(code)
+
+
 @pytest.mark.parametrize("words", [["--log-to", "wandb"], ["--log-to=tensorboard"]])
 def test_copies_of_the_records_that_the_machine_cannot_make_are_refused_before_it_is_paid_for(cloud, words):
     (cloud.checkout / "pyproject.toml").touch()

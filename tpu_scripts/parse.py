@@ -1,6 +1,7 @@
 """parse.py MODULE ARG...: has MODULE read its arguments, without running it.
 
-Exit code 2: it refuses them, or one is a path that is here and will not be on another machine.
+Exit code 2: it refuses them, or one is a path that is here and will not be on another machine, or models that it trains
+beside OUT would be lost with the machine.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Any
 
 from ckl_jax.errors import require
 from ckl_jax.runtime import cli
+from ckl_jax.runtime.paths import in_bucket
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MADE_THERE = ("out", "data_dir")
@@ -28,6 +30,8 @@ def _require_paths_that_travel(command: Any) -> None:
     given = {word.partition("=")[2] if word.startswith("--") else word for word in sys.argv}
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
+        if field.name == "pretrained":
+            require(in_bucket(value), field.name, str(value), "a path in a bucket: what is trained there is kept")
         if dataclasses.is_dataclass(value):
             _require_paths_that_travel(value)
         for path in value if isinstance(value, tuple) else (value,):

@@ -9,7 +9,7 @@
 #   until tpu_scripts/run_gpu.sh small runs/small; do [ $? -eq 75 ] || break; done
 #
 # Pre-trains N = DIGITS (7) until ACCURACY (0.99) of greedy answers of up to N digits are right, then ITEMS (table1 figure2
-# figure4 figure6) with SEEDS (10) seeds. PRETRAIN is more options of pre-training ("--num-steps 200 --warmup-steps 10"),
+# figure4 figure6) with SEEDS (10) seeds. PRETRAIN is more settings of pre-training ("--num-steps 200 --warmup-steps 10"),
 # OPTIONS more of reproduce's items, a line each ("figure4: --rounds 2 --test-every 1"), PYTHON the interpreter.
 set -euo pipefail
 trap '' PIPE XFSZ # A log that nobody reads, or that does not fit, ends no stage.
@@ -32,7 +32,14 @@ if ! [[ $seconds =~ ^[1-9][0-9]*$ && $grace =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9
 fi
 read -ra items <<<"${ITEMS:-table1 figure2 figure4 figure6}"
 read -ra pretrain <<<"--target-accuracy ${ACCURACY:-0.99} ${PRETRAIN-}"
-mapfile -t options <<<"figure2: --digits $digits ${pretrain[*]/#--/--pretrain.}${OPTIONS:+$'\n'$OPTIONS}"
+for word in "${pretrain[@]}"; do
+  if [[ $word =~ ^--(task|scale|max[-_]digits|out|data[-_]dir|quiet|no[-_]quiet|log[-_]to)(=|$) ]]; then
+    echo "run_gpu.sh: got PRETRAIN=$PRETRAIN, allowed are settings of pre-training but ${word%%=*}" >&2
+    exit 2
+  fi
+done
+models="--digits $digits ${pretrain[*]/#--/--pretrain.}" # For figures 2 and 3: the model that is there, not another one.
+mapfile -t options <<<"figure2: $models"$'\n'"figure3: $models${OPTIONS:+$'\n'$OPTIONS}"
 model=$directory/pretrained/${scale}_N$digits
 
 # stop CODE: ends the stage, which saves its work first.

@@ -156,13 +156,14 @@ class Speed(Chapter):
     """Transitions of a minibatch computed together, at most; short prefixes come first and each group is padded to its
     own length."""
     episode_batch: PositiveInt | None = speed(None)
-    """Episodes of a minibatch computed together, at most; default: all. Fewer take less memory."""
+    """Episodes of a minibatch that a device computes together, at most; default: all. Fewer take less memory."""
     attention: Attention = speed("auto")
     """Of passes over whole episodes: one kernel of a TPU, or as XLA compiles it, as in pre-training."""
     remat: bool = speed(False)
     """Compute the activations of a layer again in the backward pass instead of keeping them."""
     data_devices: PositiveInt | None = speed(None)
-    """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle."""
+    """Devices that share a run's episodes and minibatches; default: what runs side by side leave idle. Tests take all
+    that share their problems evenly."""
     shard_state: bool = speed(False)
     """Split parameters and optimizer state over those devices too (fully sharded data parallelism)."""
     runs_at_once: PositiveInt = speed(1)
@@ -210,6 +211,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("kl_correction", estimated or self.kl_correction == "none", "none but with k1, k2 or k3 in the loss"),
             ("kl_gate", gated or self.kl_gate == "none", "none but with ppo or grpo, and the KL in the loss"),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
+            ("beta", self.beta > 0 or self.kl_weights != "inverted", "above 0 with kl_weights inverted"),
         ]
         for name, holds, allowed in rules:
             require(holds, name, getattr(self, name), allowed)
@@ -217,6 +219,13 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
     @property
     def has_critic(self) -> bool:
         return self.algorithm in ("a2c", "ppo")
+
+    @property
+    def reads_certainty(self) -> bool:
+        """Whether a token's KL depends on how sure the reference is."""
+        by_entropy = self.kl_weights in ("threshold", "archer")
+        by_certainty = self.beta > 0 and self.kl_weights not in ("uniform", "critical_free", "overlong_free")
+        return self.kl_coefficient > 0 and (by_entropy or by_certainty)
 
     @property
     def is_exact(self) -> bool:

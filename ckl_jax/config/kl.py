@@ -13,7 +13,8 @@ class KL(Chapter):
     """The penalty on leaving the pre-trained model: alpha times the mean over tokens of J^beta * KL."""
 
     beta: NonNegativeFloat = 150.0
-    """Exponent of the certainty J; 0 is the standard KL penalty."""
+    """Exponent of the certainty J; with `prioritized` weights 0 is the standard KL penalty. No effect with kl_weights
+    uniform, threshold, archer, critical_free and overlong_free."""
     kl_coefficient: NonNegativeFloat = 5.0
     """alpha, on the mean over tokens of J^beta * KL (the paper: 5 with the prioritized KL, 10 in section 5.2)."""
     kl: Literal["k1", "k2", "k3", "exact"] = "exact"
@@ -35,7 +36,7 @@ class KL(Chapter):
     certainty: CertaintyKind = "negentropy"
     """J, the reference's certainty of its next token."""
     certainty_temperature: PositiveFloat = 1.0
-    """Temperature of the reference's distribution inside J."""
+    """Temperature of the reference's distribution inside J, and of its entropy with kl_weights threshold and archer."""
     kl_weights: KLWeights = "prioritized"
     """Weight of every token's KL. `prioritized`: J^beta. Its controls: `uniform` (1: the standard KL), `matched` (the
     round's mean of J^beta), `shuffled` (J^beta permuted over the round's tokens), `renormalized` (J^beta divided by its

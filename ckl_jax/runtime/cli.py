@@ -23,6 +23,8 @@ from ckl_jax.runtime import finite, hosts, options, preemption, startup, xla_cpu
 def parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Sequence[str]) -> Any:
     """A ``config_type`` from arguments; ``preset(scale, ...)`` gives the defaults that they override.
 
+    Its parameters are options: ``finetune_recipe`` is ``--finetune.recipe``.
+
     Raises:
       ConfigError: an unknown option or a value that cannot work. SystemExit(0): ``--help``.
     """
@@ -36,7 +38,7 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parameters = inspect.signature(preset).parameters
         for name, parameter in parameters.items():
-            finder.add_argument(f"--{name}", default=parameter.default)
+            finder.add_argument(f"--{name.replace('_', '.')}", dest=name, default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
     module = sys.modules["__main__"].__spec__

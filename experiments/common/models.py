@@ -27,6 +27,7 @@ from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import hosts
 from ckl_jax.runtime.paths import require_directory
+from ckl_jax.tasks.catalog import TaskName
 
 Progress = Callable[[str], None]
 
@@ -51,6 +52,8 @@ class Models:
         ascending = all(low < high for low, high in itertools.pairwise(self.digits))
         require(len(self.digits) >= 1 and ascending, "digits", self.digits, "1 or more numbers of digits, ascending")
         require(self.pretrain.scale == self.scale, "pretrain.scale", self.pretrain.scale, f"scale = {self.scale}")
+        given, known = self.pretrain.max_digits, (*self.digits, pretrain_preset(self.scale).max_digits)
+        require(given in known, "pretrain.max_digits", given, f"one of digits = {self.digits}, which all are trained")
         require_directory(self.pretrained, "pretrained", may_be_read_only=True)
         if self.data_dir is not None:
             require_directory(self.data_dir, "data_dir", may_be_read_only=True)
@@ -71,9 +74,9 @@ class Models:
         return load_model(pretrained(config, self.pretrained, data_dir=self.data_dir))
 
 
-def models_preset(scale: str) -> Models:
+def models_preset(scale: str, task: TaskName = "addition") -> Models:
     """Those that ship on the ladder; N = 3, 4, 5 at the tiny scale; elsewhere the paper's that a block holds."""
-    config = pretrain_preset(scale)
+    config = pretrain_preset(scale, task)
     digits = {"tiny": (3, 4, 5), "ladder": (3, 5, 6, 7, 9)}.get(scale, (7, 9))
     return Models(config.scale, digits, config)
 

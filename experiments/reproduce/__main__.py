@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +34,10 @@ from ckl_jax.checkpoint.store import read_description, write_json
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
-from ckl_jax.presets import pretrain_preset
 from ckl_jax.rl.program import Seeds
 from ckl_jax.runs.records import read_json
 from ckl_jax.runtime import cli, hosts
 from ckl_jax.runtime.paths import replace, require_directory, resolved
-from ckl_jax.tasks.catalog import TaskName
 from ckl_jax.tasks.columns import ADDITION
 from ckl_jax.tasks.task import Task
 from experiments.reproduce import page
@@ -144,9 +142,7 @@ def _levels(command: ReproduceCommand) -> list[str]:
     """Two models at the tiny scale, of which one ships: a third would be most of the hour that all items take."""
     digits = ["--digits", "3", "5"] if command.scale == "tiny" else []
     _, task = _described(command)
-    steps = pretrain_preset(command.scale, cast(TaskName, task.name)).num_steps
-    longer = [] if steps == pretrain_preset(command.scale).num_steps else ["--pretrain.num-steps", str(steps)]
-    made = ["--pretrain.task", task.name, *longer, "--pretrained", str(command.out / "pretrained")]
+    made = ["--pretrain.task", task.name, "--pretrained", str(command.out / "pretrained")]
     return ["--scale", command.scale, *digits, *made]
 
 
