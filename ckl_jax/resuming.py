@@ -19,7 +19,8 @@ class _Declared(NamedTuple):
 
 
 def speed(default: Any) -> Any:
-    """A field that decides how fast the same numbers are computed; they change by rounding at most."""
+    """A field that decides how fast the same numbers are computed; they change by rounding at most, and pre-training's
+    with dropout also where one says that it draws others."""
     return dataclasses.field(default=default, metadata={_KEY: _Declared()})
 
 
@@ -116,6 +117,13 @@ class Resumable:
             raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had}, that of the run in {where}{reason}")
         if not (isinstance(had, int) and wanted > had):
             raise ConfigError(f"{name[-1]}: got {wanted}, allowed is {had} or more, as the run in {where} has")
+
+
+def unequal(one: Any, other: Any) -> list[str]:
+    """The dotted names of all that two configs, as dictionaries, do not have in common, speed included."""
+    left, right = (dict(_leaves(config)) for config in (one, other))
+    missing = object()
+    return sorted(_dotted(n) for n in left.keys() | right.keys() if left.get(n, missing) != right.get(n, missing))
 
 
 def _dotted(name: _Name) -> str:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ckl_jax import tasks
-from ckl_jax.checkpoint.store import load_model
+from ckl_jax.checkpoint.store import load_model, write_json
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.runs.directory import RunDirectory
@@ -36,6 +36,33 @@ def failure(call, *arguments):
 
 def full_disk():
     raise OSError(28, "No space left on device", "metrics.jsonl")
+
+
+class Full:
+    """A copy of the records that has no room."""
+
+    def add(self, record):
+        full_disk()
+
+
+def logs_refused(directory):
+    """What each process is told of records that process 0 cannot write."""
+    run = RunDirectory(directory / "full", {"seed": 0})
+    for path in (run.metrics_path, run.samples_path, run.path / "seconds.jsonl"):
+        hosts.of_first(path.mkdir)
+    records = [{"step": 1}]
+    found = [failure(run.log, records), failure(run.log_samples, records), failure(run.log_seconds, 1, 2.0)]
+    hosts.of_first(run.metrics_path.rmdir)
+    run._copies = [Full()]
+    return [*found, failure(run.log, records)]
+
+
+def nested():
+    """What is done by all together, done by process 0 alone."""
+    inner = hosts.of_first(
+        lambda: hosts.of_first(lambda: hosts.together(lambda: (hosts.several(), hosts.any_host(True))))
+    )
+    return [*inner, hosts.several()]
 
 
 def refuse(where):
@@ -82,6 +109,13 @@ def main(directory):
         "judged": judged(load_model(directory / "model")),
         "records": run_directory(directory),
         "another run": refusal(RunDirectory, directory / "run", {"seed": 1}),
+        "nested": nested(),
+        "logs refused": logs_refused(directory),
+        "written": failure(write_json, directory / "nowhere" / "results.json", {}),
+        "other options": refusal(
+            RunDirectory, directory / "other", {"config": {"seed": jax.process_index(), "beta": 1}}
+        ),
+        "other model": refusal(load_model, directory / ["model", "other"][jax.process_index()]),
     }
     (directory / str(jax.process_index())).write_text(json.dumps(found))
 

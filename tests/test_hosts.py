@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -111,6 +112,12 @@ def test_others_that_are_not_found_are_one_line(joined, monkeypatch):
         hosts.start()
 
 
+def test_nothing_is_done_by_process_0_without_the_others_hearing_how_it_ended():
+    """They would wait for it in what all compute next; ``of_first`` tells them."""
+    files = [path for package in ("ckl_jax", "experiments") for path in (ROOT / package).rglob("*.py")]
+    assert [str(path) for path in files if "is_first" in path.read_text() and path.name != "hosts.py"] == []
+
+
 class Machine:
     """Starts processes that share a directory, a model in it, and compiled programs."""
 
@@ -171,7 +178,8 @@ def errors(started):
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory, small_model):
     path = tmp_path_factory.mktemp("hosts")
-    save_model(path / "model", Model(small_model, 1, untrained(small_model)), {})
+    for name, seed in (("model", 0), ("other", 1)):
+        save_model(path / name, Model(small_model, 1, untrained(small_model, seed=seed)), {})
     machine = Machine(path)
     yield machine
     for process in machine.processes:
@@ -208,6 +216,12 @@ def test_two_processes_agree_and_share_files_and_devices(machine):
         "own part": ([[0, 1, 2]], [[3, 4, 5]]),
     }
     assert {name: (first.pop(name), second.pop(name)) for name in differing} == differing
+    for name, own in (
+        ("other options", r"^out: got 'config\.seed unlike"),
+        ("other model", r"^checkpoint: got '\w{64}', a"),
+    ):
+        assert first.pop(name) == other
+        assert re.match(own, second.pop(name))
     assert first == second
     assert first == {
         "several": True,
@@ -220,8 +234,14 @@ def test_two_processes_agree_and_share_files_and_devices(machine):
         "judged": [1.0, 0.0, 1.0],
         "records": [[{"step": 1}], 2.0],
         "another run": first["another run"],
+        "nested": [False, True, True],
+        "logs refused": first["logs refused"],
+        "written": [2, first["written"][1]],
     }
     assert "holds a run with another config (differing: seed)" in first["another run"]
+    files = [str(machine.path / "full" / f"{name}.jsonl") for name in ("metrics", "samples", "seconds")]
+    assert first["logs refused"] == [*([21, file] for file in files), [28, "metrics.jsonl"]]
+    assert first["written"][1].startswith(str(machine.path / "nowhere" / "results.json"))
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """XLA on CPU computes reductions rightly in every command, and keeps the memory that it freed."""
 
+import dataclasses
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from ckl_jax import check_xla
-from ckl_jax.runtime import processes, xla_cpu
+from ckl_jax.runtime import cli, processes, xla_cpu
 
 PAGE = 4096
 ROOT = pathlib.Path(__file__).parents[1]
@@ -55,6 +57,43 @@ def test_an_xla_that_does_not_know_the_flag_is_not_given_it(monkeypatch, tmp_pat
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
     xla_cpu.avoid_wrong_fusions()
     assert (xla_cpu.SAFE_FLAG in os.environ["XLA_FLAGS"]) == is_added
+
+
+TWO_DEVICES = """
+import time
+from ckl_jax.runtime import xla_cpu
+xla_cpu.wait_for_other_devices()
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+mesh = jax.make_mesh((2,), ("data",))
+def slow(x):
+    time.sleep(5 * float(x))
+    return np.float32(x)
+def rollout(x):
+    waited = jax.pure_callback(slow, jax.ShapeDtypeStruct((), np.float32), x[0])
+    return x * 0 + waited
+rows = jax.sharding.PartitionSpec("data")
+summed = jax.jit(lambda x: jax.shard_map(rollout, mesh=mesh, in_specs=rows, out_specs=rows)(x).sum())
+print(summed(jax.device_put(np.arange(2, dtype=np.float32), jax.sharding.NamedSharding(mesh, rows))))
+"""
+
+
+@pytest.mark.parametrize(("own", "code"), [("", 0), (f"--{xla_cpu.PATIENCE}=1", -signal.SIGABRT)])
+def test_a_device_waits_for_another_one_unless_the_user_says_how_long(own, code):
+    flags = f"--xla_cpu_collective_call_warn_stuck_timeout_seconds=1 {own}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "4"}
+    command = [sys.executable, "-c", TWO_DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    assert ("1.0" in done.stdout) == (code == 0)
+
+
+def test_commands_have_the_patience(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    nothing = dataclasses.make_dataclass("Nothing", ())
+    monkeypatch.setattr(sys, "argv", ["command"])
+    cli.run(lambda _: None, nothing)
+    assert f"--{xla_cpu.PATIENCE}={xla_cpu.A_DAY}" in os.environ["XLA_FLAGS"].split()
 
 
 def _printed(code, **variables):

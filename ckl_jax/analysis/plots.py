@@ -111,11 +111,15 @@ def plain_ticks(axis: Axis) -> None:
 
 
 def save(figure: Figure, directory: AnyPath, name: str) -> None:
-    """Writes ``name.png`` and ``name.svg``; only process 0 writes."""
-    for suffix in ("png", "svg") if hosts.is_first() else ():
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
-        replace(resolved(directory) / f"{name}.{suffix}", drawn.getvalue())
+    """Writes ``name.png`` and ``name.svg``; process 0 writes, for all."""
+
+    def write() -> None:
+        for suffix in ("png", "svg"):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=suffix, dpi=150, bbox_inches="tight")
+            replace(resolved(directory) / f"{name}.{suffix}", drawn.getvalue())
+
+    hosts.of_first(write)
 
 
 def scratchpads(rows: Sequence[tuple[str, Sequence[Scratchpad]]]) -> Figure:

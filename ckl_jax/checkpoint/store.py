@@ -31,9 +31,8 @@ HISTORY_NAME = "history.json"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part; only process 0 writes."""
-    if hosts.is_first():
-        replace(path, json.dumps(value, indent=2) + "\n")
+    """Writes JSON so that a reader sees the old file or the new one, never a part; process 0 writes, for all."""
+    hosts.of_first(lambda: replace(path, json.dumps(value, indent=2) + "\n"))
 
 
 def _manifest(directory: pathlib.Path) -> dict[str, str]:
@@ -193,7 +192,8 @@ def load_model(directory: AnyPath) -> Model:
     """Reads what ``save_model`` wrote, or a model that ships, by its name.
 
     Raises:
-      ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them.
+      ConfigError: missing, damaged, parameters of other names, shapes or types than model.json says, or NaN in them; or
+        several processes read different ones.
     """
     directory = resolved(shipped.located(directory), "checkpoint")
     path = directory / "params"
@@ -213,6 +213,8 @@ def load_model(directory: AnyPath) -> Model:
         finite = bool(np.isfinite(np.asarray(leaf)).all())
         named = f"{directory} with NaN or infinity in {jax.tree_util.keystr(name)}"
         require(finite, "checkpoint", named, "finite parameters")
+    if hosts.several():
+        hosts.require_same("checkpoint", fingerprint(params))
     return Model(config, max_pretrain_digits, params, task)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ckl_jax.checkpoint.store import StateCheckpoints, write_json
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
-from ckl_jax.errors import ConfigError
-from ckl_jax.resuming import Resumable
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.resuming import Resumable, unequal
 from ckl_jax.runs import lock
 from ckl_jax.runs.logs import Copy, LogOptions
 from ckl_jax.runs.records import parse, read_json, read_metrics, whole_records
@@ -36,7 +36,8 @@ class RunDirectory:
 
     Raises:
       ConfigError: the directory holds another run's config, or other files than logs but no config, or a running
-        process has it, or the records cannot go there; then nothing is touched. Or it cannot be written.
+        process has it, or the records cannot go there, or the processes have different configs; then nothing is
+        touched. Or it cannot be written.
     """
 
     def __init__(self, path: AnyPath, config: Mapping[str, Any], logs: LogOptions | None = None):
@@ -46,8 +47,14 @@ class RunDirectory:
         self._seconds_path = self.path / "seconds.jsonl"
         self._config, self._copies = config, list[Copy]()
         self._lock: lock.DirectoryLock | None = None
+        first = hosts.of_first(lambda: dict(config))
+        hosts.together(lambda: self._require_of_first(first))
         hosts.of_first(lambda: self._open(config))
         self.checkpoints = StateCheckpoints(self.path / "checkpoints")
+
+    def _require_of_first(self, first: Mapping[str, Any]) -> None:
+        named = ", ".join(unequal(first, self._config))
+        require(not named, "out", f"{named} unlike those of process 0", "the same options and checkpoint on every host")
 
     def _open(self, config: Mapping[str, Any]) -> None:
         wanted = json.loads(json.dumps(config))
@@ -160,16 +167,18 @@ class RunDirectory:
         self._copy(records)
 
     def _copy(self, records: list[dict[str, Any]]) -> None:
-        for copy, record in itertools.product(self._copies, records):
-            copy.add(record)
+        def add() -> None:
+            for copy, record in itertools.product(self._copies, records):
+                copy.add(record)
+
+        hosts.of_first(add)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
         self._append(self._seconds_path, [{"step": step, "seconds": seconds}])
 
     def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-        if hosts.is_first():
-            append(path, "".join(json.dumps(record) + "\n" for record in records))
+        hosts.of_first(lambda: append(path, "".join(json.dumps(record) + "\n" for record in records)))
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""

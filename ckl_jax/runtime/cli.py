@@ -130,6 +130,7 @@ def run(
       joins_hosts: become one of several processes where the environment says so (``hosts.start``).
     """
     xla_cpu.avoid_wrong_fusions()
+    xla_cpu.wait_for_other_devices()
     try:
         try:
             startup.use_all_cores()

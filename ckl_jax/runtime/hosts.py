@@ -33,6 +33,8 @@ AUTO = "CKL_HOSTS"
 
 T = TypeVar("T")
 
+_alone = False  # While process 0 does by itself what `of_first` gives it.
+
 
 def start() -> None:
     """Joins the other processes, if the environment asks for it; to be called before anything is computed.
@@ -87,8 +89,8 @@ def _settings() -> dict[str, Any] | None:
 
 
 def several() -> bool:
-    """Whether this is one of several processes."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this is one of several processes, which take part in what is called."""
+    return not _alone and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -104,22 +106,29 @@ def any_host(flag: bool) -> bool:
 def of_first(call: Callable[[], T]) -> T:
     """What ``call()`` returns on process 0, which alone calls it; where it raises, every process does.
 
-    All must call it, and none goes on before the call has ended. The value must be one that pickle can copy.
+    All must call it, and none goes on before the call has ended. The value must be one that pickle can copy. Inside the
+    call process 0 is on its own: what would be done by all together it does alone.
     """
     if not several():
         return call()
-    outcome: Any = None
-    if is_first():
-        try:
-            outcome = call(), None
-        except (ConfigError, OSError) as refused:
-            outcome = None, refused
-        except Exception as failed:
-            outcome = None, RuntimeError(f"process 0 failed ({_one_line(failed)})")
-    value, error = pickle.loads(_bytes_of_first(pickle.dumps(outcome)))
+    value, error = pickle.loads(_bytes_of_first(pickle.dumps(_outcome(call) if is_first() else None)))
     if error is not None:
         raise error
     return value
+
+
+def _outcome(call: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What a call of process 0 by itself returns, or the error that every process is to raise."""
+    global _alone
+    _alone = True
+    try:
+        return call(), None
+    except (ConfigError, OSError) as refused:
+        return None, refused
+    except Exception as failed:
+        return None, RuntimeError(f"process 0 failed ({_one_line(failed)})")
+    finally:
+        _alone = False
 
 
 def together(call: Callable[[], T]) -> T:
@@ -132,6 +141,12 @@ def together(call: Callable[[], T]) -> T:
     if any_host(refused is not None):
         raise refused or ConfigError("hosts: another process cannot go on, and says why")
     return value
+
+
+def require_same(field: str, value: Any) -> None:
+    """Raises ConfigError on every process unless all have process 0's value, as all must be given the same."""
+    first = of_first(lambda: value)
+    together(lambda: require(value == first, field, value, f"{first}, as process 0 has: the same on every host"))
 
 
 def _bytes_of_first(data: bytes) -> bytes:

@@ -27,6 +27,8 @@ from collections.abc import Iterator
 
 FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 SAFE_FLAG = f"--{FUSIONS}=-reduce"
+PATIENCE = "xla_cpu_collective_call_terminate_timeout_seconds"
+A_DAY = 86_400
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -41,9 +43,22 @@ def avoid_wrong_fusions() -> None:
     Nothing is done where XLA_FLAGS has a word about these fusions already, or where an XLA that is installed does not
     know the flag, which would end the process.
     """
+    _add(FUSIONS, SAFE_FLAG)
+
+
+def wait_for_other_devices() -> None:
+    """Adds a flag to XLA_FLAGS by which devices of the CPU wait a day for each other, unless a time is set there.
+
+    Each device writes its own episodes, then all exchange gradients. By default XLA aborts the process where one waits
+    a minute for another, and at the same round again when the run goes on.
+    """
+    _add(PATIENCE, f"--{PATIENCE}={A_DAY}")
+
+
+def _add(name: str, flag: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
-    if FUSIONS not in flags and is_known(FUSIONS):
-        os.environ["XLA_FLAGS"] = f"{flags} {SAFE_FLAG}".strip()
+    if name not in flags and is_known(name):
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
 def is_known(flag: str) -> bool:

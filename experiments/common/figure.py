@@ -97,8 +97,7 @@ def present(
     files = ["results.json"]
     if document is not None:
         files.append(f"{name}.html")
-        if hosts.is_first():
-            replace(out / files[-1], document)
+        hosts.of_first(lambda: replace(out / files[-1], document))
     if picture is not None:
         files += [f"{name}.png", f"{name}.svg"]
         plots.save(picture, out, name)

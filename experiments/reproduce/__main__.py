@@ -62,7 +62,7 @@ class ReproduceCommand:
     seeds: Seeds = 2
     """Seeds of every arm of the figures that fine-tune."""
     options: tuple[str, ...] = ()
-    """More options of single items: --options "figure4: --rounds 4 --episodes 16" "figure6: --betas 10 500"."""
+    """More options of single items, behind one --options: --options "figure4: --rounds 4" "figure6: --betas 10 500"."""
     report_only: bool = False
     """Write the page from what is on disk and run nothing."""
 
