@@ -1,7 +1,7 @@
 """What a policy's entropy, or its log-probabilities, do to advantages, and the tokens that they choose for a recipe.
 
 Means and quantiles are over a whole round: B episodes of T tokens. These functions act on the policy gradient, not on
-the KL to the reference (``token_weights`` does). H is the policy's entropy in nats when it wrote the token. Results
+the KL to the reference (``token_weights`` does). H is the policy's entropy in nats before the round's updates. Results
 are float32 or bool, without gradient, and 0 or False where the mask is False.
 """
 
@@ -49,7 +49,9 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
 
     Of the n_t right answers that have a token at t, answer i gets r_it = 1 - share + share * n_t * H_it / sum_k H_kt;
     of the m_t wrong ones r_jt = -(1 - share) - share * m_t * H_jt^-1 / sum_k H_kt^-1, so a wrong answer that was sure
-    of itself loses most. Dealing out leaves the total reward of the right and of the wrong answers at t as it was.
+    of itself loses most. H counts as at least 1e-6. Dealing out leaves the total reward of the right and of the wrong
+    answers at t as it was. Unlike that work, which standardizes right and wrong answers apart, one mean and one
+    deviation are of both together, so that every token of a right answer stands above its own level of a wrong one.
 
     Args:
       success_B: 1 for a right answer, else 0; the answers to a problem are ``group_size`` neighbours.
@@ -89,7 +91,8 @@ def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) ->
     """h of HAPO (arXiv 2509.16591): log H less its ``pivot``-quantile, over its greatest value, below 0 over its least.
 
     Returns:
-      float32 [B, T] in [-1, 1], 1 at the least sure token and -1 at the surest one.
+      float32 [B, T] in [-1, 1]: 1 at the least sure token if it lies above that quantile, -1 at the surest one if it
+      lies below. H counts as at least 1e-8, so nothing lies below the quantile of a policy that is surer.
 
     Raises:
       ConfigError: different shapes, or ``pivot`` outside [0, 1].

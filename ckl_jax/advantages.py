@@ -104,7 +104,8 @@ def kl_to_go(kl_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
     With kl = log pi(a|s) - log ref(a|s) of the sampled tokens, -alpha times this is what a KL in the reward adds to the
     advantage: the gradient then has each token's effect on later states, which a KL in the loss leaves out. The mean is
-    a baseline and adds no bias. Episodes that are equal from there on have exactly 0, if there are several.
+    a baseline and adds no bias. Where all that reach a token are equal from there on it is exactly 0, if they are
+    several.
 
     Returns:
       float32 [B, T], 0 outside the mask.

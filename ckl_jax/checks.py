@@ -5,7 +5,6 @@ Traced values are taken as they are: their numbers are not known yet.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -49,7 +48,7 @@ def as_mask(mask: Any, shape: tuple[int, ...], name: str = "mask", of: str = "th
     require_array(mask, name)
     require(mask.shape == shape, name, mask.shape, f"{of}, {shape}")
     if mask.dtype != bool and not isinstance(mask, jax.core.Tracer):
-        others = np.setdiff1d(np.asarray(mask).astype(np.float32), (0, 1))
+        others = np.setdiff1d(np.asarray(mask).astype(np.float64), (0, 1))
         require(len(others) == 0, name, float(others[0]) if len(others) else None, "booleans, or 0 and 1 alone")
     return mask.astype(bool)
 
@@ -66,14 +65,17 @@ def require_logits(logits: Any) -> None:
 
 
 def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
-    """Raises a ConfigError unless it is a finite number from ``low`` on; of a traced one, unless it is one number."""
+    """Raises a ConfigError unless it is a number from ``low`` on, finite in float32; of a traced one, unless it is one
+    number.
+    """
     if isinstance(value, jax.core.Tracer):
         require(value.ndim == 0, name, f"an array {list(value.shape)}", f"one number, {allowed}")
         return
     number = isinstance(value, (int, float, np.number)) or (
         isinstance(value, (np.ndarray, jax.Array)) and not value.ndim
     )
-    fits = number and not isinstance(value, bool) and math.isfinite(value) and float(value) >= low
+    number = number and not isinstance(value, bool)
+    fits = number and low <= (value if isinstance(value, int) else float(value)) <= float(FLOAT32.max)
     require(fits, name, value, allowed)
 
 

@@ -140,12 +140,12 @@ class GPT2(nn.Module):
 
     Args of ``__call__``:
       tokens_BxT: integers in 0..V-1.
-      positions_BxT: absolute positions, each row its own; default 0..T-1.
+      positions_BxT: absolute positions, each row its own; default 0..T-1, with a cache from its length on.
       segments_BxT: attention stays inside equal segments (documents, or padding against text); default all 0.
       cache: what the T new positions are appended to; ``cache.length + T`` must not exceed its slots.
       deterministic: False applies dropout and needs a "dropout" rng.
-      num_outputs: how many of each row's last positions are wanted, at most T; default all. The last layer then
-        computes the keys and values of the others alone.
+      num_outputs: how many of each row's last positions are wanted, at most T; default all. Of the others the last
+        layer then computes keys and values alone, unless layers are scanned.
 
     Returns: ``Output``.
     """

@@ -1,8 +1,8 @@
 """Exponentials and products whose values overflow as they truly do and whose derivatives stay finite.
 
-Where float32 cannot hold a derivative it is float32's largest number instead of infinity, and 0 where it is no number
-(the ratio of two probabilities of 0); every other is exact. So the value says that a loss has overflown or is no
-number, and a weight of 0 takes a token out of value and gradient, whatever stands there: plain exponentials and
+All is of float32. Where it cannot hold a derivative, that is its largest number instead of infinity, and 0 where it is
+no number (the ratio of two probabilities of 0); every other is exact. So the value says that a loss has overflown or is
+no number, and a weight of 0 takes a token out of value and gradient, whatever stands there: plain exponentials and
 products would make NaN of 0 times infinity.
 """
 
@@ -24,7 +24,9 @@ def exp(x: jax.Array) -> jax.Array:
 def k3(log_ratio: jax.Array) -> jax.Array:
     """exp(-d) - 1 + d of d = ``log_ratio``, accurate near 0."""
     ratio_less_1 = jnp.expm1(-log_ratio)
-    return jnp.where(jnp.isposinf(ratio_less_1), ratio_less_1, ratio_less_1 + log_ratio)
+    near_0 = log_ratio**2 * (1 / 2 - log_ratio * (1 / 6 - log_ratio / 24))
+    elsewhere = jnp.where(jnp.isposinf(ratio_less_1), ratio_less_1, ratio_less_1 + log_ratio)
+    return jnp.where(jnp.abs(log_ratio) < 1e-2, near_0, elsewhere)
 
 
 @jax.custom_jvp

@@ -186,6 +186,9 @@ def _clip(clip: Clip, log_probs: jax.Array) -> tuple[float | jax.Array, float | 
     for part in (below, above):
         if isinstance(part, (np.ndarray, jax.Array)) and part.ndim:
             require_shape_of(part, "clip", log_probs, "log_probs")
+            if not isinstance(part, jax.core.Tracer):
+                below_0 = np.asarray(part, np.float32) < 0
+                require(not below_0.any(), "clip", "numbers below 0", "above 0 at every token")
         elif not isinstance(part, jax.core.Tracer):
             require(float(part) > 0, "clip", part, "above 0")
     return below, above

@@ -165,6 +165,9 @@ def overlong_free(overlong_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 
     An answer is overlong where a number has as many digits as any in pre-training, or more; most answers of a
     pre-trained model first go wrong there, or at a critical token. ``critical_free`` of more places.
+
+    Args:
+      overlong_BxT: as in ``Tokens``, the critical tokens among them.
     """
     return critical_free(overlong_BxT, mask_BxT)
 
@@ -172,7 +175,11 @@ def overlong_free(overlong_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
 def overlong_held(
     certainty_BxT: jax.Array, beta: float | jax.Array, overlong_BxT: jax.Array, mask_BxT: jax.Array
 ) -> jax.Array:
-    """w = 1 at overlong and at critical tokens, J^beta elsewhere: ``critical_held`` of more places. A control."""
+    """w = 1 at overlong and at critical tokens, J^beta elsewhere: ``critical_held`` of more places. A control.
+
+    Args:
+      overlong_BxT: as in ``Tokens``, the critical tokens among them.
+    """
     return critical_held(certainty_BxT, beta, overlong_BxT, mask_BxT)
 
 

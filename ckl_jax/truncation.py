@@ -36,7 +36,8 @@ def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.
     # What a token and all less likely ones have together: summed from the least, so that a large vocabulary's tail is
     # not rounded away.
     needed = jnp.cumsum(rising, axis=-1) > 1 - share
-    return p >= jnp.where(needed, rising, jnp.inf).min(axis=-1, keepdims=True)
+    least = jnp.where(needed, rising, jnp.inf).min(axis=-1, keepdims=True)
+    return p >= jnp.minimum(least, rising[..., -1:])  # The likeliest one also where 1 - share is rounded to 1.
 
 
 def entropy_within(

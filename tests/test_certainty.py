@@ -77,6 +77,8 @@ def test_certainty_takes_no_gradient(kind, logits):
         ("temperature", (3,), {"temperature": 0.0}),
         ("temperature", (3,), {"temperature": -1.0}),
         ("temperature", (3,), {"temperature": float("nan")}),
+        ("temperature", (3,), {"temperature": 1e39}),
+        ("temperature", (3,), {"temperature": 10**400}),
         ("logits", (2, 1), {}),
         ("logits", (), {}),
     ],

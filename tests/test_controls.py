@@ -112,10 +112,10 @@ AFTER = {
     "standard": (0.30, 0.35, 0.40),
     "prioritized": (0.50, 0.60, 0.55),
     "matched": (0.40, 0.55, 0.40),
-    "shuffled": (0.30, 0.40, 0.35),
+    "shuffled": (0.30, 0.39, 0.35),
     "renormalized": (0.50, 0.54, 0.61),
-    "standard_0.1x": (0.20, 0.30, 0.25),
-    "standard_0.3x": (0.10, 0.20, 0.15),
+    "standard_0.1x": (0.20, 0.29, 0.25),
+    "standard_0.3x": (0.10, 0.19, 0.15),
     "no_kl": (0.00, 0.10, 0.06),
 }
 
@@ -160,9 +160,9 @@ def test_differences_are_paired_by_seed(summary):
     half = 4.302653 * 0.05 / 3**0.5
     assert found["prioritized", "matched"]["target"] == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-6)
     assert found["prioritized", "matched"]["verdict"] == "undecided"
-    assert found["prioritized", "shuffled"]["differences"] == pytest.approx([0.2, 0.2, 0.2])
+    assert found["prioritized", "shuffled"]["differences"] == pytest.approx([0.2, 0.21, 0.2])
     assert found["prioritized", "shuffled"]["verdict"] == "better"
-    assert found["prioritized", "shuffled"]["old"][0] == pytest.approx(-0.2)
+    assert found["prioritized", "shuffled"]["old"][0] == pytest.approx(-0.61 / 3)
     assert found["renormalized", "standard"]["verdict"] == "better"
 
 
@@ -177,7 +177,7 @@ def test_the_answer_names_the_control_that_is_open(summary):
 @pytest.mark.parametrize(
     ("matched", "expected"),
     [
-        ((0.40, 0.50, 0.45), "yes: better than standard, matched, shuffled, standard_0.1x, standard_0.3x, no_kl."),
+        ((0.40, 0.49, 0.45), "yes: better than standard, matched, shuffled, standard_0.1x, standard_0.3x, no_kl."),
         (
             (0.60, 0.70, 0.66),
             "no: better than standard, shuffled, standard_0.1x, standard_0.3x, no_kl; worse than matched.",
@@ -191,7 +191,7 @@ def test_a_yes_needs_every_control_and_a_no_needs_one(matched, expected):
 
 @pytest.mark.parametrize("renormalized", [(0.5, 0.6, 0.55), (0.9, 0.9, 0.95)])
 def test_renormalized_prioritizes_too_and_does_not_count(renormalized):
-    results = summarized(AFTER | {"matched": (0.40, 0.50, 0.45), "renormalized": renormalized})
+    results = summarized(AFTER | {"matched": (0.40, 0.49, 0.45), "renormalized": renormalized})
     assert "controls? yes:" in results["answer"]
 
 

@@ -140,7 +140,7 @@ def test_what_leaves_no_prioritized_kl_to_compare_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("prioritized", "verdict"),
-    [([0.5, 0.51, 0.52], "reproduced"), ([0.1, 0.11, 0.12], "not reproduced"), ([0.1, 0.3, 0.5], "undecided")],
+    [([0.5, 0.51, 0.53], "reproduced"), ([0.1, 0.11, 0.13], "not reproduced"), ([0.1, 0.3, 0.5], "undecided")],
 )
 def test_the_claim_is_judged_by_the_difference_to_the_standard_arm(prioritized, verdict):
     config = {"config": {"seed": 0, "episodes": 10, "extra_digits": 1}, "seeds": 3}

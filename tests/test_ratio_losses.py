@@ -19,6 +19,7 @@ INF, NAN = float("inf"), float("nan")
     ("field", "call"),
     [
         ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, 0.0)),
+        ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, (0.2, -jnp.ones_like(x)))),
         ("old_log_probs", lambda x, y: ratio_losses.clipped_policy_loss(x, y, x, x > 0, 0.2)),
         ("old_log_probs", lambda x, y: ratio_losses.off_policy_kl(x, "k1", x, y)),
         ("limit", lambda x, y: ratio_losses.truncated_importance(x, x, x > 0, 0.0)),

@@ -42,6 +42,13 @@ def test_a_side_is_that_of_the_whole_interval(low, high, than, side):
     assert Interval(0.0, low, high).side(than) == side
 
 
+@pytest.mark.parametrize("values", [(0.1, 0.1, 0.1), (0.9 - 0.8, 0.4 - 0.3, 0.6 - 0.5), (-0.7,) * 7])
+def test_values_that_are_the_same_but_for_rounding_decide_nothing(values):
+    interval = mean_interval(np.array(values))
+    assert interval.low == interval.high == interval.mean
+    assert interval.side() == "undecided"
+
+
 def test_an_interval_is_shown_as_far_as_there_are_numbers():
     interval = Interval(0.5281, 0.4279, 0.6272)
     assert percent(interval) == percent([*interval]) == "52.8 [42.8, 62.7]"
@@ -82,6 +89,9 @@ def test_the_interval_of_a_mean_is_students(count):
         ((1, 2, 3), 0.0741799),
         ((-1, 1), 1),
         ((0.5, 0.5, 0.5), NAN),
+        ((0.1, 0.1, 0.1), NAN),
+        ((0.9 - 0.8, 0.4 - 0.3, 0.6 - 0.5), NAN),
+        ((0.3 - 0.2 - 0.1, 0.0, 0.7 - 0.6 - 0.1), 1),
         ((0, 0, 0), 1),
         ((0.5,), NAN),
         ((), NAN),

@@ -62,6 +62,13 @@ def test_lp_reg_pulls_an_unlikely_token_to_its_probability_without_noise_and_lea
         truncation.proxy_log_probs(logits, tokens, 0.0)
 
 
+def test_the_nucleus_of_the_smallest_share_is_the_likeliest_token():
+    logits = jnp.array([[0.0, 1.0, 2.0], [2.0, 2.0, 0.0]])
+    inside = truncation.nucleus(logits, 1e-9)
+    np.testing.assert_array_equal(inside, [[False, False, True], [True, True, False]])
+    np.testing.assert_allclose(truncation.entropy_within(logits, inside), [0.0, np.log(3)], rtol=1e-6, atol=1e-7)
+
+
 def test_the_nucleus_of_a_large_vocabulary_has_its_tail():
     """Summed from the likeliest on, the last of 150,000 tokens would be rounded away."""
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, 150_000), jnp.float32)

@@ -11,6 +11,7 @@ from scipy import special  # scipy.stats takes most of a second to import.
 from ckl_jax.errors import is_integer, require
 
 SAMPLES = 2_000  # Of every bootstrap.
+ROUNDING = 1e-12  # Of shares, and of their differences.
 Side = Literal["above", "below", "undecided"]
 
 
@@ -24,7 +25,7 @@ class Interval(NamedTuple):
     def side(self, than: float | Sequence[float] = 0.0) -> Side:
         """Whether all of it lies above or below a number or another interval.
 
-        Values that are all the same, whose interval has no width, decide nothing.
+        Values that are all the same but for rounding, whose interval has no width, decide nothing.
         """
         _, low, high = than if isinstance(than, Sequence) else (than, than, than)
         if self.low == self.high:
@@ -48,6 +49,13 @@ def percent(interval: Iterable[float], sign: str = "") -> str:
     return Interval(*interval).text(f"{sign}z.1f", 100)
 
 
+def _moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation; the deviation is exactly 0 of values that are the same but for rounding."""
+    if np.ptp(values) <= ROUNDING * max(1.0, float(np.abs(values).max())):
+        return float(values[0]), 0.0
+    return float(values.mean()), float(values.std(ddof=1))
+
+
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     """Mean of ``values`` [n] over seeds and Student's t interval.
 
@@ -56,10 +64,10 @@ def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     values = np.asarray(values, np.float64)
     if len(values) == 0:
         return Interval(float("nan"), float("nan"), float("nan"))
-    mean = float(values.mean())
+    mean, deviation = _moments(values)
     if len(values) == 1:
         return Interval(mean, float("nan"), float("nan"))
-    half = float(special.stdtrit(len(values) - 1, 0.5 + confidence / 2) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, 0.5 + confidence / 2) * deviation / np.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -76,16 +84,16 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def paired_p(differences: np.ndarray) -> float:
     """Two-sided p-value of Student's t test that the mean of ``differences`` [n] over seeds is 0.
 
-    NaN for less than two, and for differences that are all the same; 1 if these are 0.
+    NaN for less than two, and for differences that are all the same but for rounding; 1 if these are 0.
     """
     differences = np.asarray(differences, np.float64)
     count = len(differences)
     if count < 2:
         return float("nan")
-    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(count)
-    if error == 0:
-        return 1.0 if mean == 0 else float("nan")
-    return float(2 * special.stdtr(count - 1, -abs(mean / error)))
+    mean, deviation = _moments(differences)
+    if deviation == 0:
+        return 1.0 if abs(mean) <= ROUNDING else float("nan")
+    return float(2 * special.stdtr(count - 1, -abs(mean / deviation) * np.sqrt(count)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

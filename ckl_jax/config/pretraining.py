@@ -38,7 +38,7 @@ class Data(Chapter):
     seed: NonNegativeInt = 0
     """Of the first parameters, of the windows drawn and of dropout."""
     max_digits: Annotated[int, AtLeast(1, tasks.MAX_DIGITS - 1)] = 7
-    """N: operand lengths are balanced over 1..N."""
+    """N: operand lengths are balanced over 1..N, as far as the task allows."""
     num_documents: PositiveInt = 100_000
     """Training problems in the dataset, at least max_digits^2 (the test split has a twentieth)."""
     packing: Literal["stream", "documents"] = "stream"

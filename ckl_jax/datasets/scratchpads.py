@@ -1,8 +1,8 @@
 """TFDS builder of scratchpads, written and read as array_record: TensorFlow is not needed.
 
-The lengths of both operands are balanced over 1..N: example i has the i-th cell of the N x N grid of lengths. A
-problem belongs to the test split if the hash of its two operands, in either order, says so: no problem, nor its
-mirror image, is in both.
+The lengths of both operands are balanced over 1..N, as far as the task allows (its ``draw``): example i has the i-th
+cell of the N x N grid of lengths. A problem belongs to the test split if the hash of its two operands, in either order,
+says so: no problem, nor its mirror image, is in both.
 """
 
 from __future__ import annotations
