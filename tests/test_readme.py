@@ -483,6 +483,35 @@ def test_the_arms_from_n6_are_what_was_published():
     assert percent(pair["target"], "+") in README
 
 
+def test_the_oracles_from_n6_with_a_smaller_rate_are_what_was_published():
+    found, earlier = ladder_results("slower_oracles_N6")["confirmation"], ladder_results("slower_N6")
+    assert earlier["seeds"] + found["seeds"] == list(range(20, 30))
+    for arm, values in found["arms"].items():
+        (row,) = [line for line in EXPERIMENTS.splitlines() if line.startswith("| slower: ") and f"({arm})" in line]
+        pair = "" if arm == "standard" else percent(comparison.pair(found, arm, "standard")["target"], "+")
+        told = [percent(values["target_after"]), pair, percent(values["comma_after"])]
+        cells = [*told, f"{100 * values['old_after'][0]:.1f}"]
+        assert row.replace("**", "").replace("| |", "|  |").endswith(f"| {' | '.join(cells)} |")
+    asked = [("prioritized", "standard"), ("prioritized", "critical_held"), ("critical_free", "standard")]
+    of_seeds = [np.array(comparison.pair(found, *names)["differences"]) for names in asked]
+    assert holm([paired_p(differences) for differences in of_seeds]) == pytest.approx([0.66, 0.66, 0.011], rel=0.05)
+    assert f"critical_held, {percent(mean_interval(of_seeds[1]), '+')} (p 0.66 each, corrected)" in EXPERIMENTS
+    first = np.array(comparison.pair(earlier, "prioritized", "standard")["differences"])
+    ten = np.concatenate([first, of_seeds[0]])
+    assert (ten > 0).sum() == 8
+    assert f"{paired_p(ten):.3f}" == "0.015"
+    for text in (README, EXPERIMENTS):
+        assert f"{percent(mean_interval(ten, 0.975), '+')} (97.5%" in text
+    commas = {arm: np.array(values["comma"])[:, -1] for arm, values in found["arms"].items()}
+    for arm in ("prioritized", "critical_free", "critical_held"):
+        told = percent(mean_interval(commas[arm] - commas["standard"]), "+")
+        told = (
+            told if arm == "critical_held" else told.replace("+", "").replace(" [", " points [", arm == "prioritized")
+        )
+        assert told in " ".join(EXPERIMENTS.split())
+    assert "+2.7 points [+1.5, +3.9]" in README
+
+
 def test_figure_3_from_the_ladder_is_what_was_published():
     for name in ("figure3", "figure3_plus2"):
         for run in ladder_results(name)["runs"]:
