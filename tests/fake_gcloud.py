@@ -26,7 +26,7 @@ CLOUD = pathlib.Path(os.environ["CLOUD"])
 PLAN = json.loads((CLOUD / "plan.json").read_text())
 
 
-NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: the resource was not found"
+NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/locations/z/{}/t-1' was not found. You are authenticated as me."
 UNUSABLE = {
     "PREEMPTED": 'ERROR: (gcloud) This TPU has terminal state "PREEMPTED", so it cannot be used anymore.',
     "TERMINATED": 'ERROR: (gcloud) This TPU has terminal state "TERMINATED", so it cannot be used anymore.',
@@ -73,7 +73,7 @@ def queued(verb, state):
         time.sleep(PLAN.get("slow_create", 0))
         return
     if not state["there"]:
-        end(1, NOT_FOUND)
+        end(1, NOT_FOUND.format("queuedResources"))
     life = PLAN["lives"][state["life"]]
     if verb == "describe":
         states = life.get("states", ["ACTIVE"])
@@ -89,7 +89,7 @@ def queued(verb, state):
 
 def machine(verb, state):
     if not state.get("machine"):
-        end(1, NOT_FOUND)
+        end(1, NOT_FOUND.format("nodes"))
     if verb == "describe":
         print(PLAN["lives"][max(state["life"], 0)].get("machine", "PREEMPTED") if state.get("preempted") else "READY")
     elif PLAN.get("undeletable"):

@@ -1051,6 +1051,19 @@ def test_delete_does_not_call_a_machine_gone_that_it_could_not_see(cloud):
     assert not cloud.is_there()
 
 
+NO_LOGIN = "ERROR: (gcloud) There was a problem refreshing your current auth tokens: File '/run/token' was not found."
+LOOKS = [f"{group} {verb}" for group in ("queued-resources", "tpu-vm") for verb in ("describe", "delete")]
+
+
+def test_a_login_that_was_not_found_is_not_a_machine_that_was_not_found(cloud):
+    cloud.run("create.sh")
+    cloud.plan(says=dict.fromkeys(LOOKS, NO_LOGIN))
+    done = cloud.run("delete.sh")
+    assert done.returncode == 7
+    assert "nothing is paid for" not in done.err
+    assert cloud.is_there()
+
+
 def test_a_gcloud_that_hangs_is_ended(cloud):
     cloud.plan(hangs=["describe"])
     assert cloud.run("supervise.sh", "a.module", CALL_SECONDS="1").returncode == 5

@@ -29,7 +29,7 @@ delete() {
   local answer
   if answer=$(long cloud "$1" delete "${@:2}" 2>&1); then
     say "deleted $TPU_NAME"
-  elif [[ $answer != *NOT_FOUND* && $answer != *"was not found"* ]]; then
+  elif ! is_gone "$answer"; then
     say "could not delete $1 $TPU_NAME: ${answer##*$'\n'}"
   fi
 }

@@ -116,12 +116,16 @@ on_workers() {
     --ssh-flag=-oConnectTimeout=30 "--command=$(quote "${@:2}")"
 }
 
+# is_gone ANSWER: gcloud says that there is no such machine or request. It says "was not found" of other things too: of a file
+# with the login's token, for example.
+is_gone() { [[ $1 == *NOT_FOUND*"/$TPU_NAME'"*"was not found"* ]]; }
+
 # look GROUP FIELD: a state, ABSENT, or UNKNOWN where gcloud gives no answer.
 look() {
   local answer one_word=$'(^|\n)([A-Z_]+)\r?($|\n)'
   if answer=$(cloud "$1" describe "--format=value($2)" 2>&1) && [[ $answer =~ $one_word ]]; then
     echo "${BASH_REMATCH[2]}"
-  elif [[ $answer == *NOT_FOUND* || $answer == *"was not found"* ]]; then
+  elif is_gone "$answer"; then
     echo ABSENT
   else
     say "no state of $1 $TPU_NAME: ${answer##*$'\n'}"
