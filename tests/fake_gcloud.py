@@ -90,7 +90,9 @@ def queued(verb, state):
 def machine(verb, state):
     if not state.get("machine"):
         end(1, NOT_FOUND.format("nodes"))
-    if verb == "describe":
+    if "--format=value(networkEndpoints.len())" in sys.argv:
+        print(PLAN.get("workers", 1))
+    elif verb == "describe":
         print(PLAN["lives"][max(state["life"], 0)].get("machine", "PREEMPTED") if state.get("preempted") else "READY")
     elif PLAN.get("undeletable"):
         end(1, "ERROR: (gcloud) INTERNAL")

@@ -233,6 +233,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
         "--quiet --worker=all --scp-flag=-oBatchMode=yes",
         ssh.format("install"),
+        describe[1].replace("state", "networkEndpoints.len()"),
         ssh.format("status run-N"),
         ssh.format(r"start run-N NOW -u -m a.module --name '\''two words'\'' --out gs://bucket/run"),
         "sleep 0.05",
@@ -512,6 +513,36 @@ def test_an_answer_without_a_word_is_not_taken_for_a_finished_command(cloud):
     (cloud.path / "0" / "0" / "remote.sh").write_text("")
     done = cloud.run("run.sh", "a.module")
     assert (done.returncode, "is finished" in done.err) == (255, False)
+
+
+def test_a_host_that_crashed_while_it_noted_the_code_is_not_taken_for_finished(cloud):
+    cloud.machine(ends={"0": [[0, 1], [0, 5]]})
+    assert cloud.run("run.sh", "a.module").returncode == 1
+    (file,) = (cloud.path / "0" / "0").glob("ckl_runs/*/exit_code")
+    file.write_text("")
+    assert cloud.run("run.sh", "a.module").returncode == 5
+
+
+def test_a_worker_that_says_nothing_is_not_taken_for_finished(cloud):
+    cloud.machine(workers=2, ends={"0": [[TOLD, 0]], "1": [[0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: list((cloud.path / "0" / "1").glob("ckl_runs/*/exit_code")))
+    (cloud.path / "0" / "0" / "remote.sh").write_text("")
+    done = cloud.run("run.sh", "a.module")
+    assert (done.returncode, "is finished" in done.err) == (255, False)
+
+
+def test_a_banner_before_the_answer_does_not_hide_it(cloud):
+    cloud.machine(ends={"0": [[TOLD, 5]]})
+    remote = cloud.path / "0" / "0" / "remote.sh"
+    remote.write_text("printf 'Welcome '\n" + remote.read_text())
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    process = cloud.start("run.sh", "a.module")
+    looks = cloud.asked("status")
+    cloud.wait_for(lambda: cloud.asked("status") > looks + 2 or process.poll() is not None)
+    cloud.tell()
+    process.communicate(timeout=UNTIL)
+    assert process.returncode == 5
 
 
 def test_run_before_setup_is_told_to_set_up(cloud):

@@ -73,6 +73,7 @@ job() {
   echo "$$" >group
   (cd "$checkout" && CKL_HOSTS=auto JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} exec .venv/bin/python "$@" 9>&-) || code=$?
   echo "$code" >exit_code.new
+  sync exit_code.new # Else a host that crashes may keep the name without what it holds.
   mv exit_code.new exit_code
 }
 

@@ -38,6 +38,21 @@ left_alone() {
 }
 at_end left_alone
 
+# statuses ANSWER: what the workers say, a line each. A banner may stand before it.
+statuses() { printf '%s\n' "$1" | sed -n 's/^.*ckl-status //p'; }
+
+# count_workers: sets `workers`. Ends with 255 where gcloud does not say how many there are.
+count_workers() {
+  local answer number=$'(^|\n)([1-9][0-9]*)\r?($|\n)'
+  answer=$(cloud tpu-vm describe '--format=value(networkEndpoints.len())' 2>&1) || true
+  if [[ $dry_run ]]; then return; fi
+  if [[ ! $answer =~ $number ]]; then fail 255 "gcloud does not say how many workers there are: ${answer##*$'\n'}"; fi
+  workers=${BASH_REMATCH[2]}
+}
+
+# all_said ANSWER: no worker is silent. gcloud may end with 0 where one is.
+all_said() { [[ $dry_run ]] || (($(statuses "$1" | grep -cE '^(running|exit|gone)') >= workers)); }
+
 # worst_code ANSWER: "running", 0 when all workers are through, else a code, rather of a failure than of a worker that
 # aborted since it lost another.
 worst_code() {
@@ -45,10 +60,12 @@ worst_code() {
   while read -r what code; do
     case $what in
       running) running=1 ;;
-      gone) code=137 ;;&
-      exit | gone) if ((code)) && { ((!worst)) || is_interruption "$worst"; }; then worst=$code; fi ;;
+      exit | gone)
+        if [[ ! $code =~ ^[0-9]+$ ]]; then code=137; fi # A host that crashed may leave an empty file.
+        if ((code)) && { ((!worst)) || is_interruption "$worst"; }; then worst=$code; fi
+        ;;
     esac
-  done < <(printf '%s\n' "$1" | sed -n 's/^ckl-status //p')
+  done < <(statuses "$1")
   if ((!worst)) && [[ $running ]]; then echo running; else echo "$worst"; fi
 }
 
@@ -60,10 +77,13 @@ ask() {
   if ((code)); then fail 255 "no $1 of $name on every worker: ${answer##*$'\n'}"; fi
 }
 
+workers=1
+count_workers
+
 # Workers start together: one that was through would not come back for the others, and one that went on without them would wait
 # in vain.
 ask status
-if [[ ! $dry_run && $answer != *ckl-status* ]]; then fail 255 "no worker says how $name stands"; fi
+if ! all_said "$answer"; then fail 255 "not all of $workers workers say how $name stands"; fi
 code=$(worst_code "$answer")
 if [[ $dry_run || $code != running && $code != 0 ]]; then
   if [[ $answer =~ ckl-status\ busy\ ([^[:space:]]+) ]]; then
@@ -79,7 +99,7 @@ if [[ ! $wait ]]; then exit 0; fi
 unreachable=0
 while [[ $code == running ]]; do
   pause "$POLL_SECONDS"
-  if answer=$(on_workers all bash remote.sh status "$name" 2>&1) && [[ $dry_run || $answer == *ckl-status* ]]; then
+  if answer=$(on_workers all bash remote.sh status "$name" 2>&1) && all_said "$answer"; then
     unreachable=0
     code=$(worst_code "$answer")
   else
