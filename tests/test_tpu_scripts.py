@@ -693,6 +693,13 @@ def test_supervise_does_not_repeat_bad_arguments(cloud):
     assert not cloud.is_there()
 
 
+def test_arguments_that_were_good_once_are_not_bad_where_the_bucket_does_not_answer(cloud):
+    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 2], [0, 0]]})
+    done = cloud.run("supervise.sh", "a.module")
+    assert done.returncode == 0, done.err
+    assert len(cloud.jobs()) == 3
+
+
 def test_supervise_does_not_repeat_what_was_not_finite(cloud):
     cloud.plan(ends={"0": [[0, 3]]})
     done = cloud.run("supervise.sh", "a.module")

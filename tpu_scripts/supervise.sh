@@ -8,7 +8,7 @@
 # TPU, and refused if they do not fit its memory or cannot be compiled.
 #
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed
-# (also where the command says so by its code 2), or somebody else (or gcloud, which repeated a request) made the machine
+# (also where the command says so by its code 2 the first time that it ends: later 2 is a failure), or somebody else (or gcloud, which repeated a request) made the machine
 # meanwhile: THEN IT STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command
 # failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the
 # command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
@@ -74,7 +74,7 @@ elif [[ $state != ABSENT ]]; then
   fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
 fi
 
-retries=0 failures=0 in_place=0 ready='' made=''
+retries=0 failures=0 in_place=0 ready='' made='' accepted=''
 while true; do
   code=0 at=create new=()
   if [[ ! $ours ]]; then new=(--new) ours=1; fi
@@ -96,7 +96,8 @@ while true; do
     ours=''
     fail 2 "$TPU_NAME is left to the command that goes on there, and paid for until delete.sh"
   fi
-  if ((code == 2)); then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
+  if [[ $at == run ]] && ((code != 2)); then accepted=1; fi # A 2 from now on may be a bucket that does not answer.
+  if ((code == 2)) && [[ $at != run || ! $accepted ]]; then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
   silent=''
