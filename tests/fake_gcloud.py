@@ -7,6 +7,7 @@ CLOUD names a directory with plan.json and, written by the fake, calls.jsonl and
     machine: the machine's state then, while the request stays ACTIVE: ssh fails with 1, as gcloud does
     refused: text with which ``create`` fails; unreachable: ssh fails with 255 while the machine is ACTIVE
     lingers: the machine outlives its request
+    takes: the how-manieth ``delete`` works; after the first the request is DELETING
   workers: how many; undeletable: ``delete`` fails; slow_create: seconds that ``create`` takes.
   hangs: verbs that take for ever; says: by "group verb", an error with which that fails.
 Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER.
@@ -67,7 +68,7 @@ def queued(verb, state):
         life = PLAN["lives"][state["life"] + 1]
         if "refused" in life:
             end(1, f"ERROR: (gcloud) {life['refused']}")
-        state.update(there=True, machine=True, life=state["life"] + 1, described=0, ssh=0, preempted=False)
+        state.update(there=True, machine=True, life=state["life"] + 1, described=0, deletes=0, ssh=0, preempted=False)
         for home in homes(state):
             home.mkdir(parents=True)
         time.sleep(PLAN.get("slow_create", 0))
@@ -78,10 +79,13 @@ def queued(verb, state):
     if verb == "describe":
         states = life.get("states", ["ACTIVE"])
         gone = state["preempted"] and "machine" not in life
-        print("SUSPENDED" if gone else states[min(state["described"], len(states) - 1)])
+        print("DELETING" if state["deletes"] else "SUSPENDED" if gone else states[min(state["described"], len(states) - 1)])
         state["described"] += 1
     elif PLAN.get("undeletable"):
         end(1, "ERROR: (gcloud) INTERNAL")
+    elif state["deletes"] + 1 < life.get("takes", 1):
+        state["deletes"] += 1
+        end(1, "ERROR: (gcloud) FAILED_PRECONDITION: it is being deleted")
     else:
         kill_processes(state)
         state.update(there=False, machine=state["machine"] and bool(life.get("lingers")))
@@ -94,7 +98,7 @@ def machine(verb, state):
         print(PLAN.get("workers", 1))
     elif verb == "describe":
         print(PLAN["lives"][max(state["life"], 0)].get("machine", "PREEMPTED") if state.get("preempted") else "READY")
-    elif PLAN.get("undeletable"):
+    elif PLAN.get("undeletable") or state.get("deletes"):
         end(1, "ERROR: (gcloud) INTERNAL")
     else:
         kill_processes(state)

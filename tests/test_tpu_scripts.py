@@ -79,6 +79,7 @@ class Cloud:
             "OUT": "gs://bucket/run",
             "POLL_SECONDS": "0.05",
             "RETRY_SECONDS": "0.05",
+            "MAX_DELETE_SECONDS": "1",
         }
         assert shutil.which("gcloud", path=self.environment["PATH"]) == str(path / "bin" / "gcloud")
         self.plan()
@@ -299,6 +300,13 @@ def test_delete_is_harmless_twice_and_says_when_it_does_not_work(cloud):
     stuck = cloud.run("delete.sh")
     assert stuck.returncode == 7
     assert "STILL THERE" in stuck.err
+
+
+def test_delete_waits_for_a_deletion_that_goes_on(cloud):
+    cloud.plan([{"takes": 8}])
+    cloud.run("create.sh")
+    assert cloud.run("delete.sh", MAX_DELETE_SECONDS="600").returncode == 0
+    assert not cloud.is_there()
 
 
 def test_setup_copies_what_git_does_not_ignore_and_drops_what_is_gone(cloud):
@@ -755,6 +763,18 @@ def test_supervise_says_so_when_the_machine_cannot_be_deleted(cloud):
     assert "STILL THERE" in done.err
 
 
+@pytest.mark.parametrize("life", [{}, {"preempted_at": 5}], ids=["at the end", "in between"])
+def test_supervise_outlives_deletes_that_fail_for_a_while(cloud, life):
+    plan = {"lives": [life, {}], "ends": {"0": [[FOREVER if life else 0, 0], [0, 0]]}}
+    cloud.plan(**plan, undeletable=True)
+    process = cloud.start("supervise.sh", "a.module", MAX_DELETE_SECONDS=str(FOREVER))
+    cloud.wait_for(lambda: cloud.calls().count("delete") > 10 or process.poll() is not None)
+    cloud.plan(**plan)
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert not cloud.is_there()
+
+
 def test_supervise_leaves_a_machine_alone_that_it_was_not_given(cloud):
     cloud.machine()
     refused = cloud.run("supervise.sh", "a.module")
@@ -918,7 +938,7 @@ def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cl
 
 
 @pytest.mark.parametrize(
-    "name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
+    "name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_DELETE_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
 )
 @pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
 def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):

@@ -34,18 +34,19 @@ delete() {
   fi
 }
 
-state=$(state_of ACTIVE)
-for try in 1 2 3 4 5; do
-  if [[ $state == ABSENT ]]; then break; fi
-  if ((try > 1)); then pause "$POLL_SECONDS"; fi
+state=$(state_of ACTIVE) tries=0
+while [[ $state != ABSENT ]]; do
   delete queued-resources --force
   state=$(state_of ABSENT)
   if [[ $state != ABSENT ]]; then
     delete tpu-vm # Made without a request, or left by it.
     state=$(state_of ABSENT)
   fi
+  if [[ $state == ABSENT ]]; then break; fi
+  if [[ ! $state =~ ^(DELETING|SUSPENDING)$ ]] || ((SECONDS >= MAX_DELETE_SECONDS)); then tries=$((tries + 1)); fi
+  if ((tries == 5)); then
+    fail 7 "$TPU_NAME IS STILL THERE ($state) AND MAY BE PAID FOR: run delete.sh again, or delete it in the console"
+  fi
+  pause "$POLL_SECONDS"
 done
-if [[ $state != ABSENT ]]; then
-  fail 7 "$TPU_NAME IS STILL THERE ($state) AND MAY BE PAID FOR: run delete.sh again, or delete it in the console"
-fi
 say "there is no $TPU_NAME in $ZONE of $PROJECT; nothing is paid for"

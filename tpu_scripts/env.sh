@@ -13,6 +13,7 @@
 #   CALL_SECONDS       when a call of gcloud counts as hung, if there is `timeout` (120; ten times that to create, delete,
 #                      copy or install); 0: never
 #   MAX_WAIT_SECONDS   how long to queue for a machine (86400)
+#   MAX_DELETE_SECONDS how long delete.sh waits for a deletion that goes on, and supervise.sh tries again at its end (3600)
 #   MAX_RETRIES        how many preemptions, lost machines, refused requests and failures supervise.sh outlives (20)
 #   MAX_FAILURES       how many failures of setup or command end supervise.sh (2)
 #   STEADY_SECONDS     when a command has run for so long, earlier failures and lost connections are forgotten (600); they
@@ -26,6 +27,7 @@ POLL_SECONDS=${POLL_SECONDS-30}
 RETRY_SECONDS=${RETRY_SECONDS-60}
 CALL_SECONDS=${CALL_SECONDS-120}
 MAX_WAIT_SECONDS=${MAX_WAIT_SECONDS-86400}
+MAX_DELETE_SECONDS=${MAX_DELETE_SECONDS-3600}
 MAX_RETRIES=${MAX_RETRIES-20}
 MAX_FAILURES=${MAX_FAILURES-2}
 STEADY_SECONDS=${STEADY_SECONDS-600}
@@ -78,7 +80,7 @@ require_settings() {
   for name in POLL_SECONDS RETRY_SECONDS; do
     if [[ ! ${!name} =~ $number ]]; then bad+=("$name: got ${!name}; allowed are seconds, 0 or more"); fi
   done
-  for name in CALL_SECONDS MAX_WAIT_SECONDS MAX_RETRIES MAX_FAILURES STEADY_SECONDS; do
+  for name in CALL_SECONDS MAX_WAIT_SECONDS MAX_DELETE_SECONDS MAX_RETRIES MAX_FAILURES STEADY_SECONDS; do
     if [[ ! ${!name} =~ $whole ]]; then bad+=("$name: got ${!name}; allowed are whole numbers from 0 to 999999999"); fi
   done
   if ((${#bad[@]})); then
@@ -90,7 +92,7 @@ require_settings() {
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
   for setting in PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION SPOT OUT \
-    POLL_SECONDS RETRY_SECONDS CALL_SECONDS MAX_WAIT_SECONDS MAX_RETRIES MAX_FAILURES STEADY_SECONDS; do
+    POLL_SECONDS RETRY_SECONDS CALL_SECONDS MAX_WAIT_SECONDS MAX_DELETE_SECONDS MAX_RETRIES MAX_FAILURES STEADY_SECONDS; do
     printf '%s=%s\n' "$setting" "${!setting}"
   done
 fi

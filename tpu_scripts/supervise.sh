@@ -37,13 +37,24 @@ preflight
 script() { step "$scripts/$1" ${passed[@]+"${passed[@]}"} "${@:2}"; }
 
 ours='' frozen='' scripts=$here
+
+# delete_at_last: nobody tries after this, so it bears an outage.
+delete_at_last() {
+  local end=$((SECONDS + MAX_DELETE_SECONDS))
+  until script delete.sh; do
+    if ((SECONDS >= end)); then return 7; fi
+    say "trying to delete it for $((end - SECONDS)) s more (kill -9 $$ ends that)"
+    pause "$RETRY_SECONDS"
+  done
+}
+
 clean_up() {
   local code=$1
   if [[ $ours && $keep ]]; then
     say "$TPU_NAME is kept, and paid for until delete.sh"
   elif [[ $ours ]]; then
     say "deleting $TPU_NAME (--keep would leave it)"
-    script delete.sh || code=7
+    delete_at_last || code=7
   fi
   if [[ $frozen ]]; then rm -rf "$frozen"; fi
   return "$code"
@@ -120,8 +131,8 @@ while true; do
   # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
   in_place=$((in_place + 1))
   if [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); then
-    script delete.sh || exit 7
-    ours='' ready='' in_place=0
+    ready=''
+    if script delete.sh; then ours='' in_place=0; fi # Else the next turn looks, and deletes it again.
   fi
   pause "$RETRY_SECONDS"
 done
