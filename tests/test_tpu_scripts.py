@@ -121,7 +121,7 @@ class Cloud:
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def asked(self, verb):
-        """How often workers were asked to ``install``, to ``start`` the command or for its ``status``."""
+        """How often workers were asked whether one is ``busy``, to ``install``, to ``start`` the command or for its ``status``."""
         calls = self.records("calls.jsonl")
         return sum(word.startswith(f"--command=bash remote.sh {verb}") for call in calls for word in call)
 
@@ -233,6 +233,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         *describe,
         f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
         "--quiet --worker=all --scp-flag=-oBatchMode=yes",
+        ssh.format("busy"),
         ssh.format("install"),
         describe[1].replace("state", "networkEndpoints.len()"),
         ssh.format("status run-N"),
@@ -347,6 +348,17 @@ def test_setup_tells_an_installer_that_fails_from_workers_that_cannot_be_reached
     cloud.run("delete.sh")
     cloud.run("create.sh")
     assert cloud.run("setup.sh").returncode == 255
+
+
+def test_setup_leaves_all_workers_while_a_command_runs_on_one(cloud):
+    (cloud.checkout / "code.py").write_text("old")
+    cloud.machine(workers=2, ends={"0": [[0, 1]], "1": [[TOLD, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2 and list(cloud.path.glob("0/0/ckl_runs/*/exit_code")))
+    (cloud.checkout / "code.py").write_text("new")
+    done = cloud.run("setup.sh")
+    assert (done.returncode, "left as they are" in done.err, "installed on" in done.err) == (0, True, False)
+    assert [(cloud.path / "0" / worker / "ckl_jax" / "code.py").read_text() for worker in "01"] == ["old"] * 2
 
 
 HARD = [
@@ -577,7 +589,7 @@ def test_supervise_makes_runs_and_deletes(cloud):
 
 
 def test_supervise_goes_on_after_a_preemption_with_the_same_directory(cloud):
-    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
+    cloud.plan([{"preempted_at": 6}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
     assert done.returncode == 0, done.err
     assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]
@@ -589,7 +601,7 @@ def test_supervise_goes_on_after_a_preemption_with_the_same_directory(cloud):
 
 def test_a_job_goes_on_with_the_files_that_it_began_with_and_ends_with_these_scripts(cloud):
     (cloud.checkout / "loss.py").write_text("as it began")
-    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
+    cloud.plan([{"preempted_at": 6}, {}], ends={"0": [[FOREVER, 0], [0, 0]]})
     process = cloud.start("supervise.sh", "a.module", RETRY_SECONDS="1")
     cloud.wait_for(lambda: cloud.jobs())
     (cloud.checkout / "loss.py").write_text("half edited")
@@ -627,7 +639,7 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2")
     assert done.returncode == 4
     assert len(cloud.jobs()) == 2
-    assert cloud.calls() == ["create", "scp", "delete"]
+    assert cloud.calls() == ["create", "scp", "scp", "delete"]
 
 
 @pytest.mark.parametrize(("most", "code", "starts"), [("3", 0, 4), ("1", 5, 2)])
@@ -702,7 +714,7 @@ def test_supervise_does_not_repeat_bad_arguments(cloud):
 
 
 def test_arguments_that_were_good_once_are_not_bad_where_the_bucket_does_not_answer(cloud):
-    cloud.plan([{"preempted_at": 5}, {}], ends={"0": [[FOREVER, 0], [0, 2], [0, 0]]})
+    cloud.plan([{"preempted_at": 6}, {}], ends={"0": [[FOREVER, 0], [0, 2], [0, 0]]})
     done = cloud.run("supervise.sh", "a.module")
     assert done.returncode == 0, done.err
     assert len(cloud.jobs()) == 3
@@ -722,7 +734,7 @@ def test_supervise_takes_a_lost_host_for_an_interruption(cloud, code):
     cloud.plan(ends={"0": [[0, code], [0, code], [0, 0]]})
     assert cloud.run("supervise.sh", "a.module", MAX_FAILURES="1").returncode == 0
     assert len(cloud.jobs()) == 3
-    assert cloud.calls() == ["create", "scp", "delete"]
+    assert cloud.calls() == ["create", "scp", "scp", "scp", "delete"]
 
 
 def test_supervise_replaces_a_machine_that_stays_unreachable(cloud):
@@ -763,7 +775,7 @@ def test_supervise_says_so_when_the_machine_cannot_be_deleted(cloud):
     assert "STILL THERE" in done.err
 
 
-@pytest.mark.parametrize("life", [{}, {"preempted_at": 5}], ids=["at the end", "in between"])
+@pytest.mark.parametrize("life", [{}, {"preempted_at": 6}], ids=["at the end", "in between"])
 def test_supervise_outlives_deletes_that_fail_for_a_while(cloud, life):
     plan = {"lives": [life, {}], "ends": {"0": [[FOREVER if life else 0, 0], [0, 0]]}}
     cloud.plan(**plan, undeletable=True)
@@ -793,13 +805,29 @@ def test_supervise_started_again_attaches_to_the_command_that_goes_on(cloud):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(UNTIL)  # Its run.sh holds its streams and looks on.
     again = cloud.start("supervise.sh", "--adopt", "a.module")
-    cloud.wait_for(lambda: cloud.asked("install") == 2)
+    cloud.wait_for(lambda: cloud.asked("busy") == 2)
     looks = cloud.asked("status")
     cloud.wait_for(lambda: cloud.asked("status") > looks + 2)
     cloud.tell()
     _, err = again.communicate(timeout=UNTIL)
     assert again.returncode == 0, err
     assert (len(cloud.jobs()), cloud.asked("start")) == (1, 1)
+
+
+def test_a_command_that_fails_is_started_again_with_the_files_of_who_adopted_it(cloud):
+    (cloud.checkout / "code.py").write_text("wrong")
+    cloud.machine(ends={"0": [[TOLD, 1], [0, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: cloud.jobs())
+    (cloud.checkout / "code.py").write_text("corrected")
+    process = cloud.start("supervise.sh", "--adopt", "a.module")
+    looks = cloud.asked("status")
+    cloud.wait_for(lambda: cloud.asked("status") > looks + 1 or process.poll() is not None)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert (cloud.path / "0" / "0" / "ckl_jax" / "code.py").read_text() == "corrected"
+    assert len(cloud.jobs()) == 2
 
 
 def test_supervise_with_other_arguments_leaves_a_machine_to_the_command_that_goes_on_there(cloud):
@@ -1079,9 +1107,9 @@ def test_the_process_that_reads_them_ends_with_the_modules_code():
 
 
 @pytest.mark.parametrize("state", first(["PREEMPTED", "TERMINATED", "STOPPED"]))
-@pytest.mark.parametrize("at", [1, 2, 5], ids=["scp", "install", "run"])
+@pytest.mark.parametrize("at", [1, 2, 3, 6], ids=["scp", "busy", "install", "run"])
 def test_a_machine_that_is_gone_under_an_active_request_is_a_preemption(cloud, state, at):
-    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 5 else {})
+    cloud.plan([{"preempted_at": at, "machine": state}, {}], ends={"0": [[FOREVER, 0], [0, 0]]} if at == 6 else {})
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="1")
     assert done.returncode == 0, done.err
     assert cloud.calls() == ["create", "scp", "delete", "create", "scp", "delete"]

@@ -3,6 +3,7 @@
 #
 #   remote.sh install                  unpacks ~/ckl_jax.tar.gz to ~/ckl_jax, in place of what it unpacked before, and makes
 #                                      its venv; results that lie there stay
+#   remote.sh busy                     prints "ckl-status busy OTHER" while OTHER runs
 #   remote.sh start NAME ATTEMPT ARG...   runs the venv's python with ARG... in the background, once per ATTEMPT
 #   remote.sh status NAME              prints "ckl-status running", "exit CODE" or "gone" (ended without a word), and
 #                                      "ckl-status busy OTHER" while OTHER runs
@@ -33,7 +34,7 @@ other() {
 install() {
   if [[ $(other '') ]]; then
     echo "a command is running here: the checkout stays as it is"
-    return
+    return 1
   fi
   mkdir -p "$checkout"
   cd "$checkout"
@@ -77,9 +78,16 @@ job() {
   mv exit_code.new exit_code
 }
 
+# busy NAME: says which other command runs here, if one does.
+busy() {
+  local busy
+  busy=$(other "$1")
+  if [[ $busy ]]; then echo "ckl-status busy $busy"; fi
+}
+
 status() {
   local busy
-  busy=$(other "$name")
+  busy=$(busy "$name")
   if is_running .; then # Looked at first: a job writes its exit code before it lets the lock go.
     echo "ckl-status running"
   elif [[ -e exit_code ]]; then
@@ -87,7 +95,7 @@ status() {
   else
     echo "ckl-status gone"
   fi
-  if [[ $busy ]]; then echo "ckl-status busy $busy"; fi
+  if [[ $busy ]]; then echo "$busy"; fi
 }
 
 stop() {
@@ -98,10 +106,16 @@ stop() {
 }
 
 verb=$1
-if [[ $verb == install ]]; then
-  install
-  exit
-fi
+case $verb in
+  install)
+    install
+    exit
+    ;;
+  busy)
+    busy ''
+    exit
+    ;;
+esac
 script=$(cd -- "$(dirname -- "$0")" && pwd)/${0##*/}
 name=$2
 shift 2

@@ -3,9 +3,9 @@
 #
 # What is copied: files that git tracks, and untracked ones that it does not ignore (without .git: all that .gitignore
 # leaves), or what supervise.sh packed of it before (CKL_PACKED). The versions are those of uv.lock. While a command runs on
-# a worker, that worker is left as it is.
+# one worker, all workers are left as they are: they compute as one program, from the same files.
 #
-# Exit codes: 0 installed on every worker; 2 bad settings; 6 packing, copying or installing failed; 255 workers cannot be
+# Exit codes: 0 installed on every worker, or left on every worker to a command that runs; 2 bad settings; 6 packing, copying or installing failed; 255 workers cannot be
 # reached, or there is no machine (any more); 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
@@ -35,13 +35,16 @@ if [[ ! $dry_run ]]; then
   packed=${CKL_PACKED:-$scratch/ckl_jax.tar.gz}
 fi
 
-# attempt COMMAND...: ends with 255 or 6 where it fails.
+# attempt COMMAND...: sets `said`. Ends with 255 or 6 where it fails.
 attempt() {
   local code=0 state answer=${scratch:+$scratch/answer}
   step long "$@" >"${answer:-/dev/null}" 2>&1 || code=$?
   if [[ $answer ]]; then answer=$(<"$answer"); fi
   show "$answer"
-  if ((!code)); then return; fi
+  if ((!code)); then
+    said=$answer
+    return
+  fi
   if is_out_of_reach "$code" "$answer"; then fail 255 "workers of $TPU_NAME cannot be reached"; fi
   state=$(state_of ACTIVE)
   if is_dead "$state"; then fail 255 "$TPU_NAME is $state"; fi
@@ -49,5 +52,10 @@ attempt() {
 }
 attempt call gcloud compute tpus tpu-vm scp "$packed" "$here/remote.sh" "$TPU_NAME:" "--project=$PROJECT" "--zone=$ZONE" \
   --quiet --worker=all --scp-flag=-oBatchMode=yes
+attempt on_workers all bash remote.sh busy
+if [[ $said =~ ckl-status\ busy\ ([^[:space:]]+) ]]; then
+  say "${BASH_REMATCH[1]} runs on $TPU_NAME: all workers are left as they are, nothing is installed"
+  exit
+fi
 attempt on_workers all bash remote.sh install
 say "installed on all workers of $TPU_NAME"

@@ -111,6 +111,7 @@ while true; do
   if ((code == 2)) && [[ $at != run || ! $accepted ]]; then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
+  if ((code != 255)); then ready=''; fi # The command has ended, and begins again with this checkout on all workers.
   silent=''
   while state=$(state_of ABSENT) && [[ $state == UNKNOWN ]]; do # The network here is down, say, and the command goes on.
     silent=1
