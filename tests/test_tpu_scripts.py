@@ -276,8 +276,16 @@ def test_create_deletes_a_request_that_failed_unless_it_is_to_be_kept(cloud):
 
 def test_create_gives_up_waiting_and_deletes_its_request(cloud):
     cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}])
-    assert cloud.run("create.sh", MAX_WAIT_SECONDS="1").returncode == 3
+    assert cloud.run("create.sh", MAX_WAIT_SECONDS="1").returncode == 5
     assert not cloud.is_there()
+
+
+def test_supervise_waits_in_the_queue_once(cloud):
+    cloud.plan([{"states": ["WAITING_FOR_RESOURCES"]}] * 2)
+    done = cloud.run("supervise.sh", "a.module", MAX_WAIT_SECONDS="1")
+    assert done.returncode == 5
+    assert "no machine within MAX_WAIT_SECONDS=1 (WAITING_FOR_RESOURCES)" in done.err
+    assert cloud.calls() == ["create", "delete"]
 
 
 def test_ctrl_c_in_create_deletes_its_request_even_while_gcloud_is_making_it(cloud):

@@ -5,8 +5,8 @@
 # or the request fails, it deletes what it asked for; --keep leaves it.
 #
 # Exit codes: 0 ready (and paid for until delete.sh); 2 bad settings, a checkout that setup.sh could not copy, or somebody
-# else made it meanwhile (or gcloud, which repeated the request: it stays, AND WILL BE PAID FOR); 3 no machine; 7 the
-# request could not be deleted; 129, 130, 131, 143 interrupted.
+# else made it meanwhile (or gcloud, which repeated the request: it stays, AND WILL BE PAID FOR); 3 no machine; 5 none
+# within MAX_WAIT_SECONDS; 7 the request could not be deleted; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -70,7 +70,9 @@ until state=$(state_of ACTIVE) && [[ $state == ACTIVE ]]; do
   if [[ $state == UNKNOWN ]]; then unknown=$((unknown + 1)); else unknown=0; fi
   if ((unknown == 10)); then fail 3 "no answer from gcloud about $TPU_NAME, ten times in turn; is it logged in?"; fi
   if is_dead "$state"; then fail 3 "$TPU_NAME is $state; no machine"; fi
-  if ((SECONDS >= MAX_WAIT_SECONDS)); then fail 3 "no machine after $SECONDS s ($state)"; fi
+  if ((SECONDS >= MAX_WAIT_SECONDS)) && [[ $state != UNKNOWN ]]; then
+    fail 5 "no machine within MAX_WAIT_SECONDS=$MAX_WAIT_SECONDS ($state)"
+  fi
   pause "$POLL_SECONDS"
 done
 ready=1

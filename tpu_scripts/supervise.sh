@@ -10,7 +10,7 @@
 # Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed
 # (also where the command says so by its code 2 the first time that it ends: later 2 is a failure), or somebody else (or gcloud, which repeated a request) made the machine
 # meanwhile: THEN IT STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command
-# failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times; 6 a loss or parameter of the
+# failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times, or no machine within MAX_WAIT_SECONDS; 6 a loss or parameter of the
 # command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
@@ -109,6 +109,7 @@ while true; do
   fi
   if [[ $at == run ]] && ((code != 2)); then accepted=1; fi # A 2 from now on may be a bucket that does not answer.
   if ((code == 2)) && [[ $at != run || ! $accepted ]]; then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
+  if ((code == 5)) && [[ $at == create ]]; then exit 5; fi # Asking again would begin at the end of the queue.
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
   if ((code != 255)); then ready=''; fi # The command has ended, and begins again with this checkout on all workers.
