@@ -9,7 +9,7 @@ CLOUD names a directory with plan.json and, written by the fake, calls.jsonl and
     lingers: the machine outlives its request
     takes: the how-manieth ``delete`` works; after the first the request is DELETING
   workers: how many; undeletable: ``delete`` fails; slow_create: seconds that ``create`` takes.
-  hangs: verbs that take for ever; says: by "group verb", an error with which that fails.
+  hangs: verbs that take for ever; missing: verbs for which there is no gcloud; says: by "group verb", an error with which that fails.
 Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER.
 """
 
@@ -123,6 +123,8 @@ def main(arguments):
         calls.write(json.dumps(arguments) + "\n")
     if arguments[3] in PLAN.get("hangs", ()):
         time.sleep(600)
+    if arguments[3] in PLAN.get("missing", ()):
+        end(127, "timeout: failed to run command 'gcloud': No such file or directory")
     with (CLOUD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = CLOUD / "state.json"

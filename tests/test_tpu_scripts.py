@@ -580,6 +580,13 @@ def test_run_before_setup_is_told_to_set_up(cloud):
     assert "setup.sh" in done.err
 
 
+def test_a_gcloud_that_is_missing_for_a_moment_is_no_word_about_the_workers(cloud):
+    cloud.machine()
+    cloud.plan(missing=["ssh"])
+    done = cloud.run("run.sh", "a.module")
+    assert (done.returncode, "setup.sh" in done.err) == (255, False)
+
+
 def test_logs_shows_the_newest_run_of_a_worker(cloud):
     cloud.machine(workers=2)
     cloud.run("run.sh", "a.module")

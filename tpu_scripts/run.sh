@@ -73,7 +73,7 @@ worst_code() {
 ask() {
   local code=0
   answer=$(on_workers all bash remote.sh "$1" "$name" "${@:2}" 2>&1) || code=$?
-  if ((code == 127)); then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
+  if ((code == 127)) && [[ $answer == *remote.sh* ]]; then fail 2 "nothing is installed on $TPU_NAME: run setup.sh first"; fi
   if ((code)); then fail 255 "no $1 of $name on every worker: ${answer##*$'\n'}"; fi
 }
 
