@@ -628,6 +628,19 @@ def test_a_job_goes_on_with_the_files_that_it_began_with_and_ends_with_these_scr
     assert not list(cloud.path.parent.glob(".cache/ckl_jax/*"))
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_machine_is_deleted_where_what_the_job_keeps_is_deleted_first(cloud, code):
+    cloud.plan(ends={"0": [[TOLD, code]]})
+    process = cloud.start("supervise.sh", "a.module")
+    cloud.wait_for(lambda: cloud.jobs())
+    shutil.rmtree(cloud.path.parent / ".cache" / "ckl_jax")
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == (2 if code else 0), err
+    assert ("was deleted meanwhile" in err) == bool(code)
+    assert not cloud.is_there()
+
+
 def test_supervise_tries_again_where_there_was_no_capacity(cloud):
     cloud.plan([{"states": ["FAILED"]}, {}])
     assert cloud.run("supervise.sh", "a.module").returncode == 0

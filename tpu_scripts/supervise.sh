@@ -50,6 +50,7 @@ delete_at_last() {
 
 clean_up() {
   local code=$1
+  if [[ ! -x $scripts/delete.sh ]]; then scripts=$here; fi
   if [[ $ours && $keep ]]; then
     say "$TPU_NAME is kept, and paid for until delete.sh"
   elif [[ $ours ]]; then
@@ -87,6 +88,9 @@ fi
 
 retries=0 failures=0 in_place=0 ready='' made='' accepted=''
 while true; do
+  if [[ $frozen && ! (-x $scripts/create.sh && -e $CKL_PACKED) ]]; then
+    fail 2 "$frozen was deleted meanwhile; the same command goes on from $OUT, with the checkout as it is then"
+  fi
   code=0 at=create new=()
   if [[ ! $ours ]]; then new=(--new) ours=1; fi
   script create.sh --keep ${new[@]+"${new[@]}"} || code=$?
