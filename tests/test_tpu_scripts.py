@@ -655,6 +655,25 @@ def test_supervise_ends_where_the_first_request_is_refused(cloud):
     assert cloud.calls() == ["create"]
 
 
+def test_supervise_keeps_nothing_where_nothing_was_made(cloud):
+    cloud.plan([{"refused": "PERMISSION_DENIED"}])
+    done = cloud.run("supervise.sh", "--keep", "a.module")
+    assert done.returncode == 3
+    assert "nothing to keep" in done.err
+    assert "paid for" not in done.err
+
+
+def test_supervise_tries_again_where_the_first_request_did_not_arrive(cloud):
+    plan = {"says": {"queued-resources create": "ERROR: gcloud crashed (TransportError): Name or service not known"}}
+    cloud.plan(**plan)
+    process = cloud.start("supervise.sh", "a.module")
+    cloud.wait_for(lambda: cloud.calls().count("create") > 1 or process.poll() is not None)
+    cloud.plan()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert not cloud.is_there()
+
+
 def test_supervise_bounds_its_retries(cloud):
     cloud.plan([{"preempted_at": 2}] * 4)
     assert cloud.run("supervise.sh", "a.module", MAX_RETRIES="2").returncode == 5
@@ -782,7 +801,7 @@ def test_a_signal_deletes_what_supervise_made_unless_it_is_to_be_kept(cloud, sen
     _, err = process.communicate(timeout=UNTIL)
     assert process.returncode == code
     assert cloud.is_there() == bool(keep)
-    assert ("kept, and paid for" if keep else "deleting t-1") in err
+    assert ("kept (ACTIVE), and paid for" if keep else "deleting t-1") in err
 
 
 def test_a_signal_while_the_machine_is_being_requested_leaves_none(cloud):

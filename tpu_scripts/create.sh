@@ -5,8 +5,9 @@
 # or the request fails, it deletes what it asked for; --keep leaves it.
 #
 # Exit codes: 0 ready (and paid for until delete.sh); 2 bad settings, a checkout that setup.sh could not copy, or somebody
-# else made it meanwhile (or gcloud, which repeated the request: it stays, AND WILL BE PAID FOR); 3 no machine; 5 none
-# within MAX_WAIT_SECONDS; 7 the request could not be deleted; 129, 130, 131, 143 interrupted.
+# else made it meanwhile (or gcloud, which repeated the request: it stays, AND WILL BE PAID FOR); 3 no machine; 4 the
+# request was refused, for what it asks or who asks; 5 no machine within MAX_WAIT_SECONDS; 7 the request could not be
+# deleted; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -44,6 +45,7 @@ request() (
   long cloud queued-resources create "${flags[@]}" 2>&1
 )
 
+refusal='PERMISSION_DENIED|RESOURCE_EXHAUSTED|INVALID_ARGUMENT|FAILED_PRECONDITION'
 state=$(state_of ABSENT)
 case $state in
   ABSENT)
@@ -53,7 +55,8 @@ case $state in
         asked=
         fail 2 "$TPU_NAME was made meanwhile, by somebody else or by a request that gcloud repeated: look whose it is"
       fi
-      fail 3 "gcloud refused: $answer"
+      if [[ $answer =~ $refusal ]]; then fail 4 "gcloud refused: $answer"; fi
+      fail 3 "gcloud made no request: $answer"
     fi
     ;;
   UNKNOWN) fail 3 "no answer from gcloud about $TPU_NAME" ;;

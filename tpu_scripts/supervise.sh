@@ -7,11 +7,13 @@
 # on there (code 2). Where the extra `preflight` is installed, ckl_jax.pretrain and .finetune are compiled here first for that
 # TPU, and refused if they do not fit its memory or cannot be compiled.
 #
-# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or preflight refused or failed
-# (also where the command says so by its code 2 the first time that it ends: later 2 is a failure), or somebody else (or gcloud, which repeated a request) made the machine
-# meanwhile: THEN IT STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command
-# failed MAX_FAILURES times; 5 preempted, lost, refused or failed more than MAX_RETRIES times, or no machine within MAX_WAIT_SECONDS; 6 a loss or parameter of the
-# command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
+# Exit codes: 0 the command finished; 2 settings, arguments or a checkout that cannot work, or what was kept of it in
+# ~/.cache was deleted, or preflight refused or failed (also where the command says so by its code 2 the first time that it
+# ends: later 2 is a failure), or somebody else (or gcloud, which repeated a request) made the machine meanwhile: THEN IT
+# STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES
+# times; 5 preempted, lost, refused or failed more than MAX_RETRIES times, or no machine within MAX_WAIT_SECONDS; 6 a loss
+# or parameter of the command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143
+# interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -49,10 +51,15 @@ delete_at_last() {
 }
 
 clean_up() {
-  local code=$1
+  local code=$1 state
   if [[ ! -x $scripts/delete.sh ]]; then scripts=$here; fi
   if [[ $ours && $keep ]]; then
-    say "$TPU_NAME is kept, and paid for until delete.sh"
+    state=$(state_of ACTIVE)
+    if is_dead "$state"; then
+      say "$TPU_NAME is $state: there is nothing to keep"
+    else
+      say "$TPU_NAME is kept ($state), and paid for until delete.sh"
+    fi
   elif [[ $ours ]]; then
     say "deleting $TPU_NAME (--keep would leave it)"
     delete_at_last || code=7
@@ -113,6 +120,7 @@ while true; do
   fi
   if [[ $at == run ]] && ((code != 2)); then accepted=1; fi # A 2 from now on may be a bucket that does not answer.
   if ((code == 2)) && [[ $at != run || ! $accepted ]]; then fail 2 "$at ended with 2, for the reason above; not tried again"; fi
+  if ((code == 4)) && [[ $at == create && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
   if ((code == 5)) && [[ $at == create ]]; then exit 5; fi # Asking again would begin at the end of the queue.
   if ((code == 3)) && [[ $at == run ]]; then fail 6 "a loss or parameter was not finite; it would be again: not tried"; fi
 
@@ -124,7 +132,6 @@ while true; do
     pause "$RETRY_SECONDS"
   done
   if [[ $silent ]] && ! is_dead "$state"; then continue; fi
-  if [[ $state == ABSENT && ! $made ]]; then fail 3 "the request was refused; not tried again"; fi
   retries=$((retries + 1))
   if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
     failures=$((failures + 1))
