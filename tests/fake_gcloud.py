@@ -9,8 +9,10 @@ CLOUD names a directory with plan.json and, written by the fake, calls.jsonl and
     lingers: the machine outlives its request
     takes: the how-manieth ``delete`` works; after the first the request is DELETING
   workers: how many; undeletable: ``delete`` fails; slow_create: seconds that ``create`` takes.
-  hangs: verbs that take for ever; missing: verbs for which there is no gcloud; says: by "group verb", an error with which that fails.
-Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER.
+  hangs: verbs that take for ever; missing: verbs for which there is no gcloud.
+  says: by "group verb", an error with which that fails.
+Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER: that of ckl, and CLOUD/LIFE/WORKER-NAME
+for another NAME that logs in.
 """
 
 import contextlib
@@ -27,7 +29,9 @@ CLOUD = pathlib.Path(os.environ["CLOUD"])
 PLAN = json.loads((CLOUD / "plan.json").read_text())
 
 
-NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/locations/z/{}/t-1' was not found. You are authenticated as me."
+NOT_FOUND = (
+    "ERROR: (gcloud) NOT_FOUND: Resource 'projects/p/locations/z/{}/t-1' was not found. You are authenticated as me."
+)
 UNUSABLE = {
     "PREEMPTED": 'ERROR: (gcloud) This TPU has terminal state "PREEMPTED", so it cannot be used anymore.',
     "TERMINATED": 'ERROR: (gcloud) This TPU has terminal state "TERMINATED", so it cannot be used anymore.',
@@ -35,8 +39,9 @@ UNUSABLE = {
 }
 
 
-def homes(state):
-    return [CLOUD / str(state["life"]) / str(worker) for worker in range(PLAN.get("workers", 1))]
+def homes(state, user="ckl"):
+    other = "" if user == "ckl" else f"-{user}"
+    return [CLOUD / str(state["life"]) / f"{worker}{other}" for worker in range(PLAN.get("workers", 1))]
 
 
 def wait_for_commands(state):
@@ -79,7 +84,8 @@ def queued(verb, state):
     if verb == "describe":
         states = life.get("states", ["ACTIVE"])
         gone = state["preempted"] and "machine" not in life
-        print("DELETING" if state["deletes"] else "SUSPENDED" if gone else states[min(state["described"], len(states) - 1)])
+        states = ["DELETING"] if state["deletes"] else ["SUSPENDED"] if gone else states
+        print(states[min(state["described"], len(states) - 1)])
         state["described"] += 1
     elif PLAN.get("undeletable"):
         end(1, "ERROR: (gcloud) INTERNAL")
@@ -145,10 +151,14 @@ def main(arguments):
             new.write_text(json.dumps(state))
             new.replace(path)  # The tests read it meanwhile.
     options = dict(word.partition("=")[::2] for word in arguments if word.startswith("--"))
-    wanted = homes(state) if options["--worker"] == "all" else [homes(state)[int(options["--worker"])]]
+    login = next(word for word in arguments[4:] if word.rstrip(":").endswith("t-1"))
+    user = login.rpartition("@")[0] or os.environ.get("USER", "me")
+    wanted = homes(state, user) if options["--worker"] == "all" else [homes(state, user)[int(options["--worker"])]]
+    for home in wanted:
+        home.mkdir(exist_ok=True)
     if arguments[3] == "scp":
         for home in wanted:
-            for source in arguments[4 : arguments.index("t-1:")]:
+            for source in arguments[4 : arguments.index(login)]:
                 shutil.copy(source, home)
         return None
     import subprocess  # Most calls do without, and the tests make hundreds.

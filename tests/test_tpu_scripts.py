@@ -121,7 +121,7 @@ class Cloud:
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def asked(self, verb):
-        """How often workers were asked whether one is ``busy``, to ``install``, to ``start`` the command or for its ``status``."""
+        """How often workers were asked if they are ``busy``, to ``install``, to ``start``, or for a ``status``."""
         calls = self.records("calls.jsonl")
         return sum(word.startswith(f"--command=bash remote.sh {verb}") for call in calls for word in call)
 
@@ -219,7 +219,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         queued.format("describe").replace("queued-resources", "tpu-vm") + " '--format=value(state)'",
     ]
     ssh = (
-        "gcloud compute tpus tpu-vm ssh t-1 --project=p --zone=z --quiet --worker=all "
+        "gcloud compute tpus tpu-vm ssh ckl@t-1 --project=p --zone=z --quiet --worker=all "
         "--ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 "
         "'--command=bash remote.sh {}'"
     )
@@ -231,8 +231,8 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
         queued.format("create")
         + " --node-id=t-1 --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot",
         *describe,
-        f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' t-1: --project=p --zone=z "
-        "--quiet --worker=all --scp-flag=-oBatchMode=yes",
+        f"gcloud compute tpus tpu-vm scp {temporary}/ckl_jax.tar.gz '{scripts}/remote.sh' ckl@t-1: --project=p "
+        "--zone=z --quiet --worker=all --scp-flag=-oBatchMode=yes",
         ssh.format("busy"),
         ssh.format("install"),
         describe[1].replace("state", "networkEndpoints.len()"),
@@ -877,6 +877,20 @@ def test_a_command_that_fails_is_started_again_with_the_files_of_who_adopted_it(
     assert len(cloud.jobs()) == 2
 
 
+def test_a_command_is_found_by_somebody_with_another_login_name(cloud):
+    cloud.environment["USER"] = "anna"
+    cloud.machine(ends={"0": [[TOLD, 0]]})
+    assert cloud.run("run.sh", "--no-wait", "a.module").returncode == 0
+    cloud.wait_for(lambda: cloud.jobs())
+    process = cloud.start("supervise.sh", "--adopt", "a.module", USER="bert")
+    looks = cloud.asked("status")
+    cloud.wait_for(lambda: cloud.asked("status") > looks + 1 or process.poll() is not None)
+    cloud.tell()
+    _, err = process.communicate(timeout=UNTIL)
+    assert process.returncode == 0, err
+    assert len(cloud.jobs()) == 1
+
+
 def test_supervise_with_other_arguments_leaves_a_machine_to_the_command_that_goes_on_there(cloud):
     cloud.machine(ends={"0": [[TOLD, 0], [0, 2]]})
     assert cloud.run("run.sh", "--no-wait", "a.module", "--seeds", "10").returncode == 0
@@ -1013,7 +1027,16 @@ def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cl
 
 
 @pytest.mark.parametrize(
-    "name", ["POLL_SECONDS", "CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_DELETE_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
+    "name",
+    [
+        "POLL_SECONDS",
+        "CALL_SECONDS",
+        "MAX_WAIT_SECONDS",
+        "MAX_DELETE_SECONDS",
+        "MAX_RETRIES",
+        "MAX_FAILURES",
+        "STEADY_SECONDS",
+    ],
 )
 @pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
 def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):

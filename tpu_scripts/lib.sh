@@ -110,9 +110,12 @@ cloud() {
   call gcloud compute tpus "$1" "$2" "$TPU_NAME" "--project=$PROJECT" "--zone=$ZONE" --quiet "${@:3}"
 }
 
+# One login name for all who start or adopt a job: a command that runs is looked for in its home directory.
+worker_login=ckl@${TPU_NAME-}
+
 # on_workers WORKERS COMMAND...: ssh. gcloud repeats the command when the connection breaks: it must bear that.
 on_workers() {
-  cloud tpu-vm ssh "--worker=$1" --ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 \
+  call gcloud compute tpus tpu-vm ssh "$worker_login" "--project=$PROJECT" "--zone=$ZONE" --quiet "--worker=$1" --ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 \
     --ssh-flag=-oConnectTimeout=30 "--command=$(quote "${@:2}")"
 }
 

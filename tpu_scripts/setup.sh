@@ -50,7 +50,7 @@ attempt() {
   if is_dead "$state"; then fail 255 "$TPU_NAME is $state"; fi
   fail 6 "could not be copied or installed, gcloud ended with $code"
 }
-attempt call gcloud compute tpus tpu-vm scp "$packed" "$here/remote.sh" "$TPU_NAME:" "--project=$PROJECT" "--zone=$ZONE" \
+attempt call gcloud compute tpus tpu-vm scp "$packed" "$here/remote.sh" "$worker_login:" "--project=$PROJECT" "--zone=$ZONE" \
   --quiet --worker=all --scp-flag=-oBatchMode=yes
 attempt on_workers all bash remote.sh busy
 if [[ $said =~ ckl-status\ busy\ ([^[:space:]]+) ]]; then
