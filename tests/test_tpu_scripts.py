@@ -1102,9 +1102,9 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
-def code_of_parse():
+def code_of_parse(script=PARSE):
     try:
-        runpy.run_path(str(PARSE), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     except SystemExit as stop:
         return stop.code
     return 0
@@ -1123,21 +1123,32 @@ def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(monkeypat
     assert printed.err.startswith("error: ") == bool(code)
 
 
+HERE_ALONE = ["runs/mine", "runs/mine/", "./runs/mine", "kept/../runs/mine", "{root}/runs/mine/", "{root}/kept/N7"]
+HERE_ALONE += ["../outside/model", "{root}/../outside/model", "linked", "linked_runs/mine"]
+TRAVELS = ["N5", "gs://bucket/model", "kept/N7", "./kept/N7/", "linked_kept"]
+
+
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize(
-    ("checkpoint", "code"),
-    [("N5", 0), ("gs://bucket/model", 0), ("ckl_jax/pretrained/N7", 0), ("runs/mine", 2), ("{here}", 2)],
-)
-def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch, capsys, tmp_path, checkpoint, code):
+@pytest.mark.parametrize("git", [True, False], ids=["git", "no git"])
+@pytest.mark.parametrize("checkpoint", HERE_ALONE + TRAVELS)
+def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch, capsys, tmp_path, checkpoint, git):
+    root = tmp_path / "checkout"
+    for directory in ("outside/model", "checkout/runs/mine", "checkout/kept/N7", "checkout/tpu_scripts"):
+        (tmp_path / directory).mkdir(parents=True)
+    (root / ".gitignore").write_text("/runs/\n")
+    for name, target in {"linked": "../outside/model", "linked_runs": "runs", "linked_kept": "kept/N7"}.items():
+        (root / name).symlink_to(target)
+    if git:
+        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     monkeypatch.setattr(cli, "run", cli.run)
-    monkeypatch.chdir(ROOT)
-    exists = pathlib.Path.exists
-    monkeypatch.setattr(pathlib.Path, "exists", lambda path: str(path) == "runs/mine" or exists(path))
-    words = ["--checkpoint", checkpoint.format(here=tmp_path), "--out", "gs://bucket/run"]
-    monkeypatch.setattr(sys, "argv", [str(PARSE), "ckl_jax.finetune", *words])
-    found = code_of_parse()
-    assert found == code, capsys.readouterr().err
-    assert ("error: checkpoint: got " in capsys.readouterr().err) == bool(code)
+    monkeypatch.chdir(root)
+    words = ["--checkpoint", checkpoint.format(root=root), "--out", "gs://bucket/run"]
+    monkeypatch.setattr(sys, "argv", ["parse.py", "ckl_jax.finetune", *words])
+    found = code_of_parse(shutil.copy(PARSE, root / "tpu_scripts"))
+    printed = capsys.readouterr().err
+    refused = checkpoint in HERE_ALONE
+    assert found == (2 if refused else 0), printed
+    assert ("error: checkpoint: got " in printed and "nothing else is on the machine" in printed) == refused
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")

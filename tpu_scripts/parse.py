@@ -5,14 +5,16 @@ beside OUT would be lost with the machine.
 """
 
 import dataclasses
+import os
 import pathlib
 import runpy
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
-from ckl_jax.errors import require
-from ckl_jax.runtime import cli
+from ckl_jax.errors import ConfigError, require
+from ckl_jax.runtime import cli, paths
 from ckl_jax.runtime.paths import in_bucket
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,7 +29,7 @@ def _parse_only(main: Any, *types: Any, **options: Any) -> None:
 
 
 def _require_paths_that_travel(command: Any) -> None:
-    given = {word.partition("=")[2] if word.startswith("--") else word for word in sys.argv}
+    given = {_normalized(word.partition("=")[2] if word.startswith("--") else word) for word in sys.argv}
     for field in dataclasses.fields(command):
         value = getattr(command, field.name)
         if field.name == "pretrained":
@@ -40,9 +42,29 @@ def _require_paths_that_travel(command: Any) -> None:
                 require(_travels(path), field.name, str(path), allowed)
 
 
+def _normalized(word: str) -> str:
+    try:
+        return str(paths.parse(word))
+    except ConfigError:
+        return word
+
+
 def _travels(path: pathlib.Path) -> bool:
-    inside = not path.is_absolute() and path.resolve() == (ROOT / path).resolve()
-    return inside and subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT, check=False).returncode != 0
+    target = path.resolve()
+    if path.is_absolute() or target != (ROOT / path).resolve() or not target.is_relative_to(ROOT):
+        return False
+    return not (_is_ignored(path) or _is_ignored(target))
+
+
+def _is_ignored(path: pathlib.Path) -> bool:
+    """As pack in checks.sh has it: without .git by .gitignore alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    with tempfile.TemporaryDirectory() as scratch:
+        if not (ROOT / ".git").exists():
+            subprocess.run(["git", "init", "--quiet", scratch], env=environment, check=True)
+            environment |= {"GIT_DIR": f"{scratch}/.git", "GIT_WORK_TREE": str(ROOT)}
+        command = ["git", "check-ignore", "-q", path]
+        return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 cli.run = _parse_only
