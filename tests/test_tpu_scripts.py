@@ -1054,6 +1054,30 @@ def test_an_out_that_does_not_outlive_the_machine_is_refused_before_it_is_paid_f
     assert "OUT: " in done.err
 
 
+@pytest.mark.parametrize(
+    ("made", "listed", "kind", "code"),
+    [
+        (False, False, "v5litepod-16", 2),
+        (True, False, "v5litepod-16", 2),
+        (True, True, "v5litepod-16", 0),
+        (True, False, "v5litepod-8", 0),
+    ],
+)
+def test_an_ssh_agent_without_the_key_of_gcloud_is_noticed_before_it_is_paid_for(cloud, made, listed, kind, code):
+    home = pathlib.Path(cloud.environment["HOME"])
+    own, another = "3072 SHA256:own gcloud (RSA)", "256 SHA256:another me (ED25519)"
+    for name, keys in {"ssh-keygen": own, "ssh-add": f"{another}\n{own}" if listed else another}.items():
+        (home / "bin" / name).write_text(f"#!/bin/sh\necho '{keys}'\n")
+        (home / "bin" / name).chmod(0o755)
+    if made:
+        (home / ".ssh").mkdir()
+        (home / ".ssh" / "google_compute_engine").touch()
+    done = cloud.run("supervise.sh", "a.module", ACCELERATOR_TYPE=kind)
+    assert done.returncode == code, done.err
+    assert bool(cloud.records("calls.jsonl")) == (code == 0)
+    assert ("the ssh agent has keys" in done.err) == bool(code)
+
+
 @pytest.mark.parametrize("missing", ["gcloud", "git", "tar", "gzip"])
 def test_a_tool_that_is_missing_is_noticed_before_it_is_paid_for(cloud, missing):
     few = cloud.path.parent / "few"

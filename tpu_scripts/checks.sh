@@ -27,6 +27,20 @@ preflight() {
   if ! answer=$( (scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT && pack "$scratch") 2>&1); then
     fail 2 "the files of this checkout cannot be packed: ${answer##*$'\n'}"
   fi
+  check_agent
+}
+
+# check_agent: ends with code 2 where gcloud would refuse several workers since its key is not in the ssh agent. Without an agent,
+# or with an empty one, it reads the key's file.
+check_agent() {
+  local keys print key=${HOME-}/.ssh/google_compute_engine
+  if [[ $ACCELERATOR_TYPE =~ -[1-8]$ ]] || ! keys=$(bounded ssh-add -l 2>/dev/null); then return; fi
+  if [[ ! -e $key ]]; then
+    fail 2 "the ssh agent has keys, and gcloud's is not made yet: ssh-keygen -t rsa -f '$key' && ssh-add '$key'"
+  fi
+  if print=$(ssh-keygen -lf "$key" 2>/dev/null | cut -d ' ' -f 2) && [[ $keys != *"$print"* ]]; then
+    fail 2 "the ssh agent has keys, and gcloud's is not among them: ssh-add '$key'"
+  fi
 }
 
 # check_command MODULE ARG...: ends with code 2 where it is none that run.sh takes.
