@@ -30,8 +30,8 @@ preflight() {
   check_agent
 }
 
-# check_agent: ends with code 2 where gcloud would refuse several workers since its key is not in the ssh agent. Without an agent,
-# or with an empty one, it reads the key's file.
+# check_agent: ends with code 2 where gcloud would refuse several workers since its key is not in the ssh agent. Without an
+# agent, or with an empty one, it reads the key's file.
 check_agent() {
   local keys print key=${HOME-}/.ssh/google_compute_engine
   if [[ $ACCELERATOR_TYPE =~ -[1-8]$ ]] || ! keys=$(bounded ssh-add -l 2>/dev/null); then return; fi

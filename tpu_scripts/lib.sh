@@ -115,8 +115,9 @@ worker_login=ckl@${TPU_NAME-}
 
 # on_workers WORKERS COMMAND...: ssh. gcloud repeats the command when the connection breaks: it must bear that.
 on_workers() {
-  call gcloud compute tpus tpu-vm ssh "$worker_login" "--project=$PROJECT" "--zone=$ZONE" --quiet "--worker=$1" --ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 \
-    --ssh-flag=-oConnectTimeout=30 "--command=$(quote "${@:2}")"
+  call gcloud compute tpus tpu-vm ssh "$worker_login" "--project=$PROJECT" "--zone=$ZONE" --quiet "--worker=$1" \
+    --ssh-flag=-oBatchMode=yes --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 \
+    "--command=$(quote "${@:2}")"
 }
 
 # is_gone ANSWER: gcloud says that there is no such machine or request. It says "was not found" of other things too: of a file

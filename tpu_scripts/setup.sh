@@ -5,8 +5,8 @@
 # leaves), or what supervise.sh packed of it before (CKL_PACKED). The versions are those of uv.lock. While a command
 # runs on one worker, all workers are left as they are: they compute as one program, from the same files.
 #
-# Exit codes: 0 installed on every worker, or left on every worker to a command that runs; 2 bad settings; 6 packing, copying or installing failed; 255 workers cannot be
-# reached, or there is no machine (any more); 129, 130, 131, 143 interrupted.
+# Exit codes: 0 installed on every worker, or every worker left to a command that runs; 2 bad settings; 6 packing, copying or
+# installing failed; 255 workers cannot be reached, or there is no machine (any more); 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
