@@ -21,6 +21,7 @@ from names import ROOT, missing
 from ckl_jax.analysis.statistics import holm, mean_interval, paired_p, percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
+from ckl_jax.runs.records import read_metrics
 from experiments.common import comparison
 
 DIRECTORIES = ["", "experiments", "experiments/regularizers", "tpu_scripts", "tests"]
@@ -510,6 +511,31 @@ def test_the_oracles_from_n6_with_a_smaller_rate_are_what_was_published():
         )
         assert told in " ".join(EXPERIMENTS.split())
     assert "+2.7 points [+1.5, +3.9]" in README
+
+
+def test_pretraining_in_bfloat16_is_what_was_published():
+    last = {}
+    for seed, name in ((0, "pretraining_N3"), (1, "pretraining_N3_seed1")):
+        for kind, path in (("float32", name), ("bfloat16", f"{name}_bfloat16")):
+            config = json.loads((RESULTS / "ladder" / path / "config.json").read_text())
+            assert (config["seed"], config["max_digits"], config["model"]["dtype"]) == (seed, 3, kind)
+            records = read_metrics(RESULTS / "ladder" / path / "metrics.jsonl", "out")
+            losses = [record["loss"] for record in records]
+            right = ", ".join(f"{100 * record['accuracy_varying_3']:.0f}" for record in records)
+            told = [f"{losses[0]:.3f}", *(f"{loss:.4f}" for loss in losses[1:]), right]
+            assert published_row(f"| {seed}, {kind} (").endswith(f"| {' | '.join(told)} |")
+            last[seed, kind] = losses[-1]
+    differences = [100 * (last[seed, "bfloat16"] / last[seed, "float32"] - 1) for seed in (0, 1)]
+    assert f"differ by {differences[0]:.1f} and {differences[1]:+.2f}%" in EXPERIMENTS
+
+
+@pytest.mark.parametrize("name", ["N5", "N6", "N7", "N9"])
+def test_the_colours_of_the_ladder_are_what_was_published(name):
+    found = ladder_results(f"figure5_{name}")["policies"]["Before RL"]
+    told = [found["certainty_at_critical"][0], found["certainty_at_others"][0]]
+    cells = [percent(found["least_certain_is_critical"]), *(f"{value:.3f}" for value in told)]
+    assert published_row(f"| {name} ([results]").endswith(f"| {' | '.join(cells)} | {100 * found['right'][0]:.1f} |")
+    assert f"{100 * found['least_certain_is_critical'][0]:.0f}" in README
 
 
 def test_figure_3_from_the_ladder_is_what_was_published():
