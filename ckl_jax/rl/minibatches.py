@@ -99,8 +99,8 @@ def of_episodes(program, hyper, episodes, key, axis_name) -> tuple[int, Callable
     """An epoch's number of minibatches, and the gradient of one: (params, index) -> gradient."""
     config = program.config
     order = jax.random.permutation(key, config.episodes)
-    size, shares = config.minibatch_episodes, sharding.num_shares()
-    group = shares * largest_divisor(size // shares, at_most=config.episode_batch or size)
+    size = config.minibatch_episodes
+    group = largest_divisor(size, at_most=sharding.num_shares() * (config.episode_batch or size))
 
     def gradient(params, index):
         chosen = jax.lax.dynamic_slice_in_dim(order, index * size, size)
