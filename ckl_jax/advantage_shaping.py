@@ -50,8 +50,8 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
     Of the n_t right answers that have a token at t, answer i gets r_it = 1 - share + share * n_t * H_it / sum_k H_kt;
     of the m_t wrong ones r_jt = -(1 - share) - share * m_t * H_jt^-1 / sum_k H_kt^-1, so a wrong answer that was sure
     of itself loses most. H counts as at least 1e-6. Dealing out leaves the total reward of the right and of the wrong
-    answers at t as it was. Unlike that work, which standardizes right and wrong answers apart, one mean and one
-    deviation are of both together, so that every token of a right answer stands above its own level of a wrong one.
+    answers at t as it was. One mean and one deviation are of right and wrong answers together; that work standardizes
+    the two apart.
 
     Args:
       success_B: 1 for a right answer, else 0; the answers to a problem are ``group_size`` neighbours.
@@ -92,7 +92,7 @@ def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) ->
 
     Returns:
       float32 [B, T] in [-1, 1]: 1 at the least sure token if it lies above that quantile, -1 at the surest one if it
-      lies below. H counts as at least 1e-8, so nothing lies below the quantile of a policy that is surer.
+      lies below. H counts as at least 1e-8: where even the quantile is surer than that, nothing lies below it.
 
     Raises:
       ConfigError: different shapes, or ``pivot`` outside [0, 1].

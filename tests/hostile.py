@@ -1,6 +1,7 @@
 """What a refusal has to be: one line, before anything compiles, with every file as it was."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pathlib
@@ -17,8 +18,10 @@ import pytest
 
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
+from ckl_jax.fields import kinds
 from ckl_jax.model import GPT2
 from ckl_jax.runtime import cli
+from ckl_jax.runtime.options import is_unnamed
 
 CANARY = "unpickled"
 TYPES = {
@@ -125,6 +128,17 @@ def command_of(name):
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
     return module, getattr(module, TYPES[name]), getattr(module, "preset", None)
+
+
+def options_of(config_type, prefix="--"):
+    """Every option of a command, with its type: those of a part with a name of its own are ``--part.option``."""
+    for name, kind in kinds(config_type).items():
+        option = prefix if is_unnamed(kind) else prefix + name.replace("_", "-")
+        plain = getattr(kind, "__origin__", kind)
+        if dataclasses.is_dataclass(plain):
+            yield from options_of(plain, option if is_unnamed(kind) else option + ".")
+        else:
+            yield option, kind
 
 
 def refused_command(here, capsys, monkeypatch, name, arguments, expected):

@@ -8,7 +8,7 @@ import sys
 import typing
 
 import pytest
-from hostile import TYPES, command_of
+from hostile import TYPES, command_of, options_of
 from policies import untrained
 
 from ckl_jax import evaluate, finetune, pretrain
@@ -18,7 +18,6 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.fields import Chapter, bound, kinds
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.runtime import cli
-from ckl_jax.runtime.options import is_unnamed
 from experiments import figure3_pretraining_levels
 
 PRETRAIN = (pretrain.main, pretrain.PretrainCommand, pretrain.preset)
@@ -101,26 +100,18 @@ def test_bad_input_is_one_line_with_field_value_and_what_is_allowed(
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
 
 
-def _preset_words(config_type, prefix=""):
-    """The words that name a preset, of the parts of a command that have names of their own: pretrain.task and so on."""
-    for name, kind in typing.get_type_hints(config_type, include_extras=True).items():
-        unnamed = is_unnamed(kind)
-        kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
-        if dataclasses.is_dataclass(kind):
-            yield from _preset_words(kind, prefix if unnamed else f"{prefix}{name}.")
-        elif prefix and name in ("scale", "recipe", "task"):
-            yield prefix + name, typing.get_args(kind)
-
-
 @pytest.mark.parametrize("name", TYPES)
 def test_a_word_that_names_a_preset_chooses_it_or_is_refused(name):
     """One that changes nothing but the record would be a number under a wrong name."""
     _, kind, preset = command_of(name)
-    for option, words in _preset_words(kind):
-        chooses = preset is not None and option.replace(".", "_") in inspect.signature(preset).parameters
-        for word in words[1:]:
-            with contextlib.nullcontext() if chooses else pytest.raises(ConfigError, match=rf"^{option}: got"):
-                cli.parse(kind, preset, [f"--{option}", word])
+    for option, of_words in options_of(kind):
+        if not option.endswith((".scale", ".recipe", ".task")):
+            continue
+        name = option.removeprefix("--")
+        chooses = preset is not None and name.replace(".", "_") in inspect.signature(preset).parameters
+        for word in typing.get_args(of_words)[1:]:
+            with contextlib.nullcontext() if chooses else pytest.raises(ConfigError, match=rf"^{name}: got"):
+                cli.parse(kind, preset, [option, word])
 
 
 def test_figures_2_and_3_take_the_presets_of_their_parts():
@@ -170,17 +161,6 @@ def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, monkeyp
         assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
-def _options(config_type, prefix="--"):
-    """Every option of a command."""
-    for name, kind in kinds(config_type).items():
-        option = prefix if is_unnamed(kind) else prefix + name.replace("_", "-")
-        plain = getattr(kind, "__origin__", kind)
-        if dataclasses.is_dataclass(plain):
-            yield from _options(plain, option if is_unnamed(kind) else option + ".")
-        else:
-            yield option
-
-
 def _entries(capsys, monkeypatch, command, columns):
     """For every option of a help: the title of its box, and its text in one line."""
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -206,7 +186,7 @@ def _entries(capsys, monkeypatch, command, columns):
 def test_help_says_of_every_option_what_it_is_and_its_default(capsys, monkeypatch, name, columns):
     command = command_of(name)
     entries = _entries(capsys, monkeypatch, command, columns)
-    assert entries.keys() == set(_options(command[1]))
+    assert entries.keys() == dict(options_of(command[1])).keys()
     for option, (_, text) in entries.items():
         assert re.fullmatch(
             r"(, --\S+|{.*?}\S*|\[{.*\]|[A-Z]+|\[[A-Z]+ \[[A-Z]+ \.{3}\]\]) \S.* \(default: [^)]+\)", text

@@ -6,13 +6,12 @@ import os
 import pathlib
 import sys
 import types
-import typing
 
 import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from hostile import TYPES, command_of, saved_model
+from hostile import TYPES, command_of, options_of, saved_model
 from matplotlib.figure import Figure
 
 from ckl_jax import checkpoint, convert
@@ -218,24 +217,15 @@ def test_what_no_shell_has_replaced_and_what_is_elsewhere_is_refused(text):
         cli.parse(Command, None, ["--out", text])
 
 
-def _path_options(config_type, prefix="--"):
-    """The options of a command that are paths, and whether they take several."""
-    for name, kind in typing.get_type_hints(config_type).items():
-        option = prefix if name in ("config", "logs", "models", "sampling", "rule") else prefix + name.replace("_", "-")
-        if dataclasses.is_dataclass(kind):
-            yield from _path_options(kind, option if option == prefix else option + ".")
-        elif "Path" in str(kind):
-            yield option, name
-
-
 @pytest.mark.parametrize("name", TYPES)
 def test_every_path_of_every_command_is_read_in_that_way(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     _, config_type, preset = command_of(name)
-    options = dict(_path_options(config_type))
+    options = [option for option, kind in options_of(config_type) if "Path" in str(kind)]
     assert options or name in ("ckl_jax.models", "ckl_jax.check_xla")
-    for option, field in options.items():
+    for option in options:
+        field = option.removeprefix("--").replace("-", "_")
         parsed = cli.parse(config_type, preset, [f"{option}=~/x/"])
         holder = getattr(parsed, "models", parsed) if not hasattr(parsed, field) else parsed
         assert getattr(holder, field) in (tmp_path / "x", (tmp_path / "x",))

@@ -1,6 +1,5 @@
 """tpu_scripts/run_gpu.sh with a python that notes its arguments and ends as planned."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -8,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 
 import pytest
+from hostile import options_of
 
 from ckl_jax.config import PretrainConfig
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.pretrain import preset as pretrain_preset
 from ckl_jax.runtime import cli
-from ckl_jax.runtime.options import is_unnamed
 from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
 from experiments.figure3_pretraining_levels import Figure3Command
@@ -78,24 +76,15 @@ def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
         assert found.models.configs == [config], "the model that is there, not another one"
 
 
-def fields_of(kind):
-    """The options of a command, those of its unnamed parts too."""
-    for name, part in typing.get_type_hints(kind, include_extras=True).items():
-        if is_unnamed(part):
-            yield from fields_of(typing.get_args(part)[0])
-        else:
-            yield name
+OF_MODELS = dict(options_of(PretrainConfig)).keys() - {"--scale", "--task", "--max-digits"}
 
 
-OF_PRETRAINING = {field.name for field in dataclasses.fields(PretrainConfig)} - {"scale", "task", "max_digits"}
-
-
-@pytest.mark.parametrize("name", [name for name in fields_of(PretrainCommand) if name not in OF_PRETRAINING])
-@pytest.mark.parametrize("written", ["--{} x", "--{}=x"])
-def test_what_the_figures_cannot_take_is_refused_before_anything_is_trained(call, name, written):
-    done, calls = call("small", "runs/x", PRETRAIN=written.format(name.replace("_", "-")))
+@pytest.mark.parametrize("option", [option for option, _ in options_of(PretrainCommand) if option not in OF_MODELS])
+@pytest.mark.parametrize("written", ["{} x", "{}=x"])
+def test_what_the_figures_cannot_take_is_refused_before_anything_is_trained(call, option, written):
+    done, calls = call("small", "runs/x", PRETRAIN=written.format(option))
     assert (done.returncode, calls) == (2, [])
-    assert f"allowed are settings of pre-training but --{name.replace('_', '-')}" in done.stderr
+    assert f"allowed are settings of pre-training but {option}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -158,27 +158,20 @@ class RunDirectory:
 
     def log(self, records: list[dict[str, Any]]) -> None:
         """Appends records, each with a ``step``, to metrics.jsonl."""
-        self._append(self.metrics_path, records)
-        self._copy(records)
+        hosts.of_first(lambda: self._record(self.metrics_path, records))
 
     def log_samples(self, records: list[dict[str, Any]]) -> None:
         """Appends sampled answers, each with a ``step``, to samples.jsonl."""
-        self._append(self.samples_path, records)
-        self._copy(records)
+        hosts.of_first(lambda: self._record(self.samples_path, records))
 
-    def _copy(self, records: list[dict[str, Any]]) -> None:
-        def add() -> None:
-            for copy, record in itertools.product(self._copies, records):
-                copy.add(record)
-
-        hosts.of_first(add)
+    def _record(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+        append(path, _lines(records))
+        for copy, record in itertools.product(self._copies, records):
+            copy.add(record)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""
-        self._append(self._seconds_path, [{"step": step, "seconds": seconds}])
-
-    def _append(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-        hosts.of_first(lambda: append(path, "".join(json.dumps(record) + "\n" for record in records)))
+        hosts.of_first(lambda: append(self._seconds_path, _lines([{"step": step, "seconds": seconds}])))
 
     def seconds(self) -> float:
         """Wall seconds of the run so far, those of interrupted attempts included."""
@@ -203,4 +196,8 @@ def _logged(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
     if path.exists():
-        replace(path, "".join(json.dumps(record) + "\n" for record in records))
+        replace(path, _lines(records))
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
