@@ -1,20 +1,23 @@
-"""How far does a step of pre-training scale, on paper? Compiled for 1 to 256 chips of machines that are not here.
+"""How far does a program scale, on paper? Compiled for 1 to 256 chips of machines that are not here.
 
     python -m experiments.scaling_on_paper                                         # wants the extra preflight
+    python -m experiments.scaling_on_paper --program finetune --out runs/finetuning_on_paper
     python -m experiments.scaling_on_paper --topologies h100:1 h100:8 h100:4x8     # wants the extra gpu
     python -m experiments.scaling_on_paper --plot-only                             # again from results.json
 
-`ckl_jax.preflight` compiles the training step for each ``--topologies``, with as many windows for every chip
-(``--windows``), and the parameters whole on each chip or split over all (``--shard-state``). Shown are, of one chip,
-how long arithmetic, memory and links are busy at least, each alone at its full speed, and the memory that the step
-needs. The slowest of the three bounds the step. Nothing is measured: a real step is slower, as they wait for each
-other.
+`ckl_jax.preflight` compiles the program for each ``--topologies`` in two layouts. One is a step of pre-training with as
+many windows for every chip (``--windows``), its parameters whole on each chip or split over all (``--shard-state``).
+The other is the rounds of fine-tuning between two tests, for as many runs (``--runs``) however many chips there are:
+chips share the runs first and then their episodes, or the episodes first. Shown are, of one chip, how long arithmetic,
+memory and links are busy at least, each alone at its full speed, and the memory that it needs. The slowest of the three
+bounds the program. Nothing is measured: a real one is slower, as they wait for each other. Answers of fine-tuning count
+as if all went on to the limit.
 
 Bytes over the links are those of the collectives' results. An all-reduce of many chips sends up to twice as many, and
 links that lie far apart are not told from near ones.
 
-Every compilation is a process of its own and a file ``out/<topology>_<state>.json``; an interrupted call goes on with
-the same command. Eight of them took 12 minutes on 2 cores that other work used.
+Every compilation is a process of its own and a file ``out/<topology>_<layout>.json``; an interrupted call goes on with
+the same command. Seven of pre-training took 12 minutes on 2 cores that other work used.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import pathlib
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -34,93 +37,163 @@ from ckl_jax.analysis import plots
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.preflight.chips import GIB, topology
+from ckl_jax.presets import finetune_preset
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.scaling_on_paper"
-STATES = {"whole": [], "split": ["--shard-state"]}
 COLORS = {"arithmetic": "#4c72b0", "memory": "#dd8452", "links": "#55a868"}
+
+
+class Measured(NamedTuple):
+    """What is compiled of a command, and how it is shown.
+
+    Attributes:
+      part: of the program's name.
+      layouts: their titles, by the names that files have.
+      unit, factor: of the times, and what makes seconds such.
+      load, words, default: the option that says how much there is to compute, its words, and its value if not given.
+    """
+
+    part: str
+    noun: str
+    layouts: dict[str, str]
+    unit: str
+    factor: float
+    load: str
+    words: str
+    default: int
+
+
+PROGRAMS = {
+    "pretrain": Measured(
+        "step",
+        "a step",
+        {"whole": "parameters whole", "split": "parameters split"},
+        "ms",
+        1e3,
+        "windows",
+        "windows a chip",
+        5,
+    ),
+    "finetune": Measured(
+        "rounds",
+        "rounds",
+        {"runs": "runs first", "episodes": "episodes first"},
+        "s",
+        1.0,
+        "runs",
+        "runs together",
+        4,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class ScalingCommand:
-    """A training step compiled for several TPUs or GPU hosts: arithmetic, memory and links of a chip."""
+    """A program compiled for several TPUs or GPU hosts: arithmetic, memory and links of a chip."""
 
     scale: Literal["small", "gpt2"] = "gpt2"
     """Preset of the model."""
     topologies: tuple[str, ...] = ("v5e:1x1", "v5e:2x4", "v5e:8x8", "v5e:16x16")
     """TPUs or GPUs, as `ckl_jax.preflight --topology` takes them."""
-    windows: PositiveInt = 5
-    """Windows of a batch for each chip."""
+    windows: PositiveInt | None = None
+    """Windows of a batch of pre-training for each chip; 5 if not given."""
     out: pathlib.Path = pathlib.Path("runs/scaling_on_paper")
     """Directory of the results: new, empty, or of the same command interrupted."""
     plot_only: bool = False
     """Table and figure again from results.json."""
+    program: Literal["pretrain", "finetune"] = "pretrain"
+    """Command that is compiled: a step of its pre-training, or its rounds between two tests."""
+    runs: PositiveInt | None = None
+    """Runs of fine-tuning, of all chips together; 4 if not given."""
 
     def __post_init__(self) -> None:
         require_fields(self)
         require(len(self.topologies) > 0, "topologies", self.topologies, "1 or more")
+        for program, shown in PROGRAMS.items():
+            given = getattr(self, shown.load)
+            require(given is None or self.program == program, shown.load, given, f"given with --program {program} only")
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How much there is to compute, by its option."""
+        shown = PROGRAMS[self.program]
+        return {shown.load: getattr(self, shown.load) or shown.default}
 
 
 def chips_of(name: str) -> int:
     return math.prod(int(size) for size in name.partition(":")[2].split("x"))
 
 
+def options_of(command: ScalingCommand, chips: int) -> dict[str, list[str]]:
+    """Options of the compiled command by layout; one chip has the first alone."""
+    (load,) = command.load.values()
+    if command.program == "pretrain":
+        first = ["--batch-size", str(load * chips)]
+        second = ["--shard-state"]
+    else:
+        first = ["--seeds", str(load)]
+        episodes = finetune_preset(command.scale, "ours").episodes
+        second = ["--data-devices", str(math.gcd(episodes, chips))]
+    names = PROGRAMS[command.program].layouts
+    return dict(zip(names, [first] if chips == 1 else [first, first + second], strict=False))
+
+
 def measure(command: ScalingCommand) -> Results:
-    """What preflight says of every topology and state."""
+    """What preflight says of every topology and layout."""
     names = [topology(name).name for name in command.topologies]  # Refuses an unknown one, and where libtpu is not.
-    described = {"command": COMMAND, "scale": command.scale, "topologies": names, "windows": command.windows}
+    of_programs = {"command": COMMAND, "program": command.program, "scale": command.scale, "topologies": names}
+    described = of_programs | command.load
     directory = RunDirectory(command.out, described)
     steps = []
     for name in names:
-        for state, options in STATES.items():
-            path = command.out / f"{name.replace(':', '_')}_{state}.json"
+        for layout, options in options_of(command, chips_of(name)).items():
+            path = command.out / f"{name.replace(':', '_')}_{layout}.json"
             if not path.exists():
-                compiled(
-                    path,
-                    name,
-                    ["--scale", command.scale, "--batch-size", str(command.windows * chips_of(name)), *options],
-                )
+                compiled(path, name, command.program, ["--scale", command.scale, *options])
             (program,) = json.loads(path.read_text())["programs"]
-            steps.append({"topology": name, "chips": chips_of(name), "state": state, **program})
+            steps.append({"topology": name, "chips": chips_of(name), "layout": layout, **program})
     directory.record_config()
     directory.close()
     return {"steps": steps, "config": described}
 
 
-def compiled(path: pathlib.Path, name: str, options: list[str]) -> None:
-    """Preflight's file of a training step. Raises ConfigError with the last line that it said where it failed."""
-    part = path.with_suffix(".part")
-    asked = ["--topology", name, "--only", "step", "--no-advice", "--json", str(part), "pretrain", *options]
+def compiled(path: pathlib.Path, name: str, program: str, options: list[str]) -> None:
+    """Preflight's file of one program. Raises ConfigError with the last line that it said where it failed."""
+    written, part = path.with_suffix(".part"), PROGRAMS[program].part
+    asked = ["--topology", name, "--only", part, "--no-advice", "--json", str(written), program, *options]
     done = subprocess.run(
         [sys.executable, "-m", "ckl_jax.preflight", *asked], capture_output=True, text=True, check=False
     )
-    if not part.exists():
+    if not written.exists():
         raise ConfigError(f"topologies: preflight failed for {name}: {(done.stderr.splitlines() or ['no word'])[-1]}")
-    part.rename(path)
+    written.rename(path)
 
 
 def text(results: Results) -> str:
-    """A line per topology and state."""
-    rows = []
+    """A line per topology and layout."""
+    shown, rows = PROGRAMS[results["config"]["program"]], []
     for step in results["steps"]:
+        mesh = " x ".join(str(size) for size in step["mesh"].values())
+        row = [step["topology"], str(step["chips"]), shown.layouts[step["layout"]], mesh]
         if step["cost"] is None:
-            rows.append([step["topology"], str(step["chips"]), step["state"], *[""] * 6, "does not fit"])
+            rows.append([*row, *[""] * 6, "does not fit"])
             continue
         times = step["seconds"]
         longest = max(times, key=times.get)
         sent = ", ".join(f"{kind} {size / 1e9:.2g}" for kind, size in step["cost"]["collectives"].items()) or "none"
-        cells = [f"{1e3 * times[kind]:.3g}" for kind in COLORS]
+        cells = [f"{shown.factor * times[kind]:.3g}" for kind in COLORS]
         needed = f"{step['needed'] / GIB:.2f}" + ("" if step["fits"] else ", does not fit")
-        bound = longest, f"{step['share_of_peak']:.0%}", sent
-        rows.append([step["topology"], str(step["chips"]), step["state"], needed, *cells, *bound])
+        rows.append([*row, needed, *cells, longest, f"{step['share_of_peak']:.0%}", sent])
     header = [
         "topology",
         "chips",
-        "parameters",
+        "layout",
+        "runs x rows",
         "GiB",
-        *(f"{kind}, ms" for kind in COLORS),
+        *(f"{kind}, {shown.unit}" for kind in COLORS),
         "bound",
         "of the peak",
         "GB sent",
@@ -129,24 +202,25 @@ def text(results: Results) -> str:
 
 
 def draw(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 3.8))
-    panels = figure.subplots(1, len(STATES), sharey=True)
     config = results["config"]
-    kinds = list(dict.fromkeys(name.partition(":")[0] for name in config["topologies"]))
-    for panel, state in zip(panels, STATES, strict=True):
-        steps = [step for step in results["steps"] if step["state"] == state and step["cost"] is not None]
+    shown, kinds = PROGRAMS[config["program"]], list(dict.fromkeys(n.partition(":")[0] for n in config["topologies"]))
+    figure = Figure(figsize=(10, 3.8))
+    panels = figure.subplots(1, len(shown.layouts), sharey=True)
+    for panel, (layout, title) in zip(panels, shown.layouts.items(), strict=True):
+        steps = [step for step in results["steps"] if step["layout"] == layout and step["cost"] is not None]
         at = np.arange(len(steps))
         for index, (kind, color) in enumerate(COLORS.items()):
-            times = [1e3 * step["seconds"][kind] for step in steps]
+            times = [shown.factor * step["seconds"][kind] for step in steps]
             panel.bar(at + 0.27 * (index - 1), times, 0.25, color=color, label=kind)
         panel.set_xticks(at, [str(step["chips"]) if len(kinds) == 1 else step["topology"] for step in steps])
         panel.grid(False, axis="x")
-        panel.set(xlabel="chips" if len(kinds) == 1 else None, title=f"parameters {state}")
-    panels[0].set_ylabel("busy at least (ms a step)")
+        panel.set(xlabel="chips" if len(kinds) == 1 else None, title=title)
+    name = results["steps"][0]["name"] if config["program"] == "finetune" else shown.noun
+    panels[0].set_ylabel(f"busy at least ({shown.unit}, {name})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    where = " and ".join(kinds)
     figure.suptitle(
-        f"a step of {config['scale']} on {where}, {config['windows']} windows a chip, on paper", color=plots.INK
+        f"{shown.noun} of {config['scale']} on {' and '.join(kinds)}, {config[shown.load]} {shown.words}, on paper",
+        color=plots.INK,
     )
     return figure
 

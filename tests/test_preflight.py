@@ -302,7 +302,8 @@ def test_only_a_compiler_out_of_memory_says_that_a_program_does_not_fit(prefligh
         def compile_():
             raise jax.errors.JaxRuntimeError(message)
 
-        return programs.Planned("step", SimpleNamespace(lower=lambda: SimpleNamespace(compile=compile_)))
+        call = SimpleNamespace(mesh=SimpleNamespace(shape={}), lower=lambda: SimpleNamespace(compile=compile_))
+        return programs.Planned("step", call)
 
     with pytest.raises(SystemExit) as stop:
         preflight_of(ending("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."))

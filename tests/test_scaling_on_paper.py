@@ -25,10 +25,11 @@ def asked(monkeypatch):
         calls.append(words)
         options = dict(itertools.pairwise(words))
         number = scaling.chips_of(options["--topology"])
-        split = "--shard-state" in words
+        split = "--shard-state" in words or "--data-devices" in words
         seconds = {"arithmetic": 0.01, "memory": 0.02, "links": 0.001 * number}
         cost = None if split else {"collectives": {"all-reduce": 2e8} if number > 1 else {}}
         program = {"name": "training step", "fits": not split, "needed": 2 * 2**30, "cost": cost}
+        program |= {"mesh": {"run": 1, "data": number}}
         program |= {"seconds": seconds, "share_of_peak": 0.5}
         with open(options["--json"], "w") as file:
             json.dump({"programs": [program]}, file)
@@ -44,12 +45,34 @@ def test_every_topology_is_asked_once_with_as_many_windows_a_chip(asked, tmp_pat
     scaling.main(command)
     said = [" ".join(words[words.index("pretrain") :]) for words in asked]
     one, eight = "pretrain --scale gpt2 --batch-size 3", "pretrain --scale gpt2 --batch-size 24"
-    assert said == [one, f"{one} --shard-state", eight, f"{eight} --shard-state"]
+    assert said == [one, eight, f"{eight} --shard-state"]
     printed = capsys.readouterr().out
-    assert "| v5e:2x4 | 8 | whole | 2.00 | 10 | 20 | 8 | memory | 50% | all-reduce 0.2 |" in printed
-    assert "| v5e:1x1 | 1 | whole | 2.00 | 10 | 20 | 1 | memory | 50% | none |" in printed
-    assert printed.count("| does not fit |") == 2
+    assert "| v5e:2x4 | 8 | parameters whole | 1 x 8 | 2.00 | 10 | 20 | 8 | memory | 50% | all-reduce 0.2 |" in printed
+    assert "| v5e:1x1 | 1 | parameters whole | 1 x 1 | 2.00 | 10 | 20 | 1 | memory | 50% | none |" in printed
+    assert printed.count("| does not fit |") == 1
     assert (tmp_path / "out" / "scaling_on_paper.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fine_tuning_is_asked_for_as_many_runs_on_all_chips_and_episodes_are_shared_by_all_that_can(asked, tmp_path):
+    topologies = (*TOPOLOGIES, "v5e:16x16")
+    command = scaling.ScalingCommand(topologies=topologies, program="finetune", runs=6, out=tmp_path / "out")
+    scaling.main(command)
+    said = [" ".join(words[words.index("--only") :]) for words in asked]
+    assert all(words.startswith("--only rounds ") for words in said)
+    runs = "finetune --scale gpt2 --seeds 6"
+    ends = [runs, runs, f"{runs} --data-devices 8", runs, f"{runs} --data-devices 128"]
+    assert [words[words.index("finetune") :] for words in said] == ends
+    figure = scaling.draw(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert figure.get_suptitle() == "rounds of gpt2 on v5e, 6 runs together, on paper"
+    assert [panel.get_title() for panel in figure.axes] == ["runs first", "episodes first"]
+    tallest = max(bar.get_height() for bar in figure.axes[0].patches)
+    assert tallest == pytest.approx(0.256)  # Seconds, of the links of 256 chips.
+
+
+@pytest.mark.parametrize(("program", "field"), [("pretrain", "runs"), ("finetune", "windows")])
+def test_an_option_of_the_other_program_is_refused(program, field):
+    with pytest.raises(ConfigError, match=f"^{field}: got 3"):
+        scaling.ScalingCommand(program=program, **{field: 3})
 
 
 def test_a_picture_of_several_kinds_names_them(asked, tmp_path):

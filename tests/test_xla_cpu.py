@@ -44,7 +44,8 @@ def test_the_flag_is_added_once_and_a_choice_of_the_users_stays(monkeypatch, fla
     ("content", "is_added"),
     [
         (b"XLA_FLAGS", False),
-        (b"XLA_FLAGS " + xla_cpu.FUSIONS.encode(), True),
+        (b"XLA_FLAGS " + xla_cpu.FUSIONS.encode() + b"\0", True),
+        (b"XLA_FLAGS " + xla_cpu.FUSIONS.encode() + b"R\x19", False),  # The name of a field of a protocol buffer.
         (b"no XLA in it", True),
     ],
 )

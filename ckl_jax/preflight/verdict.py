@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ class Verdict(NamedTuple):
       kernels: places in its text that call a Pallas kernel; one in a loop is one.
       has_float64, calls_the_host: what an accelerator is slow at; neither should be there.
       compile_seconds: of this machine, lowering included.
+      mesh: devices that share the runs (``run``), and the rows of each run (``data``).
     """
 
     name: str
@@ -35,6 +37,7 @@ class Verdict(NamedTuple):
     kernels: int = 0
     has_float64: bool = False
     calls_the_host: bool = False
+    mesh: Mapping[str, int] = {}
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """How long arithmetic, memory and links are busy at least: each alone at its full speed."""
@@ -55,19 +58,20 @@ class Verdict(NamedTuple):
 
 def judged(planned: Planned, chip: Chip) -> Verdict:
     """Compiles a program for the chip's topology."""
-    start = time.monotonic()
+    start, mesh = time.monotonic(), planned.call.mesh.shape
     lowered = planned.call.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Verdict(planned.name, False, _said(str(error)), {}, None, time.monotonic() - start)
+        return Verdict(planned.name, False, _said(str(error)), {}, None, time.monotonic() - start, mesh=dict(mesh))
     seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
     fits, cost, kernels = needed <= chip.memory, costs.cost(text, chip.passes), text.count('"tpu_custom_call"')
-    return Verdict(planned.name, fits, needed, memory, cost, seconds, kernels, "f64[" in text, hlo.calls_the_host(text))
+    slow_at = "f64[" in text, hlo.calls_the_host(text)
+    return Verdict(planned.name, fits, needed, memory, cost, seconds, kernels, *slow_at, dict(mesh))
 
 
 def _memory(compiled: Any) -> dict[str, int]:

@@ -86,8 +86,9 @@ def _xla_libraries() -> Iterator[pathlib.Path]:
 
 
 def _knows(library: pathlib.Path, flag: str) -> bool:
+    """Whether it has the flag's name as a string that ends there; a removed one stays in a message's fields."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(b"XLA_FLAGS") < 0 or content.find(flag.encode()) >= 0
+        return content.find(b"XLA_FLAGS") < 0 or content.find(flag.encode() + b"\0") >= 0
 
 
 def keep_freed_memory() -> None:
