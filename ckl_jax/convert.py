@@ -8,7 +8,8 @@ It needs the extra ``convert``. The first model is the authors' for N = 7. Fine-
 
 **What is read.** A directory or one file of it; weights as safetensors or PyTorch (``weights_only``), whole or in
 shards. nanoGPT's files do not say which GELU they compute, so ``--activation`` does. ``--tokenizer`` names the
-vocabulary if it lies elsewhere. A setting that our model lacks is refused by name.
+vocabulary if it lies elsewhere. A setting of transformers by which a model computes what ours cannot is refused by
+name, and so is one that nanoGPT does not have.
 
 **The vocabulary** keeps its size of 41 to 256, because J divides by log V. ``--vocabulary ours`` keeps our 41
 characters alone, which the stock GPT-2 needs.
@@ -28,7 +29,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers
+from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers, signed
+from ckl_jax.checkpoint.shipped import located
 from ckl_jax.checkpoint.store import load_model, save_model, write_json
 from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
 from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
@@ -114,7 +116,8 @@ def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) 
     if out.is_dir() and any(out.iterdir()):
         found = [out / name for name in (UNFINISHED, description) if (out / name).exists()]
         earlier = reading.read_object(found[0], "out") if found else {}
-        same = earlier.get("made_by") == made_by
+        expected = made_by if (out / UNFINISHED).exists() else signed(out, made_by)
+        same = earlier.get("made_by") == expected
         require(same, "out", f"{out}, which is not empty", "a new or empty directory, or what this command made before")
 
 
@@ -130,11 +133,9 @@ def _writing(out: pathlib.Path, made_by: dict[str, Any]) -> Iterator[None]:
 
 def _to_transformers(command: ConvertCommand, made_by: dict[str, Any]) -> None:
     _require_free(command.out, "config.json", made_by)
-    source = resolved(command.source, "source")
-    found = (source / "model.json").is_file()
-    require(
-        found, "source", command.source, "a checkpoint of ours (a directory with model.json), for --to transformers"
-    )
+    source = resolved(located(command.source), "source")
+    allowed = "a checkpoint of ours (a directory with model.json, or a model that ships), for --to transformers"
+    require((source / "model.json").is_file(), "source", command.source, allowed)
     model = load_model(source)
     with _writing(command.out, made_by):
         save_transformers(command.out, model, made_by)

@@ -65,7 +65,7 @@ class FreedPressureCommand:
     plot_only: bool = False
     """Table and figure again from results.json."""
     certainty_checkpoint: pathlib.Path | None = None
-    """Another pre-trained model of the same N and task, whose J it is."""
+    """Another pre-trained model of the same N, task and vocabulary, whose J it is."""
 
     def __post_init__(self) -> None:
         require_fields(self)

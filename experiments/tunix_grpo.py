@@ -36,7 +36,7 @@ from ckl_jax.certainty import certainty
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
 from ckl_jax.losses import kl_estimate, prioritized_kl
-from ckl_jax.runs.records import machine
+from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
@@ -53,6 +53,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"tunix: not installed ({error}); it comes with: uv run --group tunix python -m experiments.tunix_grpo")
 
+COMMAND = "experiments.tunix_grpo"
 BOS, EOS = alphabet.VOCAB_SIZE, alphabet.VOCAB_SIZE + 1
 LAST_STEPS, OUTPUT_SCALE = 5, 6
 
@@ -245,6 +246,7 @@ def train(command: TunixCommand, exponent: float, seed: int) -> dict[str, Any]:
 
 
 def main(command: TunixCommand) -> None:
+    earlier_results(command.out, COMMAND)  # Refuses another's.
     arms = {"standard": 0.0, "prioritized": command.exponent}
     runs = {arm: [train(command, arms[arm], seed) for seed in range(command.seeds)] for arm in arms}
     print("| arm | seed | reward, first steps | last steps | KL, nats | J | J^exponent | s |\n" + "|---" * 8 + "|")
@@ -255,7 +257,7 @@ def main(command: TunixCommand) -> None:
             print(f"| {arm} | {run['seed']} | {first:.3f} | {last:.3f} | {measured} | {run['seconds']:.0f} |")
     command.out.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(command, name) for name in command.__dataclass_fields__ if name != "out"}
-    write_json(command.out / "results.json", {"arms": runs, "config": settings, **machine()})
+    write_json(command.out / "results.json", {"arms": runs, "config": {"command": COMMAND, **settings}, **machine()})
     print(f"results.json in {command.out}")
 
 

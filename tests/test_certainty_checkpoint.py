@@ -35,6 +35,9 @@ OPTIONS = (
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-2), jnp.float32(5.0), jnp.float32(2.0), jnp.int32(0))
 
 
+OTHER_SIZES = {"block_size": 40, "vocab_size": 64}
+
+
 @pytest.fixture(scope="module")
 def models(small_model):
     """Ours, and another of another shape."""
@@ -69,10 +72,10 @@ def test_the_weights_are_those_of_the_other_models_certainty_and_the_kl_is_to_th
     np.testing.assert_allclose(episodes.kl_weights_BxT, weights_BxT, atol=1e-3)
 
 
-def test_a_model_of_another_task_or_a_shorter_block_is_refused(models):
+def test_a_model_of_another_task_or_vocabulary_or_a_shorter_block_is_refused(models):
     ours, other = models
-    short = dataclasses.replace(other.config, block_size=40)
-    for wrong in (other._replace(task=SUBTRACTION), other._replace(config=short)):
+    changed = [dataclasses.replace(other.config, **{name: size}) for name, size in OTHER_SIZES.items()]
+    for wrong in (other._replace(task=SUBTRACTION), *(other._replace(config=config) for config in changed)):
         with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got"):
             make_program(FinetuneConfig(), ours, wrong)
 

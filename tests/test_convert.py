@@ -4,6 +4,7 @@ import errno
 import http.server
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -382,6 +383,31 @@ def test_the_same_command_may_write_again_and_another_may_not(here, capsys, monk
         "--source empty --to transformers --out exported",
     ):
         convert_refused(here, capsys, monkeypatch, arguments, r"out: got '\S+, which is not empty', .*")
+
+
+def test_an_export_that_was_trained_since_is_not_overwritten(here, capsys, monkeypatch):
+    arguments = "--source model --to transformers --out exported"
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments.split()])
+    cli.run(main, ConvertCommand)
+    model = transformers.GPT2LMHeadModel.from_pretrained("exported")
+    assert {model.config.attn_pdrop, model.config.embd_pdrop, model.config.resid_pdrop} == {0.0}
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] += 1
+    model.save_pretrained("exported")
+    trained = load_file("exported/model.safetensors")
+    assert "made_by" in json.loads((here / "exported" / "config.json").read_text())
+    capsys.readouterr()
+    convert_refused(here, capsys, monkeypatch, arguments, "out: got 'exported, which is not empty', .*")
+    kept = load_file("exported/model.safetensors")
+    assert all(torch.equal(kept[name], x) for name, x in trained.items())
+
+
+def test_a_model_that_ships_is_exported_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(ConvertCommand("tiny", pathlib.Path("exported"), to="transformers"))
+    exported = transformers.GPT2LMHeadModel.from_pretrained("exported")
+    ours = load_model("tiny").params["params"]["wte"]["embedding"]
+    np.testing.assert_array_equal(exported.transformer.wte.weight.detach().numpy(), ours)
 
 
 @pytest.mark.parametrize("arguments", ["--source theirs --digits 1", "--source model --to transformers"])

@@ -170,9 +170,8 @@ def test_a_reference_of_another_n_or_task_and_too_long_episodes_are_refused():
     model = Model(MODEL, 1, policy(MODEL, 0))
     short = dataclasses.replace(MODEL, block_size=60)
     for wrong in (model._replace(max_pretrain_digits=2), model._replace(task=SUBTRACTION)):
-        with pytest.raises(
-            ConfigError, match=r"^reference: got .*, allowed is the policy's N and task, \(1, 'addition'\)"
-        ):
+        said = r"^reference: got .*, allowed is the policy's N, task and size of the vocabulary, \(1, 'addition', 41\)"
+        with pytest.raises(ConfigError, match=said):
             critical.sample(model, PROBLEMS, 2, Measuring(extra_length=3), wrong)
     with pytest.raises(
         ConfigError, match=r"digits: got 2, allowed is what fits the block: 177 characters \(block_size = 60\)"

@@ -8,7 +8,7 @@ from made_answers import COMMA, PROBLEM, RIGHT, SUM, made, sure_except
 from policies import SCRIPT_MODEL, scripted_policy
 
 from ckl_jax import tasks
-from ckl_jax.analysis import critical, discovery
+from ckl_jax.analysis import critical, discovery, statistics
 from ckl_jax.analysis.discovery import Rule
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
@@ -91,7 +91,8 @@ def test_precision_and_recall_of_hand_made_probes():
     said = {place: kind["verdict"] for place, kind in types.items()}
     assert said == {A: "critical", B: "critical", C: "not critical", D: "too few", E: "too few"}
     assert [kind["place"] for kind in found["types"]][:2] == [B, A]
-    assert found["precision"][0] == pytest.approx(3 / 7)
+    assert found["precision"] == statistics.share_interval(1, 2)  # Of types: candidates of one are all known or none.
+    assert found["precision_of_candidates"][0] == pytest.approx(3 / 7)
     assert found["recall"][0] == pytest.approx(3 / 10)
     assert found["known_that_are_open_candidates"][0] == pytest.approx(6 / 10)
     assert found["open_candidates"] == 12

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax import checkpoint, convert
 from ckl_jax.analysis import plots
+from ckl_jax.checkpoint.shipped import PRETRAINED, located
 from ckl_jax.checkpoint.store import write_json
 from ckl_jax.datasets import load_stream
 from ckl_jax.errors import ConfigError
@@ -71,6 +72,21 @@ def test_an_option_takes_local_paths_and_buckets(bucket):
     assert [str(path) for path in parsed.more] == ["a", "gs://bucket/b"]
     assert cli.parse(Command, None, []) == Command()
     assert cli.parse(Command, None, ["--out", "a/b"]) == Command(pathlib.Path("a/b"))
+
+
+@pytest.mark.parametrize("text", ["./N7", "N7/", ".//N7", "./N7/."])
+def test_a_path_is_not_the_name_of_a_model_that_ships(monkeypatch, tmp_path, text):
+    monkeypatch.chdir(tmp_path)
+    assert located(paths.parse("N7")) == PRETRAINED / "N7"
+    assert located(paths.parse(text)) == tmp_path / "N7"
+    (tmp_path / "N7").mkdir()
+    assert located(paths.parse("N7")) == pathlib.Path("N7")
+
+
+@pytest.mark.parametrize(("text", "expected"), [("~", "/home/me"), ("~/", "/home/me"), (".", "."), ("///", "/")])
+def test_a_home_and_a_directory_itself_stay_what_they_are(monkeypatch, text, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert paths.parse(text) == pathlib.Path(expected)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ NAN = float("nan")
         (NAN, NAN, 0.0, "undecided"),
         (0.1, 0.1, 0.0, "undecided"),
         (0.1, 0.1, (0.5, 0.4, 0.6), "undecided"),
+        (0.4, 0.6, (0.1, 0.1, 0.1), "above"),
         (0.6, 0.8, 0.5, "above"),
         (0.2, 0.4, 0.5, "below"),
         (0.6, 0.8, Interval(0.4, 0.3, 0.5), "above"),
@@ -131,7 +132,15 @@ def test_a_ratio_of_sums_and_its_bootstrap():
     assert bootstrap_ratio(0.3 * wholes, wholes) == pytest.approx((0.3, 0.3, 0.3))
 
 
-@pytest.mark.parametrize(("parts", "wholes"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([float("nan")], [1.0])])
+def test_a_whole_of_nothing_adds_nothing_to_a_ratio():
+    ratio = bootstrap_ratio(np.array([0.0, 1.0, 1.0]), np.array([0.0, 2.0, 2.0]))  # Some samples have the first alone.
+    assert ratio == pytest.approx((0.5, 0.5, 0.5))
+
+
+REFUSED = [([], []), ([1.0], [1.0, 2.0]), ([0.0, 0.0], [0.0, 0.0]), ([1.0, 1.0], [-1.0, 2.0]), ([float("nan")], [1.0])]
+
+
+@pytest.mark.parametrize(("parts", "wholes"), REFUSED)
 def test_a_ratio_of_nothing_is_refused(parts, wholes):
     with pytest.raises(ConfigError, match=r"^parts"):
         bootstrap_ratio(np.array(parts), np.array(wholes))

@@ -105,6 +105,7 @@ def test_models_of_the_same_n_are_told_apart_by_their_names():
         ((-0.3, -0.4, -0.2), (0.001, 0.0, 0.002), (0.99, 0.95, 1.0), ("holds", "holds", "as in the paper")),
         ((-0.3, -0.4, -0.2), (-0.3, -0.5, -0.1), (0.95, 0.9, 0.98), ("undecided", "undecided", "as in the paper")),
         ((0.1, 0.05, 0.2), (-0.3, -0.4, -0.2), (0.5, 0.4, 0.6), ("fails", "fails", "not as in the paper")),
+        ((0.1, 0.1, 0.1), (0.1, 0.1, 0.1), (1.0, 0.9, 1.0), ("undecided", "undecided", "not as in the paper")),
     ],
 )
 def test_verdicts_follow_their_rules(critical, others, share, expected):

@@ -267,6 +267,14 @@ def test_what_nanogpt_saves_needs_no_config_json(source, state):
     refused(source, r"^activation: got None, allowed is gelu_tanh \(.*14 June 2023.*\) or gelu_erf \(.*\)")
 
 
+@pytest.mark.parametrize("setting", [{"residual": "parallel"}, {"activation": "relu"}, {"logit_softcap": 30.0}])
+def test_a_setting_that_nanogpt_does_not_have_is_refused(source, state, setting):
+    checkpoint = nano_checkpoint(NanoGPT())
+    checkpoint["model_args"] |= setting
+    torch.save(checkpoint, source / "ckpt.pt")
+    refused(source, rf"^model_args: got '{next(iter(setting))}', allowed is .*n_layer")
+
+
 def test_a_config_json_beside_nanogpts_file_must_agree_with_it(source, state):
     checkpoint = nano_checkpoint(NanoGPT())
     checkpoint["model_args"]["n_head"] = 4

@@ -50,6 +50,12 @@ def loss_of(sampled, loss, exponent):
     return value_and_gradient(policy)
 
 
+def test_another_commands_results_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text('{"config": {"command": "experiments.figure4_prioritized_kl"}}')
+    with pytest.raises(ConfigError, match=r"^out: "):
+        tunix_grpo.main(TunixCommand(out=tmp_path))
+
+
 def test_without_an_exponent_the_loss_and_its_gradient_are_tunixs(sampled):
     ours, our_gradient = loss_of(sampled, tunix_grpo.prioritized_grpo, 0.0)
     theirs, their_gradient = loss_of(sampled, algo_core.grpo_loss_fn, 0.0)

@@ -157,17 +157,17 @@ def sample(
     """The policy's sampled answers to problems of up to ``digits`` digits.
 
     Args:
-      reference: whose certainty is measured, a model of the same N and task; default: the policy itself.
+      reference: whose certainty is measured, a model of the same N, task and vocabulary; default: the policy itself.
       named: the option that it came by, for the error.
 
     Raises:
-      ConfigError: the reference has another N or task, or an episode does not fit into a block.
+      ConfigError: the reference has another N, task or vocabulary, or an episode does not fit into a block.
     """
     for model in (policy, reference or policy):
         require_room(model, digits, how.extra_length)
     if reference is not None:
-        kinds = [(model.max_pretrain_digits, model.task.name) for model in (reference, policy)]
-        require(kinds[0] == kinds[1], named, kinds[0], f"the policy's N and task, {kinds[1]}")
+        kinds = [(m.max_pretrain_digits, m.task.name, m.config.vocab_size) for m in (reference, policy)]
+        require(kinds[0] == kinds[1], named, kinds[0], f"the policy's N, task and size of the vocabulary, {kinds[1]}")
     packed = problems_lib.pack(policy.task, problems, digits, policy.max_pretrain_digits)
     parts = [
         jax.device_get(

@@ -133,16 +133,18 @@ def summarize(
     types.sort(key=lambda kind: (kind["verdict"] != "critical", -kind["cost"]))
     found = [kind for kind in types if kind["verdict"] == "critical"]
     hits, tried = (sum(kind[name] for kind in found) for name in ("known_candidates", "candidates"))
-    shares = {"precision": share_interval(hits, tried), "recall": share_interval(hits, len(known))}
+    known_types = sum(is_known(kind) for kind in found)
+    shares = {"precision": share_interval(known_types, len(found)), "recall": share_interval(hits, len(known))}
     known_candidates = sum(kind["known_candidates"] for kind in types)
     return {
         "types": types,
         **shares,
+        "precision_of_candidates": share_interval(hits, tried),
         "verdicts": {name: verdict(share) for name, share in shares.items()},
         "known_that_are_open_candidates": share_interval(known_candidates, len(known)),
         "types_known": len(met),
         "types_critical": len(found),
-        "types_critical_and_known": sum(is_known(kind) for kind in found),
+        "types_critical_and_known": known_types,
         "drop_of_controls": mean_interval(
             drops([probe for probe in probes if probe["open"] and not probe["candidate"]])
         ),

@@ -23,13 +23,17 @@ class Interval(NamedTuple):
     high: float
 
     def side(self, than: float | Sequence[float] = 0.0) -> Side:
-        """Whether all of it lies above or below a number or another interval.
+        """``lies``, but undecided if it has no width: values that are all the same say nothing of how they vary.
 
-        Values that are all the same but for rounding, whose interval has no width, decide nothing.
+        Another interval without width is taken as a number.
         """
-        _, low, high = than if isinstance(than, Sequence) else (than, than, than)
         if self.low == self.high:
             return "undecided"
+        return self.lies(than)
+
+    def lies(self, than: float | Sequence[float] = 0.0) -> Side:
+        """Whether all of it lies above or below a number or another interval."""
+        _, low, high = than if isinstance(than, Sequence) else (than, than, than)
         return "above" if self.low > high else "below" if self.high < low else "undecided"
 
     def within(self, least: float, most: float) -> Interval:
@@ -127,14 +131,18 @@ def bootstrap_interval(values: np.ndarray, *, samples: int = SAMPLES) -> tuple[f
 def bootstrap_ratio(parts: np.ndarray, wholes: np.ndarray) -> Interval:
     """Sum of ``parts`` [n] over the sum of ``wholes`` [n], with the 95% percentile interval under resampling of pairs.
 
+    Samples in which all wholes are 0 have no such ratio and are left out.
+
     Raises:
-      ConfigError: no value, not as many of both, one that is not finite, or wholes that are not positive.
+      ConfigError: no value, not as many of both, one that is not finite, a negative whole, or none above 0.
     """
     require(0 < len(parts) == len(wholes), "parts", len(parts), f"1 or more, as many as wholes ({len(wholes)})")
-    sound = bool(np.isfinite(parts).all() and np.isfinite(wholes).all() and (np.asarray(wholes) > 0).all())
-    require(sound, "parts and wholes", "others", "finite numbers, and wholes above 0")
+    sound = bool(np.isfinite(parts).all() and np.isfinite(wholes).all() and (np.asarray(wholes) >= 0).all())
+    sound = sound and bool(np.sum(wholes) > 0)
+    require(sound, "parts and wholes", "others", "finite numbers, and wholes of 0 or more, not all 0")
     drawn = np.random.default_rng(0).integers(0, len(parts), (SAMPLES, len(parts)))
-    low, high = np.percentile(parts[drawn].sum(axis=1) / wholes[drawn].sum(axis=1), [2.5, 97.5])
+    sums = wholes[drawn].sum(axis=1)
+    low, high = np.percentile(parts[drawn].sum(axis=1)[sums > 0] / sums[sums > 0], [2.5, 97.5])
     return Interval(float(parts.sum() / wholes.sum()), float(low), float(high))
 
 

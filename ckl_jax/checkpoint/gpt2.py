@@ -7,6 +7,7 @@ Both name their tensors alike (``transformer.h.0.attn.c_attn.weight``); transfor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from ckl_jax.runtime.paths import AnyPath, require_directory, resolved, writing
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Task
 
+WEIGHTS = "model.safetensors"  # As transformers names it.
 LAYER = {
     "ln_1": "ln_1",
     "c_attn": "attn.c_attn",
@@ -34,6 +36,12 @@ LAYER = {
     "c_fc": "mlp.c_fc",
     "mlp_c_proj": "mlp.c_proj",
 }
+
+
+def signed(directory: pathlib.Path, made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """``made_by`` with the SHA-256 of the weights that are there, which tells an export from what was trained since."""
+    path = directory / WEIGHTS
+    return {**made_by, WEIGHTS: hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else dict(made_by)
 
 
 def described(source: pathlib.Path) -> dict[str, Any]:
@@ -135,7 +143,12 @@ def _params(
         require(tensors[name].shape == whole[name], name, tensors[name].shape, f"{whole[name]}, by config.json")
     for name in sorted(zero):
         # Transformers' GPT-2 always has biases: without any, ours are exported as zeros.
-        require(not np.any(tensors[name].read()), name, "other numbers than 0", "0, for bias is false in config.json")
+        require(
+            not np.any(tensors[name].read()),
+            name,
+            "other numbers than 0",
+            "0, for bias is false in config.json (true if they were trained)",
+        )
     arrays = {name: tensors[name].read() for name in shapes}
     for name, array in arrays.items():
         require(bool(np.isfinite(array).all()), name, "NaN or infinity", "finite parameters")
@@ -175,6 +188,7 @@ def save_transformers(directory: AnyPath, model: Model, made_by: Mapping[str, An
       made_by: what a reader needs to make it again.
     """
     config, params = model.config, model.params["params"]
+    drops = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)  # Theirs are 0.1 if not given.
     arrays = {"wte.weight": params["wte"]["embedding"], "wpe.weight": params["wpe"]["embedding"]}
     modules = {"ln_f": params["ln_f"]}
     for index in range(config.num_layers):
@@ -186,7 +200,7 @@ def save_transformers(directory: AnyPath, model: Model, made_by: Mapping[str, An
     require_directory(directory, "out")
     directory = resolved(directory, "out")
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "model.safetensors"
+    path = directory / WEIGHTS
     stored = {f"transformer.{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
     with writing(path):
         save_file(stored, path, metadata={"format": "pt"})
@@ -205,6 +219,7 @@ def save_transformers(directory: AnyPath, model: Model, made_by: Mapping[str, An
         "tie_word_embeddings": True,
         "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
-        "made_by": dict(made_by),
+        "made_by": signed(directory, made_by),
+        **drops,
     } | {f"{name}_token_id": alphabet.PAD_ID for name in ("bos", "eos", "pad")}
     write_json(directory / "config.json", described)

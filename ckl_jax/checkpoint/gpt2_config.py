@@ -16,6 +16,7 @@ ACTIVATIONS = {
 """GELUs of transformers, which has five names for the one by tanh, and ours."""
 EXPORTED = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "block_size", "vocab_size", "bias")
+NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 SYNONYMS = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -28,10 +29,12 @@ def settings(config_json: Mapping[str, Any], model_args: Mapping[str, Any]) -> d
     """What both say, under nanoGPT's and transformers' shorter names.
 
     Raises:
-      ConfigError: there is neither; two places say different things.
+      ConfigError: there is neither; two places say different things; model_args have what nanoGPT's do not.
     """
     allowed = "config.json beside the weights, or nanoGPT's model_args in the file with them"
     require(bool(config_json or model_args), "config.json", None, allowed)
+    for name in model_args:
+        require_word(name, "model_args", NANOGPT)
     found = dict(model_args)
     for given, value in config_json.items():
         name = SYNONYMS.get(given, given)

@@ -89,6 +89,9 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
     if certainty_from is not None:
         theirs = certainty_from.task.name
         require(theirs == model.task.name, "certainty_checkpoint", theirs, f"a model of {model.task.name}")
+        known, sampled = certainty_from.config.vocab_size, model.config.vocab_size
+        of_policy = f"a model with the policy's vocabulary, {sampled}"
+        require(known == sampled, "certainty_checkpoint", f"a vocabulary of {known}", of_policy)
         block = certainty_from.config.block_size
         allowed = f"a model with a block_size of prompt + answer = {total} or more"
         require(total <= block, "certainty_checkpoint", f"block_size {block}", allowed)

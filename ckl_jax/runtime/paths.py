@@ -60,8 +60,9 @@ def parse(text: AnyPath, field: str = "path") -> pathlib.Path:
 
 def _local(text: str, field: str) -> pathlib.Path:
     path = pathlib.Path(text)
-    if text.startswith("./") and MEANS_MORE.match(str(path)):
-        return pathlib.Path.cwd() / path  # Without the dot it would mean something else when it is read again.
+    lone = len(path.parts) == 1 and text != str(path) and not text.startswith("~")
+    if lone or (text.startswith("./") and MEANS_MORE.match(str(path))):
+        return pathlib.Path.cwd() / path  # Without the dot it may mean something else when it is read again: a model.
     try:
         return path.expanduser()
     except RuntimeError as error:

@@ -49,7 +49,7 @@ def sides(row: dict[str, Any]) -> dict[str, Side]:
     }
     if papers(row) and math.isfinite(critical.low):
         mean, half = papers(row)[0]
-        found["size"] = critical.side((mean, mean - half, mean + half))
+        found["size"] = critical.lies((mean, mean - half, mean + half))
     return found
 
 
