@@ -151,9 +151,9 @@ def exact_kl(
     require_shape_of(ref_logits, "ref_logits", logits, "logits")
     log_p = log_softmax(logits, temperature, mask)
     log_q = jax.lax.stop_gradient(log_softmax(ref_logits, temperature, mask))
-    impossible = jnp.isneginf(log_p)
-    difference = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
-    return masked(overflow.product(jnp.exp(log_p), difference).sum(axis=-1), mask)
+    p = jnp.exp(log_p)
+    difference = jnp.where(p == 0, 0.0, log_p) - jnp.where(p == 0, 0.0, log_q)
+    return masked(overflow.product(p, difference).sum(axis=-1), mask)
 
 
 def weighted_kl(kl: jax.Array, weights: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """Exponentials and products whose values overflow as they truly do and whose derivatives stay finite.
 
-All is of float32. Where it cannot hold a derivative, that is its largest number instead of infinity, and 0 where it is
-no number (the ratio of two probabilities of 0); every other is exact. So the value says that a loss has overflown or is
-no number, and a weight of 0 takes a token out of value and gradient, whatever stands there: plain exponentials and
-products would make NaN of 0 times infinity.
+All is of float32. A derivative is exact up to ``LARGEST``, which stands for every larger one, and 0 where it is no
+number (the ratio of two probabilities of 0). So the value says that a loss has overflown or is no number, and a weight
+of 0 takes a token out of value and gradient, whatever stands there and however the loss is scaled: plain exponentials
+and products would make NaN of 0 times infinity.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LARGEST = float(jnp.finfo(jnp.float32).max)
+LARGEST = 2.0**50
+"""Times a loss's scale it is finite still, and so are the squares of many such in a norm."""
 
 
 @jax.custom_jvp

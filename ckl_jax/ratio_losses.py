@@ -41,7 +41,7 @@ def clipped_policy_loss(
       ConfigError: different shapes, or ``clip`` not above 0.
     """
     require_shape_of(advantages, "advantages", log_probs, "log_probs")
-    below, above = _clip(clip, log_probs)
+    below, above = _clip(clip, log_probs, mask)
     ratio = _ratio(log_probs, old_log_probs, mask)
     advantages = jax.lax.stop_gradient(masked(advantages.astype(jnp.float32), mask))
     bounded = jnp.clip(ratio, 1 - below, 1 + above)
@@ -69,7 +69,7 @@ def open_gate(
       ConfigError: different shapes, or ``clip`` not above 0.
     """
     require_shape_of(advantages, "advantages", log_probs, "log_probs")
-    below, above = _clip(clip, log_probs)
+    below, above = _clip(clip, log_probs, mask)
     ratio = jax.lax.stop_gradient(_ratio(log_probs, old_log_probs, mask))
     stopped = ((advantages > 0) & (ratio > 1 + above)) | ((advantages < 0) & (ratio < 1 - below))
     if free is not None:
@@ -105,7 +105,7 @@ def redistributed(
     """
     require_shape_of(advantages, "advantages", log_probs, "log_probs")
     require_shape_of(h, "h", log_probs, "log_probs")
-    below, above = _clip(clip, log_probs)
+    below, above = _clip(clip, log_probs, mask)
     ratio = _ratio(log_probs, old_log_probs, mask)
     within = (ratio > 1 - below / 2) & (ratio < 1 + above / 2)
     advantages, h = (masked(x.astype(jnp.float32), mask) for x in (advantages, h))
@@ -180,15 +180,15 @@ def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | Non
     return overflow.exp(_log_ratio(log_probs, old_log_probs, mask))
 
 
-def _clip(clip: Clip, log_probs: jax.Array) -> tuple[float | jax.Array, float | jax.Array]:
-    """Below and above 1."""
+def _clip(clip: Clip, log_probs: jax.Array, mask: jax.Array) -> tuple[float | jax.Array, float | jax.Array]:
+    """Below and above 1, checked where they are known and, token by token, where the mask is."""
     below, above = clip if isinstance(clip, tuple) else (clip, clip)
     for part in (below, above):
         if isinstance(part, (np.ndarray, jax.Array)) and part.ndim:
             require_shape_of(part, "clip", log_probs, "log_probs")
-            if not isinstance(part, jax.core.Tracer):
-                below_0 = np.asarray(part, np.float32) < 0
-                require(not below_0.any(), "clip", "numbers below 0", "above 0 at every token")
+            if not isinstance(part, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+                wrong = ~(np.asarray(part, np.float32) > 0) & np.asarray(as_mask(mask, log_probs.shape))
+                require(not wrong.any(), "clip", "numbers not above 0", "above 0 at every token of the mask")
         elif not isinstance(part, jax.core.Tracer):
             require(float(part) > 0, "clip", part, "above 0")
     return below, above

@@ -20,6 +20,8 @@ INF, NAN = float("inf"), float("nan")
     [
         ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, 0.0)),
         ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, (0.2, -jnp.ones_like(x)))),
+        ("clip", lambda x, y: ratio_losses.clipped_policy_loss(x, x, x, x > 0, (jnp.zeros_like(x), 0.2))),
+        ("clip", lambda x, y: ratio_losses.open_gate(x, x, x, x > 0, (0.2, jnp.full_like(x, jnp.nan)))),
         ("old_log_probs", lambda x, y: ratio_losses.clipped_policy_loss(x, y, x, x > 0, 0.2)),
         ("old_log_probs", lambda x, y: ratio_losses.off_policy_kl(x, "k1", x, y)),
         ("limit", lambda x, y: ratio_losses.truncated_importance(x, x, x > 0, 0.0)),
