@@ -207,18 +207,49 @@ def test_what_no_array_shows_of_a_model_names_it_too(model):
     assert identity(model._replace(config=dataclasses.replace(config, attention_chunk=80))) == identity(model)
 
 
+def _save_without_a_manifest(checkpoints, step):
+    """As a process that is killed before it has written the manifest."""
+
+    def killed(path, history):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(step, _state(2))
+
+
 def test_one_without_a_manifest_takes_no_complete_ones_place(checkpoints):
     """A process is killed before a manifest, then again at other steps: the complete checkpoint outlives both."""
     checkpoints.save(1000, _state(1))
     for step in (1400, 1300, 1600):
         with _reopened(checkpoints) as reopened:
             assert reopened.restore_latest(ABSTRACT)[0] == 1000
-            reopened._finish = lambda path, history: None
-            reopened.save(step, _state(2))
+            _save_without_a_manifest(reopened, step)
     step, state = _restored_anew(checkpoints)
     assert step == 1000
     chex.assert_trees_all_equal(state, _state(1))
     assert {path.name for path in checkpoints.directory.iterdir()} == {"1000", "1000.sha256.json"}
+
+
+def test_those_without_a_manifest_stay_until_a_complete_one_is_there(checkpoints):
+    _save_without_a_manifest(checkpoints, 1400)
+    with _reopened(checkpoints) as reopened:
+        assert reopened.restore_latest(ABSTRACT) is None
+        assert reopened.unfinished() == {1400}
+        reopened.save(1300, _state(3))
+        assert reopened.unfinished() == set()
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"1300", "1300.sha256.json"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_no_complete_one_could_replace_is_not_removed(checkpoints):
+    checkpoints.save(1, _state(1))
+    _save_without_a_manifest(checkpoints, 2)
+    with _reopened(checkpoints) as reopened, pytest.raises(ConfigError, match=r"^checkpoint: "):
+        reopened.restore_latest(jax.eval_shape(lambda: {"step": jnp.zeros(())}))
+    assert {path.name for path in checkpoints.directory.iterdir()} == {"1", "1.sha256.json", "2"}
+    gc.collect()
 
 
 UNREAD = (

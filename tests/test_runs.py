@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import pytest
 from hostile import no_file_above
@@ -15,6 +16,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.runs.directory import RunDirectory
 
 CONFIG = {"command": "finetune", "seed": 0, "config": {"beta": 150.0, "arms": (1, 2)}}
+STATE = {"x": jnp.ones(3)}
 
 
 def _contents(directory):
@@ -295,6 +297,43 @@ def test_a_picture_for_which_the_disk_is_too_small_is_an_error_that_names_it_and
     plt.close("all")
     assert caught.value.filename == str(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == b"old"
+
+
+def _saved_without_manifests(path, steps, records):
+    """As a copy without *.json, or a run that was killed before it had written the first manifest."""
+    run = RunDirectory(path, CONFIG)
+    run.log([{"step": step} for step in records])
+    for step in steps:
+        run.checkpoints.save(step, STATE)
+    run.close()
+    for manifest in (path / "checkpoints").glob("*.sha256.json"):
+        manifest.rename(path / f"kept_{manifest.name}")
+
+
+@pytest.mark.parametrize(
+    ("steps", "records"), [([7, 14], [7, 14]), ([14], [7, 14]), ([14], [7]), ([300, 600], []), ([4], [0, 1, 2, 3, 4])]
+)
+def test_checkpoints_that_lack_their_manifests_are_refused_and_left_alone(tmp_path, steps, records):
+    _saved_without_manifests(tmp_path, steps, records)
+    before = _contents(tmp_path)
+    run = RunDirectory(tmp_path, CONFIG)
+    missing = ", ".join(rf"{step}\.sha256\.json" for step in steps)
+    with pytest.raises(ConfigError, match=rf"^out: \S+/checkpoints has no {missing}, .*; allowed is .* manifests"):
+        run.restore(STATE)
+    assert _contents(tmp_path) == before
+    for step in steps:
+        (tmp_path / f"kept_{step}.sha256.json").rename(tmp_path / "checkpoints" / f"{step}.sha256.json")
+    assert run.restore(STATE)[0] == steps[-1]
+
+
+@pytest.mark.parametrize(("step", "records"), [(0, [0]), (1000, [1000]), (300, [])])
+def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_begins_anew_and_replaces_it(tmp_path, step, records):
+    _saved_without_manifests(tmp_path, [step], records)
+    run = RunDirectory(tmp_path, CONFIG)
+    assert run.restore(STATE) is None
+    assert run.checkpoints.unfinished() == {step}
+    run.checkpoints.save(step, STATE)
+    assert run.restore(STATE)[0] == step
 
 
 def test_half_a_line_of_seconds_is_dropped(tmp_path):

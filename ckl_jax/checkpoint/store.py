@@ -57,7 +57,8 @@ def _verify(directory: pathlib.Path) -> None:
 class StateCheckpoints:
     """Numbered checkpoints of a train state under ``directory``; the newest two are kept.
 
-    What an earlier process left half-written is removed, so one process at a time may have the directory.
+    What an earlier process left half-written is removed, so one process at a time may have the directory. What has no
+    manifest stays until a complete one is read or written.
     """
 
     def __init__(self, directory: AnyPath):
@@ -83,6 +84,7 @@ class StateCheckpoints:
             self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
             self.manager.wait_until_finished()
         hosts.of_first(lambda: self._finish(path, history))
+        self._remove_unfinished()
 
     def _finish(self, path: pathlib.Path, history: Any) -> None:
         if history is not None:
@@ -94,7 +96,7 @@ class StateCheckpoints:
                 stale.unlink()
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
-        """The newest complete checkpoint as (step, state), or None. Those without a manifest are removed.
+        """The newest complete checkpoint as (step, state), or None.
 
         Args:
           abstract_state: shapes, types and shardings, as ``jax.eval_shape`` gives them.
@@ -102,9 +104,7 @@ class StateCheckpoints:
         Raises:
           ConfigError: a file differs from the manifest, or the checkpoint has other shapes than the config says.
         """
-        step, unfinished = hosts.of_first(self._newest)
-        for number in unfinished:  # One that stayed would count among those that are kept, in a complete one's place.
-            self.manager.delete(number)
+        step = hosts.of_first(self._newest)
         if step is None:
             return None
         path = self.directory / str(step)
@@ -112,16 +112,28 @@ class StateCheckpoints:
             stored = _flat(_metadata(reader, path / "default"))
             wanted = _flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
             _require_same(path, _shapes(stored), _shapes(wanted), "this run")
-            return step, self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+            state = self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+        self._remove_unfinished()
+        return step, state
 
-    def _newest(self) -> tuple[int | None, list[int]]:
-        """The newest step with a manifest, and all steps without."""
-        steps = self.manager.all_steps()
-        complete = [step for step in steps if _manifest_path(self.directory / str(step)).exists()]
-        newest = max(complete, default=None)
+    def _newest(self) -> int | None:
+        """The newest step with a manifest, verified."""
+        newest = max(set(self.manager.all_steps()) - self._unfinished(), default=None)
         if newest is not None:
             _verify(self.directory / str(newest))
-        return newest, sorted(set(steps) - set(complete))
+        return newest
+
+    def unfinished(self) -> set[int]:
+        """The steps without a manifest: a process died before it wrote one, or it was not copied."""
+        return hosts.of_first(self._unfinished)
+
+    def _unfinished(self) -> set[int]:
+        return {step for step in self.manager.all_steps() if not _manifest_path(self.directory / str(step)).exists()}
+
+    def _remove_unfinished(self) -> None:
+        """One that stayed would count among those that are kept, in a complete one's place."""
+        for step in sorted(self.unfinished()):
+            self.manager.delete(step)
 
     def restore_history(self, step: int) -> Any:
         """The ``history`` that a checkpoint was saved with, or None; verified when its state was restored."""

@@ -101,13 +101,20 @@ class RunDirectory:
         """The newest checkpoint, as ``StateCheckpoints.restore_latest``; None for a run that has yet to come to one.
 
         Raises:
-          ConfigError: also where the run had come beyond its first checkpoint and none is left. Its records would all
-            be dropped, and what they took be paid for again.
+          ConfigError: also where the run had come beyond its first checkpoint and none is left, or none with its
+            manifest. Its records would all be dropped, and what they took be paid for again. Nothing is touched.
         """
         restored = self.checkpoints.restore_latest(abstract_state)
         if restored is not None:
             return restored
         steps = {record["step"] for record in hosts.of_first(lambda: _logged(self.metrics_path))}
+        unfinished = self.checkpoints.unfinished()
+        if unfinished and len(steps | unfinished) > 1:
+            missing = ", ".join(f"{step}.sha256.json" for step in sorted(unfinished))
+            raise ConfigError(
+                f"out: {self.checkpoints.directory} has no {missing}, without which no checkpoint can be verified; "
+                "allowed is a directory with the manifests of its checkpoints (copy them there too), or another one"
+            )
         if len(steps) > 1:
             raise ConfigError(
                 f"out: {self.path} has records up to step {max(steps)} and no checkpoint to go on from; "
