@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -94,6 +95,9 @@ def models(tmp_path_factory, small_model):
     config = dataclasses.replace(small_model, num_layers=1)
     for seed, base in ((0, 1), (1, 1), (2, 2)):
         save_model(path / f"model_{seed}", Model(config, base, untrained(config, seed)), {})
+    for name, changes in {"other_heads": {"num_heads": 1}, "other_shape": {"width": 32}}.items():
+        other = dataclasses.replace(config, **changes)
+        save_model(path / name, Model(other, 1, untrained(other)), {})
     return path
 
 
@@ -131,6 +135,19 @@ def test_the_command_writes_page_pictures_and_data(models, capsys):
     assert json.loads((models / "out" / "results.json").read_text()) == results
 
 
+OTHERWISE_COMPUTED = {"attention": "plain", "layers": "scanned", "remat": True, "attention_chunk": 80}
+OTHERWISE_COMPUTED |= {"dtype": "bfloat16", "precision": "default", "dropout": 0.1}
+
+
+def test_a_policy_of_a_checkpoint_that_was_trained_in_other_arithmetic_and_speed_is_its_own(models, tmp_path):
+    shutil.copytree(models / "model_0", tmp_path / "model_0")
+    path = tmp_path / "model_0" / "model.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"model": described["model"] | OTHERWISE_COMPUTED}))
+    found = figure5.measure(command(tmp_path, "--finetuned", str(models / "model_1")))
+    assert list(found["policies"]) == ["Before RL", "After RL"]
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -139,6 +156,8 @@ def test_the_command_writes_page_pictures_and_data(models, capsys):
         (["--certainty-temperature", "0"], "certainty_temperature"),
         (["--extra-length", "1000"], "extra_length"),
         (["--finetuned", "model_2"], "finetuned"),
+        (["--finetuned", "other_heads"], "finetuned"),
+        (["--finetuned", "other_shape"], "finetuned"),
         (["--finetuned", "missing"], "checkpoint"),
     ],
 )

@@ -232,9 +232,18 @@ def load_model(directory: AnyPath) -> Model:
 
 def identity(model: Model) -> dict[str, Any]:
     """What names a model in a config.json: its parameters, and what decides beside them what it computes and learns."""
+    return {"checkpoint": fingerprint(model.params), "model": _beside_parameters(model)}
+
+
+def kind(model: Model) -> dict[str, Any]:
+    """What every policy that is trained from a model has in common with it, in whatever arithmetic, fast or slow."""
+    shapes = jax.tree.map(np.shape, model.params)
+    return {"task": model.task.name, "shapes": shapes, **_beside_parameters(model)}
+
+
+def _beside_parameters(model: Model) -> dict[str, Any]:
     of_config = {name: getattr(model.config, name) for name in ("num_heads", "activation")}
-    described = {"max_pretrain_digits": model.max_pretrain_digits, **of_config}
-    return {"checkpoint": fingerprint(model.params), "model": described}
+    return {"max_pretrain_digits": model.max_pretrain_digits, **of_config}
 
 
 def fingerprint(params: Params) -> str:

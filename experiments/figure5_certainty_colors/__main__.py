@@ -30,7 +30,7 @@ from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
-from ckl_jax.checkpoint.store import fingerprint, load_model
+from ckl_jax.checkpoint.store import fingerprint, kind, load_model
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
@@ -141,8 +141,7 @@ def measure(command: Figure5Command) -> Results:
     policies = {"Before RL": reference}
     if command.finetuned is not None:
         policies["After RL"] = load_model(command.finetuned)
-        kinds = [found._replace(params=None, config=critical.exactly(found.config)) for found in policies.values()]
-        same = kinds[0] == kinds[1]
+        same = kind(policies["After RL"]) == kind(reference)
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
     rng = problems_lib.measured_on(command.sampling.seed, digits)
     problems = reference.task.rl_problems(rng, command.generations, digits, digits - 1)
