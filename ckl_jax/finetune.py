@@ -135,11 +135,10 @@ def finetune(
         directory.checkpoints.save(done, states)
         directory.log_seconds(done, time.monotonic() - chunk_start)
         logbook.tell(done, target, metrics["kl"][:, -1])
-    trained = dataclasses.replace(program.model, attention="auto", remat=False)  # Those are this machine's.
     for index, run in enumerate(runs):
         policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
-        save_model(directory.path / run.name, model._replace(config=trained, params=policy), made_by)
+        save_model(directory.path / run.name, model._replace(config=program.model, params=policy), made_by)
     return runs
 
 

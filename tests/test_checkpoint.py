@@ -58,6 +58,12 @@ def test_a_saved_model_loads_exactly(model, saved):
     assert json.loads((saved / "model.json").read_text())["made_by"] == MADE_BY
 
 
+def test_what_one_machine_was_told_for_speed_stays_behind_when_a_model_is_saved(model, tmp_path):
+    told = dataclasses.replace(model.config, attention="plain", layers="scanned", remat=True)
+    save_model(tmp_path, model._replace(config=told), MADE_BY)
+    assert load_model(tmp_path).config == model.config
+
+
 def test_saving_again_replaces_the_model(model, saved):
     other = model._replace(params=jax.tree.map(lambda x: x + 1, model.params), max_pretrain_digits=2)
     save_model(saved, other, MADE_BY)

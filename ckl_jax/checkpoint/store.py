@@ -156,6 +156,8 @@ class Model(NamedTuple):
 def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> None:
     """Writes ``directory/params``, its manifest and ``model.json``, which comes last, replacing what is there.
 
+    Its config is written ``for_any_machine``.
+
     Args:
       made_by: what a reader needs to make it again: command, seed, config.
 
@@ -173,7 +175,7 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
     described = {
         "task": model.task.name,
         "max_pretrain_digits": model.max_pretrain_digits,
-        "model": dataclasses.asdict(model.config),
+        "model": dataclasses.asdict(model.config.for_any_machine),
         "made_by": made_by,
     }
 

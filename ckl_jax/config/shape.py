@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -73,6 +74,11 @@ class ModelConfig:
         few = self.num_weights <= MOST_WEIGHTS
         sizes = f"{self.num_weights:.3g} weights (num_layers, block_size and vocab_size count too)"
         require(few, "width", self.width, f"what makes at most {MOST_WEIGHTS:.0e} weights, not {sizes}")
+
+    @property
+    def for_any_machine(self) -> ModelConfig:
+        """Without what one machine was told for speed; ``attention_chunk`` stays, which goes with the shape."""
+        return dataclasses.replace(self, attention="auto", layers="auto", remat=False)
 
     @property
     def can_fuse_attention(self) -> bool:
