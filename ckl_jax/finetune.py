@@ -37,7 +37,7 @@ import jax
 import tyro
 
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
-from ckl_jax.checkpoint.store import Model, identity, load_model, save_model
+from ckl_jax.checkpoint.store import Model, identity, is_saved, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -120,6 +120,7 @@ def finetune(
         logbook.tell_start(logbook.test(0, states))
         directory.checkpoints.save(0, states)
         directory.log_seconds(0, time.monotonic() - logbook.start)
+    trained = done < config.rounds
     while done < config.rounds:
         if preemption.requested():
             raise preemption.PreemptedError(f"round {done}/{config.rounds} is saved in {directory.path}")
@@ -136,9 +137,11 @@ def finetune(
         directory.log_seconds(done, time.monotonic() - chunk_start)
         logbook.tell(done, target, metrics["kl"][:, -1])
     for index, run in enumerate(runs):
-        policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
-        save_model(directory.path / run.name, model._replace(config=program.model, params=policy), made_by)
+        path = directory.path / run.name
+        if trained or not is_saved(path, made_by):  # Saved again, its files would have other names.
+            policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
+            save_model(path, model._replace(config=program.model, params=policy), made_by)
     return runs
 
 

@@ -579,6 +579,20 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_records(uni
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 
+def _files(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_saves_a_policy_that_is_missing_and_no_other(uninterrupted, model, tmp_path):
+    path, (first, *others), _ = uninterrupted
+    shutil.copytree(path, tmp_path / "run")
+    (tmp_path / "run" / first.name / "model.json").unlink()
+    kept = [_files(tmp_path / "run" / run.name) for run in others]
+    _run(CONFIG, model, tmp_path / "run")
+    assert [_files(tmp_path / "run" / run.name) for run in others] == kept
+    chex.assert_trees_all_equal(*(load_model(place / first.name).params for place in (path, tmp_path / "run")))
+
+
 def test_all_arms_of_a_seed_get_the_same_problems_and_each_round_new_ones(uninterrupted):
     _, _, drawn = uninterrupted
     assert len(drawn) == 2
