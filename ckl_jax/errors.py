@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MOST_CHARACTERS = 300
@@ -28,6 +29,18 @@ def require_word(value: Any, name: str, words: Iterable[str], beside: str = "") 
     """
     words = tuple(words)
     require(isinstance(value, str) and value in words, name, value, " | ".join(words) + beside)
+
+
+@contextlib.contextmanager
+def naming(option: str, instead_of: str) -> Iterator[None]:
+    """Lets a ConfigError that names the field ``instead_of`` name the option that its value came by."""
+    try:
+        yield
+    except ConfigError as error:
+        name, colon, rest = str(error).partition(":")
+        if name != instead_of:
+            raise
+        raise ConfigError(f"{option}{colon}{rest}") from error
 
 
 def _shown(value: Any) -> str:

@@ -39,7 +39,7 @@ import tyro
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY, shipped
 from ckl_jax.checkpoint.store import Model, identity, is_saved, load_model, save_model
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.errors import naming, require
 from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Arms, Run, Seeds, make_mesh, make_program, make_runs
@@ -188,10 +188,8 @@ def certainty_model(command: Any) -> Model | None:
     """
     if command.certainty_checkpoint is None:
         return None
-    try:
+    with naming("certainty_checkpoint", instead_of="checkpoint"):
         return load_model(command.certainty_checkpoint)
-    except ConfigError as error:
-        raise ConfigError(f"certainty_{error}") from error  # It begins with checkpoint.
 
 
 def describe(command: Any, model: Model, certainty_from: Model | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Runs without training: what they leave behind, with numbers that are given or made up."""
 
+import dataclasses
 import zlib
 
 import numpy as np
@@ -59,4 +60,5 @@ def finetune(config, model, directory, arms, seeds, progress=print, certainty_fr
 
 def pretrain(config, run, data_dir, progress):
     """In the place of ``ckl_jax.pretrain.pretrain``: a random model."""
-    save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits)), {})
+    model = Model(config.model, config.max_digits, policy(config.model, config.max_digits))
+    save_model(run.path, model, {"config": dataclasses.asdict(config)})

@@ -142,7 +142,8 @@ def test_all_cells_are_there_once_and_those_that_were_done_are_kept(finished):
 
 def test_models_that_were_trained_again_are_measured_beside_the_earlier_ones(finished, command, monkeypatch):
     def other(config, run, data_dir, progress):
-        save_model(run.path, Model(config.model, config.max_digits, policy(config.model, config.max_digits + 10)), {})
+        model = Model(config.model, config.max_digits, policy(config.model, config.max_digits + 10))
+        save_model(run.path, model, {"config": dataclasses.asdict(config)})
 
     shutil.rmtree(command.models.pretrained)
     monkeypatch.setattr(models, "pretrain", other)

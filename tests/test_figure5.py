@@ -158,12 +158,12 @@ def test_a_policy_of_a_checkpoint_that_was_trained_in_other_arithmetic_and_speed
         (["--finetuned", "model_2"], "finetuned"),
         (["--finetuned", "other_heads"], "finetuned"),
         (["--finetuned", "other_shape"], "finetuned"),
-        (["--finetuned", "missing"], "checkpoint"),
+        (["--finetuned", "missing"], "finetuned"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(models, options, field):
     if options[0] == "--finetuned":
         options = ["--finetuned", str(models / options[1])]
-    with pytest.raises(ConfigError, match=field) as error:
+    with pytest.raises(ConfigError, match=rf"^{field}: ") as error:
         figure5.main(command(models, *options))
     assert "\n" not in str(error.value)

@@ -49,6 +49,25 @@ def test_a_missing_model_is_trained_and_a_finished_one_is_read(config, tmp_path,
     assert pretrained(config, tmp_path, refuse_to_train) == path
 
 
+def test_a_finished_model_is_not_opened_for_writing_whatever_it_was_trained_with_for_speed(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "pretrain", made_runs.pretrain)
+    path = pretrained(config, tmp_path, lambda line: None)
+    monkeypatch.setattr(models, "RunDirectory", refuse_to_train)
+    assert pretrained(dataclasses.replace(config, microbatches=2), tmp_path, refuse_to_train) == path
+
+
+def test_a_place_that_cannot_be_used_is_refused_by_the_options_name(config, tmp_path):
+    (tmp_path / "tiny_N1").mkdir()
+    (tmp_path / "tiny_N1" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"^pretrained: \S+/tiny_N1 holds notes\.txt but no config\.json"):
+        pretrained(config, tmp_path)
+    (tmp_path / "tiny_N1" / "model.json").write_text('{"made_by": {}}')
+    with pytest.raises(ConfigError, match=r"^pretrained: \S+/tiny_N1/model\.json is damaged"):
+        pretrained(config, tmp_path)
+
+
 @pytest.mark.slow
 def test_an_interrupted_pre_training_goes_on_to_the_same_model(config, tmp_path):
     data_dir = tmp_path / "tfds"

@@ -6,7 +6,9 @@ A model of N digits at a scale lies under ``<pretrained>/<scale>_N<N>``, as ``py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,13 +22,12 @@ from matplotlib.colors import to_hex
 from ckl_jax.checkpoint import shipped
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import PretrainConfig, Scale
-from ckl_jax.errors import require
+from ckl_jax.errors import naming, require
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import pretrain
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
-from ckl_jax.runs.records import read_json
-from ckl_jax.runtime import hosts
-from ckl_jax.runtime.paths import require_directory
+from ckl_jax.runtime import hosts, reading
+from ckl_jax.runtime.paths import require_directory, resolved
 from ckl_jax.tasks.catalog import TaskName
 
 Progress = Callable[[str], None]
@@ -89,23 +90,31 @@ def pretrained(
 ) -> pathlib.Path:
     """The checkpoint of ``config``'s model: one that ships if it is of that config, else ``directory``'s.
 
-    What is missing is trained and what was interrupted goes on.
+    What is missing is trained and what was interrupted goes on; what is finished is only read.
 
     Raises:
       ConfigError: the model's place holds a run of another config; nothing is touched.
     """
-    wanted = dataclasses.asdict(config)
-    for name in shipped.names():
-        made = read_json(shipped.PRETRAINED / name / "model.json", "checkpoint")["made_by"]["config"]
-        if RESUMABLE.same_numbers(made | {"scale": config.scale}, wanted):  # A preset's name changes no number.
-            return shipped.PRETRAINED / name
     name = f"{config.scale}_N{config.max_digits}" + ("" if config.task == "addition" else f"_{config.task}")
-    run = RunDirectory(directory / name, {"command": "pretrain", **dataclasses.asdict(config)})
-    if not hosts.of_first((run.path / "model.json").exists):  # It is written last.
-        progress(f"pre-training {name} in {run.path}")
+    path = resolved(directory / name, "pretrained")
+    for place in (*(shipped.PRETRAINED / known for known in shipped.names()), path):
+        if hosts.of_first(functools.partial(_is_finished, place, config)):
+            return place
+    described = {"command": "pretrain", **dataclasses.asdict(config)}
+    with naming("pretrained", instead_of="out"), contextlib.closing(RunDirectory(path, described)) as run:
+        progress(f"pre-training {name} in {path}")
         pretrain(config, run, data_dir, lambda line: progress(f"{name}: {line}"))
-    run.close()
-    return run.path
+    return path
+
+
+def _is_finished(directory: pathlib.Path, config: PretrainConfig) -> bool:
+    """Whether the model of a pre-training is there, whose config may have another preset's name and speed."""
+    path = directory / "model.json"
+    if not path.exists():  # It is written last.
+        return False
+    with reading.damaged(path, "pretrained"):
+        made = reading.read_object(path, "pretrained")["made_by"]["config"]
+        return RESUMABLE.same_numbers(made | {"scale": config.scale}, dataclasses.asdict(config))
 
 
 def colors_of(digits: Sequence[int]) -> dict[int, str]:

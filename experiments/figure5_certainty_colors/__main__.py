@@ -31,7 +31,7 @@ from ckl_jax.analysis.critical import Generations, Measuring
 from ckl_jax.analysis.statistics import Interval, mean_interval, percent, share_interval
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import fingerprint, kind, load_model
-from ckl_jax.errors import require
+from ckl_jax.errors import naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
@@ -140,7 +140,8 @@ def measure(command: Figure5Command) -> Results:
     critical.require_room(reference, digits, command.sampling.extra_length)
     policies = {"Before RL": reference}
     if command.finetuned is not None:
-        policies["After RL"] = load_model(command.finetuned)
+        with naming("finetuned", instead_of="checkpoint"):
+            policies["After RL"] = load_model(command.finetuned)
         same = kind(policies["After RL"]) == kind(reference)
         require(same, "finetuned", str(command.finetuned), "a policy of the checkpoint's shape, N and task")
     rng = problems_lib.measured_on(command.sampling.seed, digits)
