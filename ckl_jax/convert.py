@@ -35,7 +35,7 @@ from ckl_jax.checkpoint.store import load_model, save_model, write_json
 from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
 from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
 from ckl_jax.config import Activation
-from ckl_jax.errors import ConfigError, extra, require
+from ckl_jax.errors import ConfigError, extra, naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli, reading
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
@@ -136,7 +136,8 @@ def _to_transformers(command: ConvertCommand, made_by: dict[str, Any]) -> None:
     source = resolved(located(command.source), "source")
     allowed = "a checkpoint of ours (a directory with model.json, or a model that ships), for --to transformers"
     require((source / "model.json").is_file(), "source", command.source, allowed)
-    model = load_model(source)
+    with naming("source", instead_of="checkpoint"):
+        model = load_model(source)
     with _writing(command.out, made_by):
         save_transformers(command.out, model, made_by)
 

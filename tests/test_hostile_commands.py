@@ -110,7 +110,7 @@ NO_MODEL += r"as python -m ckl_jax\.pretrain writes it, or the name of a model t
 def test_what_is_no_checkpoint_is_refused(here, capsys, monkeypatch, name, path):
     option = "--checkpoints" if name.endswith("table1_certainty_gap") else "--checkpoint"
     expected = NO_MODEL.format("" if path == "." else pathlib.Path(path).name)
-    refused_command(here, capsys, monkeypatch, name, [option, path], expected)
+    refused_command(here, capsys, monkeypatch, name, [option, path], expected.replace("checkpoint", option[2:], 1))
 
 
 @pytest.mark.parametrize("name", [*WITH_CHECKPOINT, "experiments.table1_certainty_gap"])
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_a_stranger_is_refused(here, capsys, monkeypatch, name):
     description["model"]["num_layers"] = 10**9
     (here / "model" / "model.json").write_text(json.dumps(description))
     said = r"checkpoint: \S*model\.json is no model description \(num_layers: got 1000000000, allowed is .*\)"
-    refused_command(here, capsys, monkeypatch, name, [option, "model"], said)
+    refused_command(here, capsys, monkeypatch, name, [option, "model"], said.replace("checkpoint", option[2:], 1))
 
 
 BELOW_A_FILE = r"got 'file/x', allowed is a directory, or a place for a new one, which \S*file is not"
@@ -173,7 +173,11 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.figure4_prioritized_kl", "--log-to csv", r"invalid choice 'csv' for argument '--log-to'\. .*"),
         ("experiments.figure4_prioritized_kl", "--beta 0", r"beta: got 0\.0, allowed is above 0, .*"),
         ("experiments.figure5_certainty_colors", "--generations 0", r"generations: got 0, allowed is at least 1"),
-        ("experiments.figure5_certainty_colors", "--finetuned nowhere", NO_MODEL.format("nowhere")),
+        (
+            "experiments.figure5_certainty_colors",
+            "--finetuned nowhere",
+            NO_MODEL.format("nowhere").replace("checkpoint", "finetuned", 1),
+        ),
         ("experiments.figure6_beta_sweep", "--betas 10 nan", r"betas: got nan, allowed is above 0"),
         ("experiments.figure6_beta_sweep", "--betas", r"(--betas: .*|betas: got \(\), allowed is .*)"),
         (

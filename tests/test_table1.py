@@ -163,7 +163,7 @@ def test_the_command_writes_results_and_prints_the_tables(model_path, capsys):
         (["--temperature", "0"], "temperature"),
         (["--certainty", "shannon"], "certainty"),
         (["--extra-length", "1000"], "extra_length"),
-        (["--checkpoints", "missing"], "checkpoint"),
+        (["--checkpoints", "missing"], "^checkpoints: "),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(model_path, options, field):

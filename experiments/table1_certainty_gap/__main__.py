@@ -42,7 +42,7 @@ from ckl_jax.analysis import critical
 from ckl_jax.analysis.critical import Measuring
 from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, fingerprint, load_model
-from ckl_jax.errors import require
+from ckl_jax.errors import naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli
 from ckl_jax.runtime.paths import require_directory
@@ -100,7 +100,8 @@ def _row(command: Table1Command, model: Model, name: str) -> dict[str, Any]:
 
 def measure(command: Table1Command) -> Results:
     """A row per model, with config."""
-    models = [load_model(path) for path in command.checkpoints]
+    with naming("checkpoints", instead_of="checkpoint"):
+        models = [load_model(path) for path in command.checkpoints]
     for model in models:
         critical.require_room(model, model.max_pretrain_digits + 1, command.sampling.extra_length)
     rows = [_row(command, model, path.name) for model, path in zip(models, command.checkpoints, strict=True)]
