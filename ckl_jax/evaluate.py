@@ -5,6 +5,9 @@
 
 The second tells whether the model is as good everywhere in its block as at position 0, where RL starts.
 
+It computes in the checkpoint's own arithmetic: bfloat16 for pre-trained models of ``small`` and ``gpt2``, float32 for
+all others, their policies after RL included.
+
 The problems are drawn apart from those of RL, but not from pre-training's: of 1,000 additions with varying lengths 0.4%
 were in the text of N = 5 (100,000 documents), and more than a third in that of N = 3.
 """
