@@ -1,5 +1,6 @@
 """The benchmark: what it measures is what it says, its tables come from results.json alone, and it can be resumed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import untrained
 
-from ckl_jax.checkpoint.store import Model
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2, forward
@@ -199,6 +201,19 @@ def test_finished_sections_are_kept_and_other_settings_refused(tmp_path, monkeyp
         (tmp_path / "out" / "results.json").write_text(content)
         with pytest.raises(ConfigError, match="damaged"):
             benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
+
+
+def test_a_policy_that_was_trained_again_at_its_path_is_another(tmp_path, small_model, monkeypatch, capsys):
+    monkeypatch.setattr(speculation, "SECTIONS", {"speculation": lambda plan, progress: {}})
+    monkeypatch.setattr(report, "table", lambda results: "")
+    words = ("--sections", "speculation", "--out", str(tmp_path / "out"), "--policies", str(tmp_path / "policy"))
+    with pytest.raises(ConfigError, match=r"^policies: got '\S*policy', allowed is"):
+        benchmark.main(command(*words))
+    for again, seed in ((False, 0), (True, 0), (False, 1)):
+        save_model(tmp_path / "policy", Model(small_model, 1, untrained(small_model, seed)), {})
+        with pytest.raises(ConfigError, match=r"^out: ") if seed else contextlib.nullcontext():
+            benchmark.main(command(*words))
+        assert ("done before" in capsys.readouterr().out) == again
 
 
 @pytest.mark.slow

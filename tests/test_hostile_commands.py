@@ -101,7 +101,7 @@ def test_an_unknown_option_is_refused(here, capsys, monkeypatch, name):
     )
 
 
-NO_MODEL = r"checkpoint: got '\S*{}', allowed is a directory with params/, params\.sha256\.json and model\.json, "
+NO_MODEL = r"{}: got '\S*{}', allowed is a directory with params/, params\.sha256\.json and model\.json, "
 NO_MODEL += r"as python -m ckl_jax\.pretrain writes it, or the name of a model that ships: .*"
 
 
@@ -109,8 +109,8 @@ NO_MODEL += r"as python -m ckl_jax\.pretrain writes it, or the name of a model t
 @pytest.mark.parametrize("name", [*WITH_CHECKPOINT, "experiments.table1_certainty_gap"])
 def test_what_is_no_checkpoint_is_refused(here, capsys, monkeypatch, name, path):
     option = "--checkpoints" if name.endswith("table1_certainty_gap") else "--checkpoint"
-    expected = NO_MODEL.format("" if path == "." else pathlib.Path(path).name)
-    refused_command(here, capsys, monkeypatch, name, [option, path], expected.replace("checkpoint", option[2:], 1))
+    expected = NO_MODEL.format(option[2:], "" if path == "." else pathlib.Path(path).name)
+    refused_command(here, capsys, monkeypatch, name, [option, path], expected)
 
 
 @pytest.mark.parametrize("name", [*WITH_CHECKPOINT, "experiments.table1_certainty_gap"])
@@ -176,7 +176,7 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         (
             "experiments.figure5_certainty_colors",
             "--finetuned nowhere",
-            NO_MODEL.format("nowhere").replace("checkpoint", "finetuned", 1),
+            NO_MODEL.format("finetuned", "nowhere"),
         ),
         ("experiments.figure6_beta_sweep", "--betas 10 nan", r"betas: got nan, allowed is above 0"),
         ("experiments.figure6_beta_sweep", "--betas", r"(--betas: .*|betas: got \(\), allowed is .*)"),
@@ -221,7 +221,11 @@ NUMBER_32 = r"allowed is .*, and what 32 bits can hold"
         ("experiments.reproduce", "--scale gpt2", r"checkpoint: got None, allowed is a directory that .* wrote"),
         ("experiments.benchmark", "--sections rolout", r"sections: got 'rolout', allowed is rollout, .*"),
         ("experiments.benchmark", "--repeats 0", r"repeats: got 0, allowed is at least 1, or None"),
-        ("experiments.benchmark", "--quick --sections memory --policies nowhere", NO_MODEL.format("nowhere")),
+        (
+            "experiments.benchmark",
+            "--quick --sections memory --policies nowhere",
+            NO_MODEL.format("policies", "nowhere"),
+        ),
     ],
     ids=lambda value: " ".join(_words(value))[:60].rpartition(".")[2] if value else "",
 )

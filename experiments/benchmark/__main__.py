@@ -35,8 +35,8 @@ import jax
 import matplotlib
 
 from ckl_jax.analysis import plots
-from ckl_jax.checkpoint.store import load_model, write_json
-from ckl_jax.errors import ConfigError, require
+from ckl_jax.checkpoint.store import fingerprint, load_model, write_json
+from ckl_jax.errors import ConfigError, naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli, startup
 from ckl_jax.runtime.paths import replace, require_directory
@@ -128,14 +128,14 @@ def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
 def main(command: BenchmarkCommand) -> None:
     measure = _measurements(command.names)
     plan = choose_plan(command.quick)
-    plan = dataclasses.replace(plan, policies=tuple(str(path) for path in command.policies))
+    with naming("policies", instead_of="checkpoint"):
+        policies = tuple((str(path), fingerprint(load_model(path).params)) for path in command.policies)
+    plan = dataclasses.replace(plan, policies=policies)
     if command.repeats is not None:
         plan = dataclasses.replace(plan, repeats=command.repeats)
     settings = json.loads(json.dumps({"plan": dataclasses.asdict(plan), "device": jax.devices()[0].device_kind}))
     path = command.out / "results.json"
     sections = _resume(path, settings)
-    for policy in command.policies:
-        load_model(policy)  # Refuses here what the section would refuse after the others.
     command.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     if load > IDLE_LOAD:

@@ -98,7 +98,7 @@ def speculation(plan: Plan, progress: Progress) -> dict[str, Any]:
     known = model.max_pretrain_digits
     cases = [("pre-trained", model, known + more, temperature) for more, temperature in plan.speculation]
     cases.append(("random weights", unending_model(plan, "tiny")._replace(max_pretrain_digits=known), known, 1.0))
-    for path in plan.policies:
+    for path, _ in plan.policies:
         cases.append((f"fine-tuned ({path})", load_model(pathlib.Path(path)), known + 1, 1.0))
     found = {}
     for name, policy, digits, temperature in cases:

@@ -49,8 +49,8 @@ class Plan:
     speculation: tuple[tuple[int, float], ...] = ((0, 0.5), (0, 1.0), (0, 1.5), (1, 1.0), (1, 1.5), (2, 1.0))
     """Digits beyond N and temperatures of the speculative rollouts."""
     speculation_episodes: int = 128
-    policies: tuple[str, ...] = ()
-    """Fine-tuned checkpoints that join them."""
+    policies: tuple[tuple[str, str], ...] = ()
+    """Fine-tuned checkpoints that join them, and their fingerprints: another one may come to lie at a path."""
     runs: tuple[int, ...] = (1, 2, 4, 8, 16)
     runs_episodes: int = 32
     episodes: tuple[int, ...] = (16, 32, 64, 128)
