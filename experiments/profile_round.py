@@ -135,7 +135,7 @@ def stages(text: str) -> dict[str, str]:
                 for inside in names:
                     walk(inside, stage)
             if not called:
-                exchanges = instruction.opcode.removesuffix("-start").removesuffix("-done") in costs.COLLECTIVES
+                exchanges = instruction.opcode.removesuffix("-start").removesuffix("-done") in costs.SENT
                 found[instruction.name] = "exchange" if exchanges else stage
 
     walk(entry, "other")

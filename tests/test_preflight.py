@@ -128,6 +128,56 @@ def test_a_kernel_counts_what_its_author_says_and_reads_once_what_it_is_given_se
     assert found.bytes == 2 * (4 * 96 + 4 * 32)
 
 
+def test_a_kernel_of_float32_takes_the_passes_of_its_precision():
+    found = costs.cost(KERNEL.replace("bf16", "f32"), CHIP.passes)
+    assert (found.flops, found.passes) == (7000, 6 * 7000)
+
+
+GROUPS = {
+    "{{0,1,2,3},{4,5,6,7}}": 4,
+    "[2,4]<=[8]": 4,
+    "[4,2]<=[2,4]T(1,0)": 2,
+    "mesh['axis_0'=8,'axis_1'=1] {'axis_0'}": 8,
+    "mesh['axis_0'=2,'axis_1'=4] {'axis_1'}": 4,
+    "mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}": 8,
+    "{}": 8,
+}
+OF_RESULT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("kind", OF_RESULT)
+@pytest.mark.parametrize("early", [False, True], ids=["at once", "started early"])
+def test_what_a_device_sends_is_the_rings_part_of_all_results_of_its_group(kind, groups, early):
+    given = "f32[8,16], f32[2,16]"
+    result, bytes_ = "(f32[32,16], f32[8,16])", 4 * 16 * (32 + 8)
+    rest = f"replica_groups={groups}, use_global_device_ids=true, to_apply=%add"
+    started = f"%s = (({given}), {result}) {kind}-start(%a, %b), {rest}\n  ROOT %r = {result} {kind}-done(%s)"
+    text = f"""HloModule made, num_partitions=8
+
+ENTRY %main (a: f32[8,16], b: f32[2,16]) -> {result} {{
+  %a = f32[8,16] parameter(0)
+  %b = f32[2,16] parameter(1)
+  {started if early else f"ROOT %r = {result} {kind}(%a, %b), {rest}"}
+}}
+"""
+    found = costs.cost(text, CHIP.passes)
+    assert found.collectives == {kind: pytest.approx(bytes_ * OF_RESULT[kind](GROUPS[groups]))}
+    assert found.counts == {kind: 1}
+    assert found.bytes == bytes_ + 4 * 16 * (8 + 2)
+
+
+def test_turns_that_the_compiler_knows_are_taken_from_it():
+    looping = TPU.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert costs.cost(looping, CHIP.passes).flops == 3 * 2 * 8 * 16 * 16
+
+
 SLICES = """HloModule made
 
 %view (u: bf16[12,8,16]) -> bf16[12,8,16] {
@@ -214,7 +264,7 @@ def test_of_a_tpus_program_only_main_memory_counts_and_of_sliced_arrays_the_slic
     assert found.passes == 6 * found.flops
     copies, weights, counters = 2 * 4 * 8 * 16, 5 * 4 * 16 * 16, 5 * 32
     assert copies + weights <= found.bytes <= copies + weights + counters
-    assert found.collectives == {"all-reduce": 5 * 4 * 8 * 16}
+    assert found.collectives == {"all-reduce": 5 * 4 * 8 * 16}  # Of two devices each sends as much as there is.
     assert found.counts == {"all-reduce": 5}
 
 

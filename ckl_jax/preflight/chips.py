@@ -24,7 +24,7 @@ class Chip(NamedTuple):
       memory: bytes of HBM that programs may use: as libtpu 0.0.52 says where they use more; of a GPU ``OF_A_GPU``.
       flops: bfloat16 operations a second, at most.
       bandwidth: bytes a second of HBM.
-      links: bytes a second to other chips, all links together.
+      links: bytes a second that it sends to other chips, over all its links together.
       passes: by precision, how many products of bfloat16 numbers take as long as one of float32 numbers.
     """
 
@@ -44,8 +44,8 @@ CHIPS = {
     "v5e": Chip(15.75 * GIB, 197e12, 819e9, 200e9, TPU_PASSES),
     "v5p": Chip(95.73 * GIB, 459e12, 2765e9, 600e9, TPU_PASSES),
     "v6e": Chip(31.24 * GIB, 918e12, 1640e9, 400e9, TPU_PASSES),
-    "h100": Chip(OF_A_GPU * 84_942_979_072, HOPPER_FLOPS, 3352e9, 900e9, HOPPER_PASSES),
-    "h200": Chip(OF_A_GPU * 151_397_597_184, HOPPER_FLOPS, 4800e9, 900e9, HOPPER_PASSES),
+    "h100": Chip(OF_A_GPU * 84_942_979_072, HOPPER_FLOPS, 3352e9, 450e9, HOPPER_PASSES),
+    "h200": Chip(OF_A_GPU * 151_397_597_184, HOPPER_FLOPS, 4800e9, 450e9, HOPPER_PASSES),
 }
 GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200 141GB HBM3e"}
 FLAT = ("v5e", "v6e")  # Their topologies have two numbers, and their types count chips; those of the others cores.

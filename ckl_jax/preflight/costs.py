@@ -2,11 +2,12 @@
 
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as the loop turns. Where that depends on
 data (answers end early), it is the most turns that the loop's condition allows, or one where it names no number.
+Attention of one query is no matrix product for XLA, and is not counted as one.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ckl_jax.preflight import hlo
@@ -14,7 +15,15 @@ from ckl_jax.preflight import hlo
 _NUMBERS, _NAMES = ("constant", "iota", "partition-id", "replica-id"), ("parameter", "tuple", "get-tuple-element")
 FREE = (*_NUMBERS, *_NAMES, "bitcast", "after-all")
 SLICES = ("dynamic-slice", "slice", "gather")
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+SENT: dict[str, Callable[[int], float]] = {
+    "all-reduce": lambda devices: 2 * (devices - 1) / devices,
+    "all-gather": lambda devices: (devices - 1) / devices,
+    "reduce-scatter": lambda devices: devices - 1,
+    "all-to-all": lambda devices: (devices - 1) / devices,
+    "collective-permute": lambda _: 1,
+    "collective-broadcast": lambda _: 1,
+}
+"""What of its result a device sends in a collective of so many devices, as a ring does it."""
 
 
 class Cost(NamedTuple):
@@ -24,7 +33,7 @@ class Cost(NamedTuple):
       flops: of matrix products and convolutions, two a multiplication.
       passes: the same times the passes that their precision takes.
       bytes: read and written in main memory.
-      collectives: bytes of the results by kind of collective.
+      collectives: bytes that the device sends, by kind of collective.
       counts: how often each kind runs.
       guessed: whether a loop's turns depend on data.
     """
@@ -77,7 +86,10 @@ def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
         if opcode in FREE or "AllocateBuffer" in instruction.attributes:
             return Cost()
         if opcode == "while":
-            turns, guessed = _turns(computations[called["condition"][0]], computations)
+            known_turns = instruction.numbers(r'"known_trip_count":\{"n":"(\d+)"')
+            turns, guessed = (
+                (known_turns[0], False) if known_turns else _turns(computations[called["condition"][0]], computations)
+            )
             return (of(called["body"][0]) + of(called["condition"][0])).times(turns, guessed)
         inside = [of(name) for names in called.values() for name in names] if opcode != "fusion" else []
         if opcode == "conditional":
@@ -86,13 +98,28 @@ def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
             return sum(inside, Cost())
         flops, passes = _products(instruction, there, computations, of_float32)
         moved = _moved(instruction, there, computations)
-        kind = next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), None)
-        if kind is None:
+        kind = opcode.removesuffix("-done")  # The start of an asynchronous one names its operands among its results.
+        if kind not in SENT:
             return Cost(flops, passes, moved)
-        received = float(sum(array.bytes for array in _results(instruction)))
-        return Cost(flops, passes, moved, {kind: received}, {kind: 1.0})
+        started = instruction if opcode == kind else there[instruction.operands[0]]
+        sent = instruction.bytes * SENT[kind](_devices(started, text))
+        return Cost(flops, passes, moved, {kind: float(sent)}, {kind: 1.0})
 
     return of(entry)
+
+
+def _devices(collective: hlo.Instruction, text: str) -> int:
+    """How many devices take part in it, each with all others of its group."""
+    groups = re.search(r"replica_groups=(\{\{[\d,]*\}|\[[\d,]+\]|mesh\[[^\]]*\] ?\{[^}]*\})", collective.attributes)
+    if groups is None:  # All: how many the program's first line says.
+        return math.prod(
+            int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:100_000])
+        )
+    if groups[1].startswith("mesh"):
+        sizes, axes = groups[1].split("]")
+        return math.prod(int(size) for axis, size in re.findall(r"('[^']*')=(\d+)", sizes) if axis in axes)
+    numbers = [int(number) for number in re.findall(r"\d+", groups[1])]
+    return len(numbers) if groups[1].startswith("{") else numbers[-1]
 
 
 def _turns(condition: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> tuple[int, bool]:
@@ -130,30 +157,42 @@ def _constant(name: str, there: hlo.Computation) -> int | None:
 
 
 def _results(instruction: hlo.Instruction) -> tuple[hlo.Array, ...]:
-    """What an operation gives; the start of an asynchronous one also repeats its operands and has a context."""
+    """What an operation gives; the start of a copy or slice also repeats its operand and has a context."""
     arrays = instruction.arrays
     if instruction.opcode.endswith("-start") and len(arrays) > 1:
-        return arrays[1 : len(arrays) // 2 + 1] if instruction.opcode != "copy-start" else arrays[:1]
+        return arrays[:1] if instruction.opcode == "copy-start" else arrays[1:2]
     return arrays
 
 
 def _moved(instruction: hlo.Instruction, there: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> float:
     """Bytes read and written in main memory."""
     opcode = instruction.opcode
-    if opcode.endswith("-done"):
+    kind, _, half = opcode.rpartition("-")
+    if half == "done":
+        of_start = there[instruction.operands[0]] if kind in SENT else None
+        return 0.0 if of_start is None else _far(instruction.arrays) + _given(of_start, there)
+    if half == "start" and kind in SENT:
         return 0.0
     if opcode == "fusion":
         return _moved_by_fusion(instruction, computations)
-    far = float(sum(array.bytes for array in _results(instruction) if not array.near))
+    far = _far(_results(instruction))
     if opcode.removesuffix("-start") in SLICES:
         source, read = there.get(instruction.operands[0]), sum(array.bytes for array in _results(instruction))
         return far + (read if source is not None and not source.is_near else 0)
     if opcode in ("dynamic-update-slice", "scatter"):
         update = there.get(instruction.operands[-1 if opcode == "scatter" else 1])
         return 0.0 if update is None or instruction.is_near else 2.0 * update.bytes
-    # A kernel that is given an array several times reads parts of it.
-    operands = [array for name in dict.fromkeys(instruction.operands) if name in there for array in there[name].arrays]
-    return far + sum(array.bytes for array in operands if not array.near)
+    return far + _given(instruction, there)
+
+
+def _far(arrays: Iterable[hlo.Array]) -> float:
+    """Bytes in main memory."""
+    return float(sum(array.bytes for array in arrays if not array.near))
+
+
+def _given(instruction: hlo.Instruction, there: hlo.Computation) -> float:
+    """Bytes of its operands in main memory; a kernel that is given an array several times reads parts of it."""
+    return sum(_far(there[name].arrays) for name in dict.fromkeys(instruction.operands) if name in there)
 
 
 def _moved_by_fusion(fusion: hlo.Instruction, computations: Mapping[str, hlo.Computation]) -> float:
@@ -222,7 +261,8 @@ def _products(
         return sum(flops for flops, _ in found), sum(passes for _, passes in found)
     if instruction.opcode == "custom-call":
         flops = float(sum(instruction.numbers(r'"cost_estimate":\{"flops":"(\d+)"')))  # As the kernel's author says.
-        return flops, flops
+        exact = any(array.kind == "f32" for name in instruction.operands[:1] for array in inside[name].arrays)
+        return flops, flops * (of_float32["highest"] if exact else 1)
     if instruction.opcode == "dot":
         left = inside[instruction.operands[0]].arrays[0]
         contracted = instruction.numbers(r"lhs_contracting_dims=\{([\d,]*)\}")
