@@ -19,6 +19,7 @@ from ckl_jax.runtime import sharding, targets
 
 LAYER_NORM_EPSILON = 1e-5
 EMBEDDING_STDDEV = 0.02
+STACKED = "layers"
 
 
 class Output(NamedTuple):
@@ -214,8 +215,7 @@ class GPT2(nn.Module):
     def _scanned(self, x_BTxD, segments_BxT, cache, mask_BxTxS, deterministic, num_outputs):
         """A loop over the layers, whose parameters are stacked for it; all positions go through the last one too."""
         config, (batch, num_positions) = self.config, segments_BxT.shape
-        of_layers = [self.variables["params"][f"h_{index}"] for index in range(config.num_layers)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
+        stacked = with_stacked_layers(config, {"params": self.variables["params"]})["params"][STACKED]
         drops = not deterministic and config.dropout > 0
         keys = jax.random.split(self.make_rng("dropout"), config.num_layers) if drops else None
         block = Block(config, parent=None)
@@ -239,6 +239,19 @@ class GPT2(nn.Module):
         if end is not None:
             cache = cache._replace(keys_BxHxSxK=(end.keys,), values_BxHxSxK=(end.values,))
         return x_BxTxD.reshape(batch * num_outputs, -1), cache
+
+
+def with_stacked_layers(config: ModelConfig, params: Any) -> Any:
+    """``params`` for a loop that calls ``forward``, which would stack its layers at every turn where they are scanned.
+
+    XLA for GPUs leaves that inside of the loop. Where layers are not scanned, or are stacked, they are as they were.
+    """
+    tree = params["params"]
+    if not scans_layers(config) or STACKED in tree:
+        return params
+    names = [f"h_{index}" for index in range(config.num_layers)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[name] for name in names))
+    return {"params": {name: leaf for name, leaf in tree.items() if name not in names} | {STACKED: stacked}}
 
 
 def forward(config: ModelConfig, params: Any, tokens_BxT: jax.Array, *inputs: Any, **options: Any) -> Output:

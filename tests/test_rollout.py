@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -257,3 +258,23 @@ def test_a_given_character_changes_the_answer_and_is_judged_with_it():
 def test_given_characters_of_another_shape_are_refused(shape):
     with pytest.raises(ConfigError, match=rf"^given_BxT: got .*, allowed is \[{len(PAIRS)}, up to 30\]"):
         decoding.rollout(MODEL, None, pack(), KEY, Sampling(30, given_BxT=np.zeros(shape, int)))
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["step by step", "speculative"])
+def test_scanned_layers_are_stacked_once_before_the_loops_and_write_the_same(speculative):
+    scanned, unrolled = (dataclasses.replace(MODEL, num_layers=2, layers=word) for word in ("scanned", "unrolled"))
+    params, sampling = policy(unrolled, pad_logit=-50.0), Sampling(40, greedy=True)
+
+    def written(config, params):
+        if speculative:
+            return rollout.speculative_rollout(config, params, pack(), KEY, sampling).trajectory.answers_BxT
+        return decoding.rollout(config, params, pack(), KEY, sampling).answers_BxT
+
+    answers = [jax.jit(written, static_argnums=0)(config, params) for config in (scanned, unrolled)]
+    np.testing.assert_array_equal(*answers)
+    traced = jax.make_jaxpr(functools.partial(written, scanned))(params)
+    loops = [equation for equation in traced.eqns if equation.primitive.name == "while"]
+    stacked = re.compile(rf"f32\[2,{MODEL.width},{3 * MODEL.width}\] = (stack|concatenate)\[")
+    assert len(loops) >= 1
+    assert len(stacked.findall(str(traced))) == 1
+    assert not any(stacked.search(str(loop)) for loop in loops)

@@ -12,7 +12,7 @@ from ckl_jax import tasks
 from ckl_jax.attention.cache import Cache
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import is_integer, require
-from ckl_jax.model import Output, forward, init_cache
+from ckl_jax.model import Output, forward, init_cache, with_stacked_layers
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, gumbel_noise, judged, layout, require_possible
 from ckl_jax.runtime.sharding import largest_divisor
 from ckl_jax.tasks import alphabet
@@ -65,6 +65,7 @@ def rollout(
     """
     require_possible(config, problems, sampling)
     require(batch is None or (is_integer(batch) and batch >= 1), "batch", batch, "1 or more, or None")
+    params = with_stacked_layers(config, params)
 
     def decode(rows: tuple[Problems, Array | None]) -> Trajectory:
         return _decode(config, params, rows[0], key, sampling._replace(given_BxT=rows[1]), axis_name)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from ckl_jax.attention.cache import Cache
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import require
-from ckl_jax.model import forward, init_cache
+from ckl_jax.model import forward, init_cache, with_stacked_layers
 from ckl_jax.rollout.drafts import draft
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, answer_mask, gumbel_noise, judged, require_possible
 from ckl_jax.runtime import targets
@@ -117,6 +117,7 @@ def speculative_rollout(
     num_slots = min(slots or (CPU_SLOTS if targets.platform() == "cpu" else count), count)
     if drafter is None:
         require(problems.task.has_drafts, "drafter", None, f"one: {problems.task.name} has no drafts of its own")
+    params = with_stacked_layers(config, params)
     drafts = drafter or functools.partial(draft, problems.task)
     prompts_BxP = jnp.asarray(problems.prompts_BxP).astype(jnp.int32)
     nothing_Bx0 = jnp.zeros((count, 0), jnp.int32)
