@@ -79,7 +79,7 @@ def test_episodes_of_the_unending_model_run_to_the_limit():
 def test_the_full_plan_fits_its_models(scale):
     plan = workload.Plan()
     config = workload.pretrain_config(plan, scale, 1)
-    assert config.model.dropout == 0
+    assert (config.model.dropout, config.model.dtype, config.model.precision) == (0, "float32", "highest")
     assert (config.packing, config.optimizer) == ("stream", "adamw")
     for episodes in (*plan.episodes, plan.runs_episodes, plan.digits_episodes, plan.sizes_episodes):
         assert workload.tiny_config(plan, episodes=episodes).episodes == episodes
@@ -197,6 +197,12 @@ def test_finished_sections_are_kept_and_other_settings_refused(tmp_path, monkeyp
     assert "memory: done before" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="out: "):
         benchmark.main(command("--repeats", "7", "--sections", "memory", "--out", str(tmp_path / "out")))
+    path = tmp_path / "out" / "results.json"
+    written = json.loads(path.read_text())
+    elsewhere = written["environment"] | {"cpu": "another", "jax": "0.1"}
+    path.write_text(json.dumps(written | {"environment": elsewhere}))
+    with pytest.raises(ConfigError, match=r"^out: .*another.* of this machine: "):
+        benchmark.main(command("--quick", "--sections", "memory", "--out", str(tmp_path / "out")))
     for content in ("{", "[" * 100_000, "[]", "7", '{"sections": 1}', "null"):
         (tmp_path / "out" / "results.json").write_text(content)
         with pytest.raises(ConfigError, match="damaged"):

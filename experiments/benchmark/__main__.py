@@ -111,17 +111,19 @@ def environment() -> dict[str, Any]:
 
 
 def _resume(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The finished sections of an earlier call. Raises ConfigError if it had other settings."""
+    """The finished sections of an earlier call. Raises ConfigError if it had other settings, machine or versions."""
     if not path.exists():
         return {}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         same = earlier["settings"] == settings and isinstance(earlier["sections"], dict)
+        here, there = environment(), earlier["environment"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ConfigError(
             f"out: {path} is damaged ({error}); allowed is a results.json as a benchmark wrote it"
         ) from error
     require(same, "out", str(path.parent), f"a directory that is new or of a benchmark with {settings}")
+    require(here == there, "out", f"{path.parent} of {there}", f"a directory that is new or of this machine: {here}")
     return earlier["sections"]
 
 
