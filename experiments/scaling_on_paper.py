@@ -230,4 +230,4 @@ def main(command: ScalingCommand) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ScalingCommand)
+    cli.run(main, ScalingCommand, joins_hosts=False)  # A device that is looked for keeps its compiler from being found.

@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+from names import ROOT
 
 from ckl_jax.errors import ConfigError
 from ckl_jax.preflight import chips
@@ -93,6 +97,20 @@ def test_an_interrupted_call_asks_for_what_is_missing_alone(asked, tmp_path):
     asked.clear()
     scaling.main(scaling.ScalingCommand(out=tmp_path / "out", plot_only=True))
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("experiments.scaling_on_paper --plot-only --out nowhere", "plot_only: "),
+        ("ckl_jax.preflight --topology h1:1 pretrain", "topology: got 'h1:1'"),
+    ],
+)
+def test_no_device_is_looked_for_before_the_compiler_of_another(words, said, tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "rocm", "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-m", *words.split()]
+    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert f"error: {said}" in done.stderr
 
 
 def test_other_settings_in_the_same_directory_are_refused(asked, tmp_path):
