@@ -1,5 +1,6 @@
 """Preflight: the reading of HLO on hand-made programs, its refusals, and whole commands compiled for a TPU (slow)."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,11 +21,14 @@ from policies import untrained
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.model import num_parameters
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
+from ckl_jax.presets import pretrain_preset
+from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, targets
@@ -321,6 +325,21 @@ def test_memory_is_what_the_program_needs_and_what_the_command_keeps_beside_it()
     assert found.fits
     assert found.needed == pytest.approx(5 * GIB, rel=1e-3)
     assert not judged(_doubled(beside=15 * GIB), CHIP).fits
+
+
+def test_parameters_that_are_split_over_the_devices_stay_beside_those_that_a_test_gathers(small_model):
+    config = dataclasses.replace(
+        pretrain_preset("tiny"), max_digits=1, model=small_model, batch_size=8, num_documents=100
+    )
+    text = 100 * (ADDITION.longest_episode(1, extra=0) + 4)  # Characters, and where a document starts.
+
+    def beside(shard_state):
+        command = PretrainCommand(dataclasses.replace(config, shard_state=shard_state))
+        with targets.compiling_for(jax.devices()[:4]):
+            return list(programs.of_pretraining(command))[-1].beside - text
+
+    params = 4 * num_parameters(untrained(small_model))
+    assert beside(True) == pytest.approx((beside(False) + params) / 4, rel=0.05)
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def of_pretraining(command: PretrainCommand) -> Iterator[Planned]:
     stream = sharding.put((tokens_N, starts_E), sharding.everywhere(mesh))
     yield Planned("training step", Call(train_step, mesh, (config, state, TokenStream(*stream))))
     model = Model(config.model, config.max_digits, state.tested, task)
-    beside = _bytes(state) - _bytes(state.tested) + _bytes(stream)
+    shared = 0 if config.shard_state else _bytes(state.tested)  # Parameters that are split are gathered for a test.
+    beside = _bytes(state) - shared + _bytes(stream)
     for digits, problems in pretrain.tested_on(config).items():
         yield from _evaluation(model, problems, digits, None, beside)
 
