@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LARGEST = 2.0**50
-"""Times a loss's scale it is finite still, and so are the squares of many such in a norm."""
+LARGEST = 2.0**100
+"""Times the scale of a loss it is finite still; its square in a norm is not, which tells that it stands for another."""
 
 
 @jax.custom_jvp

@@ -103,6 +103,6 @@ def test_what_cannot_work_is_refused_by_name(command, options):
 
 def test_another_n_is_refused_by_the_name_of_its_option(command, tmp_path, small_model):
     save_model(tmp_path / "other", Model(small_model, 2, untrained(small_model)), {})
-    with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got \(2, 'addition'\), allowed is"):
+    with pytest.raises(ConfigError, match=r"^certainty_checkpoint: got \(2, 'addition', 41\), allowed is"):
         experiment.main(command("--certainty-checkpoint", str(tmp_path / "other")))
     assert not (tmp_path / "out").exists()

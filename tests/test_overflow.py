@@ -147,14 +147,14 @@ def test_the_ratio_of_an_action_that_the_advantage_pushes_away_overflows_and_the
     assert gradient == 0
 
 
-@pytest.mark.parametrize("log_ratio", [-34.0, -30.0, -3.0, -1e-3, 1e-6, 0.0, 0.5, 20.0, 300.0])
+@pytest.mark.parametrize("log_ratio", [-69.0, -30.0, -3.0, -1e-3, 1e-6, 0.0, 0.5, 20.0, 300.0])
 def test_finite_values_and_derivatives_are_exact(log_ratio):
     d = np.float64(np.float32(log_ratio))
     expected = {"k1": (d, 1.0), "k2": (d**2 / 2, d), "k3": (np.expm1(-d) + d, -np.expm1(-d))}
     for kind, (value, slope) in expected.items():
         found = jax.value_and_grad(lambda x, kind=kind: losses.kl_estimate(x, jnp.float32(0), kind))(jnp.float32(d))
         np.testing.assert_allclose(found, (value, slope), rtol=2e-6, atol=1e-9, err_msg=kind)
-    if log_ratio < 34:
+    if log_ratio < 69:
         np.testing.assert_allclose(jax.value_and_grad(overflow.exp)(jnp.float32(d)), np.exp((d, d)), rtol=2e-6)
     second = jax.grad(jax.grad(overflow.k3))(jnp.float32(d))
     np.testing.assert_allclose(second, np.exp(-d), rtol=1e-5, atol=1e-7)
@@ -299,7 +299,7 @@ def test_padding_changes_neither_loss_nor_gradient_of_any_recipe(monkeypatch, sm
         chex.assert_trees_all_equal(found(*spoiled(*made_up(), *garbage)), expected, custom_message=name)
 
 
-def test_a_term_that_overflows_leaves_the_others_and_all_norms(monkeypatch, small_model):
+def test_a_norm_that_overflows_leaves_those_of_the_other_terms(monkeypatch, small_model):
     """And a coefficient of 0 takes the term out."""
     monkeypatch.setattr(objective, "score", lambda model, outputs, trajectory: outputs)
     config = FinetuneConfig(episodes=4, minibatch_episodes=4, kl="k3", extra_length=0, diagnostic_episodes=4)
@@ -316,7 +316,7 @@ def test_a_term_that_overflows_leaves_the_others_and_all_norms(monkeypatch, smal
         return objective.gradient_norms(program, hyper, params, episodes) | terms
 
     found = jax.jit(norms)(2.0, far)
-    assert {name for name, value in found.items() if not np.isfinite(value)} == {"kl"}
+    assert {name for name, value in found.items() if not np.isfinite(value)} == {"grad_norm/kl", "kl"}
     found = jax.jit(norms)(0.0, far)
     chex.assert_tree_all_finite(found)
     assert operator.itemgetter("kl", "grad_norm/kl")(found) == (0, 0)
