@@ -8,10 +8,10 @@
 `ckl_jax.preflight` compiles the program for each ``--topologies`` in two layouts. One is a step of pre-training with as
 many windows for every chip (``--windows``), its parameters whole on each chip or split over all (``--shard-state``).
 The other is the rounds of fine-tuning between two tests, for as many runs (``--runs``) however many chips there are:
-chips share the runs first and then their episodes, or the episodes first. Shown are, of one chip, how long arithmetic,
-memory and links are busy at least, each alone at its full speed, and the memory that it needs. The slowest of the three
-bounds the program. Nothing is measured: a real one is slower, as they wait for each other. Answers of fine-tuning count
-as if all went on to the limit.
+chips share the runs first and then the episodes of a minibatch, or the episodes first. Where both is the same, or a
+chip is alone, one is compiled. Shown are, of one chip, how long arithmetic, memory and links are busy at least, each
+alone at its full speed, and the memory that it needs. The slowest of the three bounds the program. Nothing is measured:
+a real one is slower, as they wait for each other. Answers of fine-tuning count as if all went on to the limit.
 
 Bytes over the links are those of the collectives' results. An all-reduce of many chips sends up to twice as many, and
 links that lie far apart are not told from near ones.
@@ -22,6 +22,7 @@ the same command. Seven of pre-training took 12 minutes on 2 cores that other wo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -36,10 +37,11 @@ from matplotlib.figure import Figure
 from ckl_jax.analysis import plots
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import PositiveInt, require_fields
-from ckl_jax.preflight.chips import GIB, topology
+from ckl_jax.preflight.chips import GIB, Topology, topology
 from ckl_jax.presets import finetune_preset
+from ckl_jax.rl.program import make_mesh
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runtime import cli
+from ckl_jax.runtime import cli, sharding, targets
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.scaling_on_paper"
@@ -127,29 +129,36 @@ def chips_of(name: str) -> int:
     return math.prod(int(size) for size in name.partition(":")[2].split("x"))
 
 
-def options_of(command: ScalingCommand, chips: int) -> dict[str, list[str]]:
-    """Options of the compiled command by layout; one chip has the first alone."""
+def options_of(command: ScalingCommand, target: Topology) -> dict[str, list[str]]:
+    """Options of the compiled command by layout; the first alone where the second one is the same."""
     (load,) = command.load.values()
+    chips = chips_of(target.name)
     if command.program == "pretrain":
         first = ["--batch-size", str(load * chips)]
         second = ["--shard-state"]
+        differ = chips > 1
     else:
+        config = finetune_preset(command.scale, "ours")
+        rows = sharding.largest_divisor(math.gcd(config.episodes, config.minibatch_episodes), at_most=chips)
         first = ["--seeds", str(load)]
-        episodes = finetune_preset(command.scale, "ours").episodes
-        second = ["--data-devices", str(math.gcd(episodes, chips))]
+        second = ["--data-devices", str(rows)]
+        with targets.compiling_for(target.devices):
+            split = dataclasses.replace(config, data_devices=rows)
+            differ = make_mesh(config, load).shape != make_mesh(split, load).shape
     names = PROGRAMS[command.program].layouts
-    return dict(zip(names, [first] if chips == 1 else [first, first + second], strict=False))
+    return dict(zip(names, [first, first + second] if differ else [first], strict=False))
 
 
 def measure(command: ScalingCommand) -> Results:
     """What preflight says of every topology and layout."""
-    names = [topology(name).name for name in command.topologies]  # Refuses an unknown one, and where libtpu is not.
+    found = [topology(name) for name in command.topologies]  # Refuses an unknown one, and where libtpu is not.
+    names = [target.name for target in found]
     of_programs = {"command": COMMAND, "program": command.program, "scale": command.scale, "topologies": names}
     described = of_programs | command.load
     directory = RunDirectory(command.out, described)
     steps = []
-    for name in names:
-        for layout, options in options_of(command, chips_of(name)).items():
+    for name, target in zip(names, found, strict=True):
+        for layout, options in options_of(command, target).items():
             path = command.out / f"{name.replace(':', '_')}_{layout}.json"
             if not path.exists():
                 compiled(path, name, command.program, ["--scale", command.scale, *options])

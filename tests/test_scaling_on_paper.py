@@ -16,6 +16,10 @@ from experiments import scaling_on_paper as scaling
 TOPOLOGIES = ("v5e:1x1", "v5e:2x4")
 
 
+class Device:
+    process_index = 0
+
+
 class Done:
     stderr = "warning\nerror: model: got nothing"
 
@@ -40,7 +44,12 @@ def asked(monkeypatch):
         return Done
 
     monkeypatch.setattr(scaling.subprocess, "run", answer)
-    monkeypatch.setattr(scaling, "topology", lambda name: chips.Topology(name, chips.CHIPS["v5e"], ()))
+
+    def topology(name):
+        devices = [Device() for _ in range(scaling.chips_of(name))]
+        return chips.Topology(name, chips.CHIPS["v5e"], tuple(devices))
+
+    monkeypatch.setattr(scaling, "topology", topology)
     return calls
 
 
@@ -64,7 +73,7 @@ def test_fine_tuning_is_asked_for_as_many_runs_on_all_chips_and_episodes_are_sha
     said = [" ".join(words[words.index("--only") :]) for words in asked]
     assert all(words.startswith("--only rounds ") for words in said)
     runs = "finetune --scale gpt2 --seeds 6"
-    ends = [runs, runs, f"{runs} --data-devices 8", runs, f"{runs} --data-devices 128"]
+    ends = [runs, runs, f"{runs} --data-devices 8", runs]  # Of 256 chips 96 can share them: 16 episodes of each run.
     assert [words[words.index("finetune") :] for words in said] == ends
     figure = scaling.draw(json.loads((tmp_path / "out" / "results.json").read_text()))
     assert figure.get_suptitle() == "rounds of gpt2 on v5e, 6 runs together, on paper"
