@@ -214,16 +214,19 @@ def draw(results: Results) -> Figure:
     config = results["config"]
     shown, kinds = PROGRAMS[config["program"]], list(dict.fromkeys(n.partition(":")[0] for n in config["topologies"]))
     figure = Figure(figsize=(10, 3.8))
-    panels = figure.subplots(1, len(shown.layouts), sharey=True)
+    panels = figure.subplots(1, len(shown.layouts), sharex=True, sharey=True)
     for panel, (layout, title) in zip(panels, shown.layouts.items(), strict=True):
         steps = [step for step in results["steps"] if step["layout"] == layout and step["cost"] is not None]
-        at = np.arange(len(steps))
+        at = np.array([config["topologies"].index(step["topology"]) for step in steps])
         for index, (kind, color) in enumerate(COLORS.items()):
             times = [shown.factor * step["seconds"][kind] for step in steps]
             panel.bar(at + 0.27 * (index - 1), times, 0.25, color=color, label=kind)
-        panel.set_xticks(at, [str(step["chips"]) if len(kinds) == 1 else step["topology"] for step in steps])
+        labels = [str(chips_of(name)) if len(kinds) == 1 else name for name in config["topologies"]]
+        panel.set_xticks(range(len(labels)), labels)
         panel.grid(False, axis="x")
         panel.set(xlabel="chips" if len(kinds) == 1 else None, title=title)
+    if config["program"] == "finetune":  # As much work for all chips together.
+        panels[0].set_yscale("log")
     name = results["steps"][0]["name"] if config["program"] == "finetune" else shown.noun
     panels[0].set_ylabel(f"busy at least ({shown.unit}, {name})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")

@@ -716,6 +716,15 @@ def test_the_scaling_on_gpus_is_what_was_published():
         assert f"{start} {' | '.join(told)} |" in EXPERIMENTS
 
 
+def test_fine_tuning_on_paper_is_what_was_published():
+    for step in json.loads((RESULTS / "preflight" / "scaling_finetuning" / "results.json").read_text())["steps"]:
+        start = f"| {step['chips']} | {' x '.join(map(str, step['mesh'].values()))} | {step['needed'] / 2**30:.2f} |"
+        times, sent = step["seconds"], sum(step["cost"]["collectives"].values()) / 1e9
+        told = [f"{times['arithmetic']:.1f}", f"{times['memory']:.1f}"]
+        told += [f"{times['links']:.2f}", f"{sent:.0f}"] if sent else ["0", "0"]
+        assert published_row(start) == f"{start} {' | '.join(told)} |"
+
+
 def test_preflights_table_is_what_was_published():
     found = json.loads((RESULTS / "preflight" / "gpt2_pretraining_v5e_2x4.json").read_text())
     page = (ROOT / "tpu_scripts" / "README.md").read_text()
