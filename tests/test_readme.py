@@ -694,6 +694,20 @@ def test_a_rounds_speed_is_the_benchmarks():
         assert float(measured) == pytest.approx(times, rel=0.01)
 
 
+def test_the_second_benchmark_is_what_was_published():
+    found = json.loads((RESULTS / "benchmark" / "again" / "results.json").read_text())["sections"]
+    table = (RESULTS / "benchmark" / "again" / "table.md").read_text()
+    page = " ".join(EXPERIMENTS.split())
+    for rate, low, high in re.findall(r"([\d.]+)x \[([\d.]+), ([\d.]+)\] \|$", table, re.MULTILINE):
+        told = [
+            f"{float(x):.2f}" if float(x) < 1 else f"{float(x):.1f}" if float(x) < 10 else x for x in (rate, low, high)
+        ]
+        assert f"{told[0]}x [{told[1]}, {told[2]}]" in page
+    limit = found["limit"]["found"]
+    named = [f"{limit[name]['flops_share']:.0%}" for name in ("update", "score", "pretraining", "rollout")]
+    assert "the update reaches {}, scoring {}, pre-training {}, and the rollout {},".format(*named) in page
+
+
 def test_the_folders_and_modules_of_the_package_are_named():
     package = ROOT / "ckl_jax"
     (section,) = re.findall(r"^## How a round computes\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
