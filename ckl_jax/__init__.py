@@ -52,7 +52,8 @@ say what lives there and what may be imported.
 - `ckl_jax.analysis`: what came out. `critical` looks at critical tokens in a model's own answers, `discovery` finds
   them without knowing the task, `statistics` has the intervals, `plots` and `report` the pictures and pages.
 - `ckl_jax.preflight`: the programs of a command compiled for a TPU or GPUs that are not here. `chips` has the machines,
-  `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, `verdict` says whether it fits.
+  `programs` what a command compiles, `hlo` reads it, `costs` counts what it does, with the `traffic` of memory and
+  links, `verdict` says whether it fits.
 
 Beside the folders lie the formulas: `certainty` of the reference, the `token_weights` that are made of it,
 `advantages`, what a policy's entropy does to them (`advantage_shaping`), the paper's `losses`, those that compare the

@@ -114,10 +114,10 @@ def _local(source: str, field: str, files: list[str]) -> pathlib.Path:
 def _require_free(out: pathlib.Path, description: str, made_by: dict[str, Any]) -> None:
     """Raises a ConfigError if something would be lost: if anything is there that the same command did not make."""
     if out.is_dir() and any(out.iterdir()):
-        found = [out / name for name in (UNFINISHED, description) if (out / name).exists()]
-        earlier = reading.read_object(found[0], "out") if found else {}
-        expected = made_by if (out / UNFINISHED).exists() else signed(out, made_by)
-        same = earlier.get("made_by") == expected
+        unfinished = (out / UNFINISHED).exists()
+        path = out / (UNFINISHED if unfinished else description)
+        earlier = reading.read_object(path, "out") if path.exists() else {}
+        same = earlier.get("made_by") == (made_by if unfinished else signed(out, made_by))
         require(same, "out", f"{out}, which is not empty", "a new or empty directory, or what this command made before")
 
 

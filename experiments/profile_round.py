@@ -38,7 +38,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.finetune import describe
-from ckl_jax.preflight import costs, hlo
+from ckl_jax.preflight import hlo, traffic
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Seeds
 from ckl_jax.rl.setup import set_up
@@ -135,7 +135,7 @@ def stages(text: str) -> dict[str, str]:
                 for inside in names:
                     walk(inside, stage)
             if not called:
-                exchanges = instruction.opcode.removesuffix("-start").removesuffix("-done") in costs.SENT
+                exchanges = instruction.opcode.removesuffix("-start").removesuffix("-done") in traffic.SENT
                 found[instruction.name] = "exchange" if exchanges else stage
 
     walk(entry, "other")

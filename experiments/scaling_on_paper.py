@@ -13,8 +13,8 @@ chip is alone, one is compiled. Shown are, of one chip, how long arithmetic, mem
 alone at its full speed, and the memory that it needs. The slowest of the three bounds the program. Nothing is measured:
 a real one is slower, as they wait for each other. Answers of fine-tuning count as if all went on to the limit.
 
-Bytes over the links are those of the collectives' results. An all-reduce of many chips sends up to twice as many, and
-links that lie far apart are not told from near ones.
+Bytes over the links are those that a ring of the chips sends for each collective; links that lie far apart are not told
+from near ones.
 
 Every compilation is a process of its own and a file ``out/<topology>_<layout>.json``; an interrupted call goes on with
 the same command. Seven of pre-training took 12 minutes on 2 cores that other work used.
@@ -119,10 +119,10 @@ class ScalingCommand:
             require(given is None or self.program == program, shown.load, given, f"given with --program {program} only")
 
     @property
-    def load(self) -> dict[str, int]:
-        """How much there is to compute, by its option."""
+    def load(self) -> int:
+        """How much there is to compute."""
         shown = PROGRAMS[self.program]
-        return {shown.load: getattr(self, shown.load) or shown.default}
+        return getattr(self, shown.load) or shown.default
 
 
 def chips_of(name: str) -> int:
@@ -131,33 +131,37 @@ def chips_of(name: str) -> int:
 
 def options_of(command: ScalingCommand, target: Topology) -> dict[str, list[str]]:
     """Options of the compiled command by layout; the first alone where the second one is the same."""
-    (load,) = command.load.values()
     chips = chips_of(target.name)
     if command.program == "pretrain":
-        first = ["--batch-size", str(load * chips)]
+        first = ["--batch-size", str(command.load * chips)]
         second = ["--shard-state"]
         differ = chips > 1
     else:
         config = finetune_preset(command.scale, "ours")
         rows = sharding.largest_divisor(math.gcd(config.episodes, config.minibatch_episodes), at_most=chips)
-        first = ["--seeds", str(load)]
+        first = ["--seeds", str(command.load)]
         second = ["--data-devices", str(rows)]
         with targets.compiling_for(target.devices):
             split = dataclasses.replace(config, data_devices=rows)
-            differ = make_mesh(config, load).shape != make_mesh(split, load).shape
+            differ = make_mesh(config, command.load).shape != make_mesh(split, command.load).shape
     names = PROGRAMS[command.program].layouts
     return dict(zip(names, [first, first + second] if differ else [first], strict=False))
 
 
 def measure(command: ScalingCommand) -> Results:
     """What preflight says of every topology and layout."""
-    found = [topology(name) for name in command.topologies]  # Refuses an unknown one, and where libtpu is not.
-    names = [target.name for target in found]
-    of_programs = {"command": COMMAND, "program": command.program, "scale": command.scale, "topologies": names}
-    described = of_programs | command.load
+    machines = [topology(name) for name in command.topologies]  # Refuses an unknown one, and where libtpu is not.
+    described = {
+        "command": COMMAND,
+        "program": command.program,
+        "scale": command.scale,
+        "topologies": [target.name for target in machines],
+        PROGRAMS[command.program].load: command.load,
+    }
     directory = RunDirectory(command.out, described)
     steps = []
-    for name, target in zip(names, found, strict=True):
+    for target in machines:
+        name = target.name
         for layout, options in options_of(command, target).items():
             path = command.out / f"{name.replace(':', '_')}_{layout}.json"
             if not path.exists():

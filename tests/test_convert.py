@@ -269,7 +269,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-THEIRS_GIVEN = r"checkpoint: got '\S+, weights of transformers or nanoGPT', allowed is a checkpoint of ours, which "
+THEIRS_GIVEN = r"got '\S+, weights of transformers or nanoGPT', allowed is a checkpoint of ours, which "
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt.pt", "shards", "file"])
@@ -281,8 +281,10 @@ def test_a_model_of_others_as_checkpoint_is_told_which_command_converts_it(here,
         )
     option = "--checkpoints" if name.endswith("table1_certainty_gap") else "--checkpoint"
     given = "theirs/model.safetensors" if form == "file" else "theirs"
-    expected = rf"{THEIRS_GIVEN}`python -m ckl_jax\.convert --source \S*{given} --out DIRECTORY` makes of it"
-    refused_command(here, capsys, monkeypatch, name, [option, given], expected.replace("checkpoint", option[2:], 1))
+    expected = (
+        rf"{option[2:]}: {THEIRS_GIVEN}`python -m ckl_jax\.convert --source \S*{given} --out DIRECTORY` makes of it"
+    )
+    refused_command(here, capsys, monkeypatch, name, [option, given], expected)
 
 
 def convert_refused(here, capsys, monkeypatch, arguments, expected):

@@ -119,8 +119,8 @@ def test_a_checkpoint_of_a_stranger_is_refused(here, capsys, monkeypatch, name):
     description = json.loads((here / "model" / "model.json").read_text())
     description["model"]["num_layers"] = 10**9
     (here / "model" / "model.json").write_text(json.dumps(description))
-    said = r"checkpoint: \S*model\.json is no model description \(num_layers: got 1000000000, allowed is .*\)"
-    refused_command(here, capsys, monkeypatch, name, [option, "model"], said.replace("checkpoint", option[2:], 1))
+    said = rf"{option[2:]}: \S*model\.json is no model description \(num_layers: got 1000000000, allowed is .*\)"
+    refused_command(here, capsys, monkeypatch, name, [option, "model"], said)
 
 
 BELOW_A_FILE = r"got 'file/x', allowed is a directory, or a place for a new one, which \S*file is not"

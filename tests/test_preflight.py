@@ -92,7 +92,7 @@ def test_answers_that_all_end_at_the_limit_turn_the_loops_of_decoding_as_often(s
     text = jax.jit(written).lower(untrained(small_model)).compile().as_text()
     computations, _ = hlo.parsed(text)
     loops = [x for found in computations.values() for x in found.values() if x.opcode == "while"]
-    turns = [costs._turns(computations[loop.called()["condition"][0]], computations)[0] for loop in loops]
+    turns = [costs._turns(loop, computations)[0] for loop in loops]
     assert len(turns) == 3
     assert sum(turns) == length
 

@@ -7,23 +7,13 @@ Attention of one query is no matrix product for XLA, and is not counted as one.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from ckl_jax.preflight import hlo
+from ckl_jax.preflight import hlo, traffic
 
 _NUMBERS, _NAMES = ("constant", "iota", "partition-id", "replica-id"), ("parameter", "tuple", "get-tuple-element")
 FREE = (*_NUMBERS, *_NAMES, "bitcast", "after-all")
-SLICES = ("dynamic-slice", "slice", "gather")
-SENT: dict[str, Callable[[int], float]] = {
-    "all-reduce": lambda devices: 2 * (devices - 1) / devices,
-    "all-gather": lambda devices: (devices - 1) / devices,
-    "reduce-scatter": lambda devices: devices - 1,
-    "all-to-all": lambda devices: (devices - 1) / devices,
-    "collective-permute": lambda _: 1,
-    "collective-broadcast": lambda _: 1,
-}
-"""What of its result a device sends in a collective of so many devices, as a ring does it."""
 
 
 class Cost(NamedTuple):
@@ -74,6 +64,7 @@ def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
       of_float32: passes of a product of float32 numbers by its precision.
     """
     computations, entry = hlo.parsed(text)
+    header = text.partition("\n")[0]
     known: dict[str, Cost] = {}
 
     def of(name: str) -> Cost:
@@ -86,10 +77,7 @@ def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
         if opcode in FREE or "AllocateBuffer" in instruction.attributes:
             return Cost()
         if opcode == "while":
-            known_turns = instruction.numbers(r'"known_trip_count":\{"n":"(\d+)"')
-            turns, guessed = (
-                (known_turns[0], False) if known_turns else _turns(computations[called["condition"][0]], computations)
-            )
+            turns, guessed = _turns(instruction, computations)
             return (of(called["body"][0]) + of(called["condition"][0])).times(turns, guessed)
         inside = [of(name) for names in called.values() for name in names] if opcode != "fusion" else []
         if opcode == "conditional":
@@ -97,35 +85,24 @@ def cost(text: str, of_float32: Mapping[str, float]) -> Cost:
         if opcode in ("call", "async-start"):
             return sum(inside, Cost())
         flops, passes = _products(instruction, there, computations, of_float32)
-        moved = _moved(instruction, there, computations)
+        moved = traffic.moved(instruction, there, computations)
         kind = opcode.removesuffix("-done")  # The start of an asynchronous one names its operands among its results.
-        if kind not in SENT:
+        if kind not in traffic.SENT:
             return Cost(flops, passes, moved)
         started = instruction if opcode == kind else there[instruction.operands[0]]
-        sent = instruction.bytes * SENT[kind](_devices(started, text))
+        sent = instruction.bytes * traffic.SENT[kind](traffic.devices(started, header))
         return Cost(flops, passes, moved, {kind: float(sent)}, {kind: 1.0})
 
     return of(entry)
 
 
-def _devices(collective: hlo.Instruction, text: str) -> int:
-    """How many devices take part in it, each with all others of its group."""
-    groups = re.search(r"replica_groups=(\{\{[\d,]*\}|\[[\d,]+\]|mesh\[[^\]]*\] ?\{[^}]*\})", collective.attributes)
-    if groups is None:  # All: how many the program's first line says.
-        return math.prod(
-            int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:100_000])
-        )
-    if groups[1].startswith("mesh"):
-        sizes, axes = groups[1].split("]")
-        return math.prod(int(size) for axis, size in re.findall(r"('[^']*')=(\d+)", sizes) if axis in axes)
-    numbers = [int(number) for number in re.findall(r"\d+", groups[1])]
-    return len(numbers) if groups[1].startswith("{") else numbers[-1]
-
-
-def _turns(condition: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> tuple[int, bool]:
-    """How often a loop that starts at 0 turns, at most; and whether it may end before."""
+def _turns(loop: hlo.Instruction, computations: Mapping[str, hlo.Computation]) -> tuple[int, bool]:
+    """How often a loop turns, at most, by the compiler or else if it starts at 0; and whether it may end before."""
+    known = loop.numbers(r'"known_trip_count":\{"n":"(\d+)"')
+    if known:
+        return known[0], False
     bounds, others = list[int](), 0
-    for instruction, there in _with_fused(condition, computations):
+    for instruction, there in _with_fused(computations[loop.called()["condition"][0]], computations):
         if instruction.opcode == "compare":
             constants = [_constant(name, there) for name in instruction.operands]
             bounds += [value for value in constants if value is not None and "direction=LT" in instruction.attributes]
@@ -154,98 +131,6 @@ def _constant(name: str, there: hlo.Computation) -> int | None:
     found = there.get(name)
     number = found is not None and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.attributes)
     return int(number.group()) if number else None
-
-
-def _results(instruction: hlo.Instruction) -> tuple[hlo.Array, ...]:
-    """What an operation gives; the start of a copy or slice also repeats its operand and has a context."""
-    arrays = instruction.arrays
-    if instruction.opcode.endswith("-start") and len(arrays) > 1:
-        return arrays[:1] if instruction.opcode == "copy-start" else arrays[1:2]
-    return arrays
-
-
-def _moved(instruction: hlo.Instruction, there: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> float:
-    """Bytes read and written in main memory."""
-    opcode = instruction.opcode
-    kind, _, half = opcode.rpartition("-")
-    if half == "done":
-        of_start = there[instruction.operands[0]] if kind in SENT else None
-        return 0.0 if of_start is None else _far(instruction.arrays) + _given(of_start, there)
-    if half == "start" and kind in SENT:
-        return 0.0
-    if opcode == "fusion":
-        return _moved_by_fusion(instruction, computations)
-    far = _far(_results(instruction))
-    if opcode.removesuffix("-start") in SLICES:
-        source, read = there.get(instruction.operands[0]), sum(array.bytes for array in _results(instruction))
-        return far + (read if source is not None and not source.is_near else 0)
-    if opcode in ("dynamic-update-slice", "scatter"):
-        update = there.get(instruction.operands[-1 if opcode == "scatter" else 1])
-        return 0.0 if update is None or instruction.is_near else 2.0 * update.bytes
-    return far + _given(instruction, there)
-
-
-def _far(arrays: Iterable[hlo.Array]) -> float:
-    """Bytes in main memory."""
-    return float(sum(array.bytes for array in arrays if not array.near))
-
-
-def _given(instruction: hlo.Instruction, there: hlo.Computation) -> float:
-    """Bytes of its operands in main memory; a kernel that is given an array several times reads parts of it."""
-    return sum(_far(there[name].arrays) for name in dict.fromkeys(instruction.operands) if name in there)
-
-
-def _moved_by_fusion(fusion: hlo.Instruction, computations: Mapping[str, hlo.Computation]) -> float:
-    """Its parameters, of those only sliced the slices, and its results, of those updated in place the updates."""
-    inside = computations[fusion.called()["calls"][0]]
-    total = sum(_read(x, inside, computations) for _, x in hlo.parameters(inside) if not x.is_near)
-    root = hlo.root(inside)
-    results = [inside[name] for name in root.operands] if root and root.opcode == "tuple" else [root] if root else []
-    for result, array in zip(results, fusion.arrays, strict=False):
-        update = _update(result, inside, computations)
-        total += 0 if array.near else array.bytes if update is None else update
-    return float(total)
-
-
-def _is_view(instruction: hlo.Instruction) -> bool:
-    """Whether it is its operand in another shape or tiling, and nothing moves."""
-    return instruction.opcode == "bitcast" or "output_to_operand_aliasing={{}: (0, {})}" in instruction.attributes
-
-
-def _read(parameter: hlo.Instruction, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]) -> int:
-    """Bytes that a fused computation reads of a parameter, at most all."""
-    whole, total = parameter.bytes, 0
-    names = [parameter.name]
-    while names and total < whole:
-        name = names.pop()
-        for user in [x for x in inside.values() if name in x.operands]:
-            if _is_view(user):
-                names.append(user.name)
-            elif user.opcode in SLICES and user.operands[0] == name:
-                total += user.bytes
-            elif user.opcode == "fusion":
-                nested = computations[user.called()["calls"][0]]
-                given = [x for number, x in hlo.parameters(nested) if user.operands[number] == name]
-                total += sum(_read(x, nested, computations) for x in given)
-            elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
-                total += whole
-    return min(total, whole)
-
-
-def _update(
-    result: hlo.Instruction | None, inside: hlo.Computation, computations: Mapping[str, hlo.Computation]
-) -> int | None:
-    """Bytes of an update in place, or None where a whole array is written."""
-    while result is not None and result.opcode in ("bitcast", "convert") and result.operands[0] in inside:
-        result = inside[result.operands[0]]
-    if result is None:
-        return None
-    if result.opcode == "fusion":
-        nested = computations[result.called()["calls"][0]]
-        return _update(hlo.root(nested), nested, computations)
-    if result.opcode != "dynamic-update-slice" or result.operands[1] not in inside:
-        return None
-    return inside[result.operands[1]].bytes
 
 
 def _products(
