@@ -33,13 +33,14 @@ say what lives there and what may be imported.
   step by step, `speculative` by verifying drafts a window at a time, and `generation` chooses between the two. `drafts`
   says how an episode goes on if it calculates faithfully from its own text, line by line (`scratchpad_lines`).
 - `ckl_jax.rl`: a round. `program` has what is static and which runs (arms x seeds) there are, `collect` does rollout,
-  reward and the reference's pass, `assessment` the advantages and the weights of the KL, `objective` is the loss of a
-  recipe and its gradient, `minibatches` deals whole episodes or single transitions, `updates` does Adam's steps, rounds
-  and runs, `setup` puts all of it on the devices, `evaluation` has the tests on the way.
-- `ckl_jax.checkpoint`: models on disk. `store` has Orbax checkpoints with SHA-256 manifests, `shipped` knows the
-  models of the package by name, `description` checks what a checkpoint says it holds, `gpt2`, `gpt2_config`,
-  `tensors`, `tensor_names` and `token_files` those of transformers and nanoGPT: directories, settings, weights and
-  vocabularies.
+  reward and the reference's pass, `critic` is the value head, `assessment` has the advantages and the weights of the
+  KL, `objective` the loss of a recipe and its gradient, `minibatches` deals whole episodes or single transitions,
+  `updates` does Adam's steps, rounds and runs, `setup` puts all of it on the devices, `evaluation` has the tests on
+  the way.
+- `ckl_jax.checkpoint`: models on disk. `store` saves and loads them by Orbax, `states` has those of a run that goes on,
+  `manifest` their SHA-256 digests, `arrays` what Orbax says that it stored, `shipped` knows the models of the package
+  by name, `description` checks what a checkpoint says it holds, `gpt2`, `gpt2_config`, `tensors`, `tensor_names` and
+  `token_files` those of transformers and nanoGPT: directories, settings, weights and vocabularies.
 - `ckl_jax.runs`: the directory of a run. `directory` has config, metrics, samples and checkpoints, `lock` keeps a
   second process out, `logbook` writes down what a fine-tuning does, `progress` shows how far it is, `records` reads
   back, `logs` copies to TensorBoard and Weights & Biases.
@@ -59,7 +60,7 @@ Beside the folders lie the formulas: `certainty` of the reference, the `token_we
 `advantages`, what a policy's entropy does to them (`advantage_shaping`), the paper's `losses`, those that compare the
 policy with the one that sampled (`ratio_losses`: clips, gates, KL-Cov), those of distributions without their tail
 (`truncation`: top-k, nucleus, Lp-Reg), and `overflow`, whose products overflow without making NaN of a weight of 0.
-There are also `ckl_jax.model` (GPT-2 and the value head), a step of pre-training (`next_character`), the settings
+There are also `ckl_jax.model` (GPT-2), a step of pre-training (`next_character`), the settings
 (`config`: `shape` of the model, `pretraining`, and `finetuning` with the chapters `advantage` and `kl`; `presets` are
 what they start from, `fields` says what they may hold, `resuming` which of them may change when a run goes on), what is
 refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which lists

@@ -31,13 +31,14 @@ from typing import Any, Literal
 
 from ckl_jax.checkpoint.gpt2 import described, load_foreign, save_transformers, signed
 from ckl_jax.checkpoint.shipped import located
-from ckl_jax.checkpoint.store import load_model, save_model, write_json
+from ckl_jax.checkpoint.store import load_model, save_model
 from ckl_jax.checkpoint.tensors import INDICES, SUFFIXES
 from ckl_jax.checkpoint.token_files import ADDED, VOCABULARIES
 from ckl_jax.config import Activation
 from ckl_jax.errors import ConfigError, extra, naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli, reading
+from ckl_jax.runtime.hosts import write_json
 from ckl_jax.runtime.paths import in_bucket, require_directory, resolved
 from ckl_jax.tasks.catalog import TaskName, task_named
 

@@ -1,4 +1,4 @@
-"""GPT-2 in Flax Linen, and the value head.
+"""GPT-2 in Flax Linen.
 
 Tensor names carry their shape: B batch, T new positions, S cached positions, H heads, K width per head, D width,
 V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
@@ -267,25 +267,3 @@ def param_shapes(config: ModelConfig) -> Any:
 def num_parameters(params: Any) -> int:
     """How many numbers a tree of parameters, or of their shapes, has."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-class ValueHead(nn.Module):
-    """The critic: MLP D -> 128 -> 128 -> 1 with ReLU on the trunk's last hidden state (authors' code).
-
-    The last layer starts at zero: a random critic would be a worse baseline than none.
-    """
-
-    features: int = 128
-
-    @nn.compact
-    def __call__(self, hidden_BxTxD):
-        x = hidden_BxTxD
-        dense = functools.partial(nn.Dense, precision="highest")
-        for name in ("fc_1", "fc_2"):
-            x = nn.relu(dense(self.features, name=name)(x))
-        return dense(1, kernel_init=nn.initializers.zeros, name="out")(x)[..., 0]
-
-
-def values(params: Any, hidden_BxTxD: jax.Array) -> jax.Array:
-    """The critic's value of the state before each token: float32 [B, T]."""
-    return cast(jax.Array, ValueHead().apply(params, hidden_BxTxD))

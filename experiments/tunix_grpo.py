@@ -33,11 +33,11 @@ import optax
 from flax import nnx
 
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint.store import write_json
 from ckl_jax.fields import PositiveFloat, PositiveInt, require_fields
 from ckl_jax.losses import kl_estimate, prioritized_kl
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import cli
+from ckl_jax.runtime.hosts import write_json
 from ckl_jax.runtime.paths import require_directory
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ckl_jax import tasks
-from ckl_jax.checkpoint.store import load_model, write_json
+from ckl_jax.checkpoint.store import load_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.runs.directory import RunDirectory
@@ -111,7 +111,7 @@ def main(directory):
         "another run": refusal(RunDirectory, directory / "run", {"seed": 1}),
         "nested": nested(),
         "logs refused": logs_refused(directory),
-        "written": failure(write_json, directory / "nowhere" / "results.json", {}),
+        "written": failure(hosts.write_json, directory / "nowhere" / "results.json", {}),
         "other options": refusal(
             RunDirectory, directory / "other", {"config": {"seed": jax.process_index(), "beta": 1}}
         ),

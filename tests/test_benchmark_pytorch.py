@@ -15,10 +15,11 @@ from ckl_jax.checkpoint.shipped import SHIPPED_TINY
 from ckl_jax.checkpoint.store import Model, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.datasets.stream import Windows
-from ckl_jax.model import forward, values
+from ckl_jax.model import forward
 from ckl_jax.next_character import next_token_loss
 from ckl_jax.presets import pretrain_preset
 from ckl_jax.rl.collect import collect
+from ckl_jax.rl.critic import values
 from ckl_jax.rl.objective import loss_terms
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run

@@ -17,7 +17,8 @@ from hostile import no_file_above
 from policies import untrained
 
 from ckl_jax.checkpoint.shipped import PRETRAINED, names
-from ckl_jax.checkpoint.store import Model, StateCheckpoints, fingerprint, identity, load_model, save_model
+from ckl_jax.checkpoint.states import StateCheckpoints
+from ckl_jax.checkpoint.store import Model, fingerprint, identity, load_model, save_model
 from ckl_jax.errors import ConfigError
 
 MADE_BY = {"command": "a test", "seed": 0}

@@ -20,14 +20,15 @@ from policies import SCRIPT_MODEL, scripted_policy, untrained
 
 from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
-from ckl_jax.checkpoint.store import Model, StateCheckpoints, load_model, save_model
+from ckl_jax.checkpoint.states import StateCheckpoints
+from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.model import values
 from ckl_jax.rl import setup
 from ckl_jax.rl.assessment import assessed, kl_weights
 from ckl_jax.rl.collect import collect
+from ckl_jax.rl.critic import values
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import TEST_SEED, Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update

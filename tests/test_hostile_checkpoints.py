@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 from hostile import CANARY, PICKLE, refusal, saved_model
 
-from ckl_jax.checkpoint import store
-from ckl_jax.checkpoint.store import StateCheckpoints, load_model, save_model, write_json
+from ckl_jax.checkpoint import manifest
+from ckl_jax.checkpoint.states import StateCheckpoints
+from ckl_jax.checkpoint.store import load_model, save_model
 from ckl_jax.errors import ConfigError
 
 # Orbax leaves threads of its own behind when a read fails.
@@ -46,7 +47,7 @@ def _refused(model, expected):
 
 def seal(model):
     """The manifest that a stranger would write for what is there now."""
-    write_json(model / "params.sha256.json", store._manifest(model / "params"))
+    manifest.write(model / "params")
 
 
 def edited(directory, **changes):

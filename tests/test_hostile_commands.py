@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hostile import CANARY, PICKLE, TYPES, CompiledError, refusal, refused_command, saved_model
 
-from ckl_jax.checkpoint import store
+from ckl_jax.checkpoint import manifest
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results" / "tiny"
@@ -325,7 +325,7 @@ def test_a_config_of_another_make_is_refused_and_kept(here, capsys, monkeypatch,
 
 def test_processes_print_that_one_line_and_end_with_2(here):
     (here / "model" / "params" / "_METADATA").write_bytes(PICKLE)
-    store.write_json(here / "model" / "params.sha256.json", store._manifest(here / "model" / "params"))
+    manifest.write(here / "model" / "params")
     calls = {
         ("ckl_jax.evaluate", "--checkpoint", "model"): r"error: checkpoint: .* allowed is .*\n",
         ("experiments.figure7_critical_tokens", "--run", "a\nb"): rf"error: --run: path: got 'a\\nb', {PRINTABLE}\n",

@@ -20,7 +20,8 @@ from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
 from ckl_jax import finetune
-from ckl_jax.checkpoint.store import Model, StateCheckpoints, save_model
+from ckl_jax.checkpoint.states import StateCheckpoints
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rl import evaluation

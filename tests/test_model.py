@@ -12,7 +12,8 @@ import pytest
 from policies import untrained
 
 from ckl_jax import presets
-from ckl_jax.model import GPT2, ValueHead, forward, init_cache, scans_layers, values
+from ckl_jax.model import GPT2, forward, init_cache, scans_layers
+from ckl_jax.rl.critic import ValueHead, values
 from ckl_jax.runtime import targets
 
 

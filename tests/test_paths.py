@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from ckl_jax import checkpoint, convert
 from ckl_jax.analysis import plots
 from ckl_jax.checkpoint.shipped import PRETRAINED, located
-from ckl_jax.checkpoint.store import write_json
 from ckl_jax.datasets import load_stream
 from ckl_jax.errors import ConfigError
 from ckl_jax.runs import directory, records
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runtime import cli, paths
+from ckl_jax.runtime.hosts import write_json
 
 
 class Bucket(MemoryFileSystem):

@@ -6,8 +6,8 @@ import re
 import pytest
 from browser import CHROMIUM, Browser
 
-from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError
+from ckl_jax.runtime.hosts import write_json
 from experiments.common.claims import LIES_ABOVE, NOT_COMPARABLE, OVERLAP, VERDICTS, Claim, as_json
 from experiments.reproduce import __main__ as reproduce
 from experiments.reproduce import page

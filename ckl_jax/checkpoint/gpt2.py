@@ -16,13 +16,14 @@ import numpy as np
 
 from ckl_jax.checkpoint import description, gpt2_config, tensor_names, token_files
 from ckl_jax.checkpoint import tensors as tensor_files
-from ckl_jax.checkpoint.store import Model, write_json
+from ckl_jax.checkpoint.store import Model
 from ckl_jax.checkpoint.tensor_names import EMBEDDING, HEAD
 from ckl_jax.checkpoint.tensors import Stored
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import extra, require
 from ckl_jax.model import LAYER_NORM_EPSILON
 from ckl_jax.runtime import reading
+from ckl_jax.runtime.hosts import write_json
 from ckl_jax.runtime.paths import AnyPath, require_directory, resolved, writing
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.task import Task

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax import losses
-from ckl_jax.model import values
 from ckl_jax.rl.assessment import Episodes, assessed, corrected, final_rewards
+from ckl_jax.rl.critic import values
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.rollout.generation import generate
 from ckl_jax.rollout.trajectory import Sampling, Trajectory, score

@@ -13,8 +13,8 @@ import optax
 
 from ckl_jax import losses, overflow, ratio_losses, truncation
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.model import values
 from ckl_jax.rl.assessment import Episodes
+from ckl_jax.rl.critic import values
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.rollout.trajectory import score
 

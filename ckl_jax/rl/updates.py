@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 
 from ckl_jax import losses
 from ckl_jax.config import FinetuneConfig
-from ckl_jax.model import ValueHead
 from ckl_jax.rl import minibatches
 from ckl_jax.rl.assessment import Episodes
 from ckl_jax.rl.collect import collect
+from ckl_jax.rl.critic import ValueHead
 from ckl_jax.rl.objective import gradient_norms, term_names
 from ckl_jax.rl.program import Hyper, Program
 from ckl_jax.runtime import sharding

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ckl_jax.checkpoint.store import StateCheckpoints, write_json
+from ckl_jax.checkpoint.states import StateCheckpoints
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.resuming import Resumable, unequal
@@ -64,7 +64,7 @@ class RunDirectory:
             self._lock = None if in_bucket(self.path) else lock.hold(self.path)
             self._check(wanted)  # Again: until now another process may have had the directory.
             if not (self.path / "config.json").exists():
-                write_json(self.path / "config.json", config)
+                hosts.write_json(self.path / "config.json", config)
         except OSError as error:
             raise ConfigError(
                 f"out: got {self.path}, allowed is a directory that can be written "
@@ -95,7 +95,7 @@ class RunDirectory:
 
     def record_config(self) -> None:
         """Writes this call's config, of which speed or end may be others than those of the run so far."""
-        write_json(self.path / "config.json", self._config)
+        hosts.write_json(self.path / "config.json", self._config)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint, as ``StateCheckpoints.restore_latest``; None for a run that has yet to come to one.

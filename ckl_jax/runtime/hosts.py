@@ -16,7 +16,9 @@ A test lets two processes on one CPU machine pre-train, fine-tune, die and resum
 
 from __future__ import annotations
 
+import json
 import os
+import pathlib
 import pickle
 import sys
 from collections.abc import Callable
@@ -27,6 +29,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ckl_jax.errors import ConfigError, require
+from ckl_jax.runtime.paths import replace
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 AUTO = "CKL_HOSTS"
@@ -115,6 +118,11 @@ def of_first(call: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part; process 0 writes, for all."""
+    of_first(lambda: replace(path, json.dumps(value, indent=2) + "\n"))
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -35,10 +35,11 @@ import jax
 import matplotlib
 
 from ckl_jax.analysis import plots
-from ckl_jax.checkpoint.store import fingerprint, load_model, write_json
+from ckl_jax.checkpoint.store import fingerprint, load_model
 from ckl_jax.errors import ConfigError, naming, require
 from ckl_jax.fields import PositiveInt, require_fields
 from ckl_jax.runtime import cli, startup
+from ckl_jax.runtime.hosts import write_json
 from ckl_jax.runtime.paths import replace, require_directory
 from experiments.benchmark import cpu_settings, ours, report, speculation
 from experiments.benchmark.workload import Section, choose_plan

@@ -11,7 +11,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ckl_jax.analysis import plots
-from ckl_jax.checkpoint.store import write_json
 from ckl_jax.errors import ConfigError
 from ckl_jax.runs.records import earlier_results, machine
 from ckl_jax.runtime import hosts, reading
@@ -51,7 +50,7 @@ def publish(
         seconds = measured.get("wall_seconds", time.monotonic() - started)
         found = {**made_on(found, seconds), **measured, "wall_seconds": seconds}
         command.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)  # Now: what fails from here on can be repeated with plot_only.
+        hosts.write_json(path, found)  # Now: what fails from here on can be repeated with plot_only.
     elif found is None:
         raise ConfigError(f"plot_only: got {command.out}, allowed is a directory with an earlier call's results.json")
     numbers = found
@@ -93,7 +92,7 @@ def present(
         with matplotlib.rc_context(plots.STYLE):
             picture = draw(found) if draw else None
         document = page(found) if page else None
-    write_json(out / "results.json", found)
+    hosts.write_json(out / "results.json", found)
     files = ["results.json"]
     if document is not None:
         files.append(f"{name}.html")

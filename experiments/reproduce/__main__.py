@@ -30,7 +30,7 @@ import numpy as np
 
 from ckl_jax.checkpoint import description
 from ckl_jax.checkpoint.shipped import located, shipped
-from ckl_jax.checkpoint.store import read_description, write_json
+from ckl_jax.checkpoint.store import read_description
 from ckl_jax.config import Scale
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.fields import require_fields
@@ -260,7 +260,7 @@ def main(command: ReproduceCommand) -> None:
         command.out.mkdir(parents=True, exist_ok=True)
         for item in chosen:
             run_item(command, item, notes)
-            write_json(path, notes)
+            hosts.write_json(path, notes)
             write_report(command, notes)
     cards = write_report(command, notes)
     for card in cards:
