@@ -3,8 +3,8 @@
     python -m experiments.figure7_critical_tokens
     python -m experiments.figure7_critical_tokens --run experiments/results/tiny/figure4 --out runs/figure7
 
-One panel for the comma before digit N + 1 of each operand's list (counted from the list's end, so before digit N and
-N - 1 in the shorter lists of later steps) in scratchpad steps 1, 2 and 3. It reads a finished run of
+One panel for the last comma of each operand's list in scratchpad steps 1, 2 and 3: before digit N + 1 (N and N - 1 in
+the shorter lists of later steps), or before digit N + 2 if the run trained on N + 2 digits. It reads a finished run of
 ``experiments.figure4_prioritized_kl`` and trains nothing.
 
 What is averaged: within a round, all episodes that came to the token with that operand's lists copied rightly so far;

@@ -1,6 +1,7 @@
 """The dataset's texts, balance and splits, and the windows that pre-training reads from its stream."""
 
 import collections
+import dataclasses
 import errno
 import re
 import shutil
@@ -14,9 +15,9 @@ from damage import each
 from hostile import no_file_above, snapshot
 
 from ckl_jax import tasks
-from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream
+from ckl_jax.datasets import Scratchpads, TokenStream, load_stream, sample_documents, sample_stream, scratchpads
 from ckl_jax.errors import ConfigError
-from ckl_jax.tasks import alphabet
+from ckl_jax.tasks import alphabet, catalog
 from ckl_jax.tasks.columns import ADDITION, MULTIPLICATION
 from ckl_jax.tasks.task import Problem
 
@@ -223,6 +224,42 @@ def test_fewer_or_other_examples_than_the_settings_say_are_refused(data_dir, cop
         shutil.copytree(other, copied)
         with pytest.raises(ConfigError, match=rf"^data_dir: .* is damaged \({said}.*{REMAKE}$"):
             load_stream(DIGITS, COUNT, data_dir=tmp_path, split=split)
+
+
+class Own(type(ADDITION)):
+    """A user's task, whose second operand is always the same."""
+
+    second = 7
+
+    def draw(self, rng, digits_a, digits_b):
+        return self.problem(super().draw(rng, digits_a, digits_b).a, self.second)
+
+
+@pytest.fixture
+def own(monkeypatch):
+    of_addition = {field.name: getattr(ADDITION, field.name) for field in dataclasses.fields(ADDITION)}
+    monkeypatch.setitem(catalog.TASKS, "own", Own(**of_addition | {"name": "own"}))
+
+
+@pytest.mark.usefixtures("own")
+def test_a_task_that_has_come_to_draw_otherwise_is_not_trained_on_what_it_drew(tmp_path, monkeypatch):
+    first = load_stream(1, 40, data_dir=tmp_path, task="own")
+    chex.assert_trees_all_equal(load_stream(1, 40, data_dir=tmp_path, task="own"), first)
+    monkeypatch.setattr(Own, "second", 3)
+    with pytest.raises(ConfigError, match=rf"not those that the task own draws now\); {REMAKE}"):
+        load_stream(1, 40, data_dir=tmp_path, task="own")
+
+
+@pytest.mark.usefixtures("own")
+def test_a_task_without_problems_of_a_split_is_refused(tmp_path, monkeypatch):
+    """7 + 2 is the one of its 10 that is in the test split; with 1 none is."""
+    monkeypatch.setattr(Own, "second", 1)
+    monkeypatch.setattr(scratchpads, "MOST_DRAWS", 1000)
+    with pytest.raises(
+        ConfigError, match=r"^task: got own, none of whose 1000 draws of 1 and 1 digits is in the test "
+    ):
+        load_stream(1, 40, data_dir=tmp_path, task="own")
+    assert not [*tmp_path.rglob("*array_record*")]
 
 
 def test_what_a_killed_process_left_is_not_read_and_an_empty_directory_is_filled(stream, copied, tmp_path):

@@ -15,6 +15,7 @@ from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import EvaluateCommand, judge, moved
 from ckl_jax.model import forward
 from ckl_jax.runtime.sharding import make_mesh
+from ckl_jax.tasks import EXTRA_LENGTH
 from ckl_jax.tasks import problems as problems_lib
 from ckl_jax.tasks.columns import ADDITION
 
@@ -124,7 +125,25 @@ def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_pat
     evaluate.main(EvaluateCommand(tmp_path, problems=4, offsets=(0, 20)))
     first, *others = capsys.readouterr().out.splitlines()[2:]
     assert first.split()[:2] == ["1", "37.5"]
-    assert others[-1].split("not possible: ")[1].endswith("positions, block_size = 400")
+    longest = ADDITION.longest_episode(4, 0)
+    said = f"not possible: up to {longest + EXTRA_LENGTH + 20} positions, block_size = 400"
+    assert others[-1].split(maxsplit=1) == ["4", f"{said}, at most --extra-length {380 - longest}"]
+
+
+def test_the_command_says_with_how_much_room_a_length_fits_and_takes_it(small_model, tmp_path, monkeypatch, capsys):
+    save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
+    room = 400 - ADDITION.longest_episode(3, 0)
+    given = []
+    monkeypatch.setattr(evaluate, "judge", lambda *_, extra_length, **__: given.append(extra_length) or np.ones(4))
+    evaluate.main(EvaluateCommand(tmp_path, problems=4, extra_length=room + 1))
+    *_, three, _ = capsys.readouterr().out.splitlines()
+    assert three.split(maxsplit=1)[1] == (
+        f"not possible: up to 401 positions, block_size = 400, at most --extra-length {room}"
+    )
+    assert {*given} == {room + 1}
+    evaluate.main(EvaluateCommand(tmp_path, problems=4, extra_length=room))
+    *_, three, _ = capsys.readouterr().out.splitlines()
+    assert three.split()[:2] == ["3", "100.0"]
 
 
 def test_accuracies_are_shares_of_counts_in_float64(fingerprints):

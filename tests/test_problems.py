@@ -225,6 +225,16 @@ def test_lines_are_found_where_the_generated_text_puts_them():
     assert all(text[expected[slot(t)]] == t.character for t in TOKENS)
 
 
+def test_the_second_operand_is_looked_for_in_its_own_line():
+    """Else the next line's would be taken for it, a shorter list, and thus for one that was miscopied."""
+    lines = RIGHT.split("\n")
+    lines[2] = lines[2].split(" + ")[0]
+    found = recorded_indices("\n".join(lines))
+    assert lines[2] == "[1,2,3,4]"
+    assert {operand for _, operand, *_ in found} == {0}
+    assert min(found.values()) == min(t.index for t in TOKENS)
+
+
 def test_an_answer_that_stops_is_recorded_up_to_its_first_padding():
     for cut in range(0, list_start(3, 2) + 9, 2):
         assert recorded_indices(RIGHT[:cut]) == {slot(t): t.index for t in TOKENS if t.index <= cut}

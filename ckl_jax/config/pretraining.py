@@ -36,7 +36,7 @@ class Data(Chapter):
     task: TaskName = "addition"
     """What the scratchpads calculate."""
     seed: NonNegativeInt = 0
-    """Of the first parameters, of the windows drawn and of dropout."""
+    """Of the first parameters, the dataset (each seed prepares its own), the windows drawn, dropout and the tests."""
     max_digits: Annotated[int, AtLeast(1, tasks.MAX_DIGITS - 1)] = 7
     """N: operand lengths are balanced over 1..N, as far as the task allows."""
     num_documents: PositiveInt = 100_000

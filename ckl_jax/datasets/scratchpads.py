@@ -16,12 +16,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from ckl_jax.errors import is_integer, require
+from ckl_jax.errors import ConfigError, is_integer, require
 from ckl_jax.runtime import reading
 from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.task import MAX_DIGITS, Problem, Task
 
 TEST_SHARE = 0.05
+MOST_DRAWS = 100_000  # For one example.
 PREPARED = "what was prepared there: delete it, and the same command prepares it anew"
 
 
@@ -89,20 +90,25 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, description=__doc__)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(split, self.count(split)) for split in ("train", "test")}
+        return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def count(self, split: str) -> int:
         """How many examples a split has."""
         count = self.builder_config.num_examples
         return count if split == "train" else max(1, round(TEST_SHARE * count))
 
-    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def problems(self, split: str) -> Iterator[Problem]:
+        """The problems of a split, in the order of its examples."""
         config = self.builder_config
         task = task_named(config.task)
         rng = np.random.default_rng([config.seed, split == "test"])
-        for index in range(count):
+        for index in range(self.count(split)):
             cell = index % config.max_digits**2
-            problem = _draw_of_split(task, rng, split, cell // config.max_digits + 1, cell % config.max_digits + 1)
+            yield _draw_of_split(task, rng, split, cell // config.max_digits + 1, cell % config.max_digits + 1)
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        task = task_named(self.builder_config.task)
+        for index, problem in enumerate(self.problems(split)):
             yield (
                 index,
                 {
@@ -115,10 +121,12 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
 
 
 def _draw_of_split(task: Task, rng: np.random.Generator, split: str, digits_a: int, digits_b: int) -> Problem:
-    while True:
+    for _ in range(MOST_DRAWS):
         problem = task.draw(rng, digits_a, digits_b)
         if split_of(problem) == split:
             return problem
+    drawn = f"{task.name}, none of whose {MOST_DRAWS} draws of {digits_a} and {digits_b} digits is in the {split} split"
+    raise ConfigError(f"task: got {drawn}, allowed is one with more pairs of operands")
 
 
 def split_of(problem: Problem) -> str:

@@ -158,7 +158,8 @@ def require_same(field: str, value: Any) -> None:
 
 
 def _bytes_of_first(data: bytes) -> bytes:
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(data)).astype(np.int32)))
+    high, low = multihost_utils.broadcast_one_to_all(np.array(divmod(len(data), 2**24), np.int32))  # It has no int64.
+    size = int(high) * 2**24 + int(low)
     padded = np.zeros(max(1024, 1 << (size - 1).bit_length()), np.uint8)  # Few sizes are few programs.
     if is_first():
         padded[:size] = np.frombuffer(data, np.uint8)

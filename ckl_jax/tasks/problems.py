@@ -129,8 +129,9 @@ def result_start(answers_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
 def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Array, jax.Array]:
     """Where the policy's own answers meet critical tokens.
 
-    The t-th line is found in the generated text itself. A critical token counts only while that operand's lists
-    were copied rightly up to it, in this step and the steps before (authors' code).
+    The t-th line is found in the generated text itself, and the second operand behind the line's first operator. A
+    critical token counts only while that operand's lists were copied rightly up to it, in this step and the steps
+    before (authors' code).
 
     Returns:
       indices_Bx3x2xC: index in the answer (0 where not recorded), recorded_Bx3x2xC: bool.
@@ -143,8 +144,8 @@ def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Ar
     starts = []
     for step in range(STEPS):
         line_B = jnp.where((lines_BxT == step + 2) & newline_BxT, columns[None], length).min(axis=1) + 1
-        after_BxT = operator_BxT & (columns[None] >= line_B[:, None])
-        operator_B = jnp.where(after_BxT, columns[None], length).min(axis=1)
+        in_line_BxT = operator_BxT & (lines_BxT == step + 2)
+        operator_B = jnp.where(in_line_BxT, columns[None], length).min(axis=1)
         starts.append(jnp.stack([line_B, operator_B + 2], axis=1))
     starts_Bx3x2 = jnp.stack(starts, axis=1)
     width = problems.lists_Bx3x2xJ.shape[3]
