@@ -20,9 +20,10 @@ that other work used.
 
 Written down before any run. What was known: from N5 with seeds 0 to 9 prioritized ends 8.4 points above standard; with
 seeds 0 to 5 shuffled ends like standard, undecided; at beta 150 the 1.2% of tokens that are critical have 19% of what
-J^beta takes off the KL, and 81% is taken elsewhere. So the verdict uses seeds 10 to 19. Hypotheses: (1) prioritized
-ends above standard again. (2) critical_free does too: it is enough to spare them. (3) prioritized ends above
-critical_held: without them the gain is lost or smaller. (4) prioritized ends above shuffled and inverted.
+J^beta takes off the KL, and 81% is taken elsewhere (a first look; what is published has 1.1% and 17%). So the verdict
+uses seeds 10 to 19. Hypotheses: (1) prioritized ends above standard again. (2) critical_free does too: it is enough to
+spare them. (3) prioritized ends above critical_held: without them the gain is lost or smaller. (4) prioritized ends
+above shuffled and inverted.
 
 What is compared: accuracy on N + 1 digits after the last round, on common test problems, paired by seed; the mean
 difference over seeds with Student's 95% interval, and its two-sided p-value corrected for the six comparisons (Holm

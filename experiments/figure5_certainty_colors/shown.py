@@ -19,7 +19,7 @@ LIKELIEST = 5
 NUMBERS = ("certainty", "entropy", "probability", "reference_probability")
 MARKS = ("critical", "deviates")
 INTRODUCTION = (
-    "The model writes its additions as scratchpads, one character at a time. The stronger the colour, the less certain "
+    "The model writes its calculations as scratchpads, one character at a time. The stronger the colour, the less certain "
     "the pre-trained model is of the next character. Most characters follow from the ones before and have no colour.",
     "Boxed are the critical tokens: where a list of digits longer than any in pre-training has to be copied to its "
     "end. A model that closes the list too early there has lost a digit, and with it the answer.",
@@ -123,7 +123,7 @@ def sections(results: Results) -> list[Section]:
 
 def page(results: Results) -> str:
     base = results["max_pretrain_digits"]
-    title = f"Where a model pre-trained on {base} digits is unsure when it adds {base + 1} digits"
+    title = f"Where a model pre-trained on {base} digits is unsure when it calculates with {base + 1} digits"
     return report.page(title, INTRODUCTION, sections(results))
 
 
