@@ -1,6 +1,7 @@
 """What every figure does with its numbers: kept first, then judged, drawn in our style, and told."""
 
 import json
+import pathlib
 import types
 
 import matplotlib
@@ -12,6 +13,7 @@ from ckl_jax.errors import ConfigError
 from experiments.common import figure
 
 MODULE = "experiments.abacus"
+RESULTS = pathlib.Path(__file__).parents[1] / "experiments" / "results"
 
 
 def measure(command):
@@ -41,6 +43,41 @@ def test_results_are_measured_judged_drawn_and_told(tmp_path, capsys):
     assert (tmp_path / "out" / "abacus.html").read_text() == "7 beads, many"
     files = "results.json, abacus.html, abacus.png, abacus.svg"
     assert capsys.readouterr().out == f"7 beads, many\n{files} in {tmp_path / 'out'}\n"
+
+
+def test_a_number_that_is_none_is_null_and_is_read_as_none(tmp_path):
+    nan = float("nan")
+
+    def with_gaps(command):
+        config = {"command": MODULE, "seeds": [None]}
+        return {"config": config, "beads": 7, "curve": [0.5, nan, (nan, 1.0)], "gap": nan, "of": {"rod": [nan]}}
+
+    publish(tmp_path, measure=with_gaps)
+    for _ in range(2):
+        kept = strict(tmp_path / "results.json")
+        assert kept["curve"] == [0.5, None, [None, 1.0]]
+        assert (kept["gap"], kept["of"], kept["config"]["seeds"]) == (None, {"rod": [None]}, [None])
+        seen = []
+        publish(
+            tmp_path, plot_only=True, measure=None, draw=lambda results, seen=seen: seen.append(results) or Figure()
+        )
+        assert str(seen[0]["curve"]) == "[0.5, nan, [nan, 1.0]]"
+        assert str(seen[0]["of"]) == "{'rod': [nan]}"
+        assert (seen[0]["gap"], seen[0]["config"]["seeds"]) == (None, [None])
+
+
+def strict(path):
+    """What a reader says that takes JSON by its rules."""
+    return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json*")), ids=lambda path: str(path.relative_to(RESULTS)))
+def test_what_is_published_can_be_read_by_any_reader_of_json(path):
+    if path.suffix == ".json":
+        strict(path)
+    else:
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=pytest.fail)
 
 
 def test_what_was_measured_survives_a_failure_and_is_judged_again_without_measuring(tmp_path):

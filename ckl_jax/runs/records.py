@@ -20,6 +20,22 @@ def read_json(path: pathlib.Path, field: str) -> Any:
     return parse(path, field, json.loads)
 
 
+def read_results(path: pathlib.Path, field: str) -> Any:
+    """A results.json: what is null in a list of numbers is NaN, but for its ``config``. Raises as ``read_json``."""
+    results = read_json(path, field)
+    if not isinstance(results, dict):
+        return results
+    return {name: value if name == "config" else _with_nan(value) for name, value in results.items()}
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [float("nan") if item is None else _with_nan(item) for item in value]
+    return value
+
+
 def read_metrics(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl that is only read. Raises ConfigError like ``read_json``."""
     return parse(path, field, _records)
@@ -88,7 +104,7 @@ def earlier_results(directory: AnyPath, command: str) -> dict[str, Any] | None:
     path = resolved(directory, "out") / "results.json"
     if not path.exists():
         return None
-    results = read_json(path, "out")
+    results = read_results(path, "out")
     config = results.get("config") if isinstance(results, dict) else None
     same = isinstance(config, dict) and config.get("command") == command
     require(same, "out", str(directory), f"a directory without another command's results.json (here: {command})")

@@ -17,6 +17,7 @@ A test lets two processes on one CPU machine pre-train, fine-tune, die and resum
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -121,8 +122,19 @@ def of_first(call: Callable[[], T]) -> T:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part; process 0 writes, for all."""
-    of_first(lambda: replace(path, json.dumps(value, indent=2) + "\n"))
+    """Writes JSON so that a reader sees the old file or the new one, never a part; process 0 writes, for all.
+
+    NaN, which JSON does not have, becomes null.
+    """
+    of_first(lambda: replace(path, json.dumps(_without_nan(value), indent=2) + "\n"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, Exception | None]:

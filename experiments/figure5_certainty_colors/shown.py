@@ -19,8 +19,9 @@ LIKELIEST = 5
 NUMBERS = ("certainty", "entropy", "probability", "reference_probability")
 MARKS = ("critical", "deviates")
 INTRODUCTION = (
-    "The model writes its calculations as scratchpads, one character at a time. The stronger the colour, the less certain "
-    "the pre-trained model is of the next character. Most characters follow from the ones before and have no colour.",
+    "The model writes its calculations as scratchpads, one character at a time. The stronger the colour, the less "
+    "certain the pre-trained model is of the next character. Most characters follow from the ones before and have no "
+    "colour.",
     "Boxed are the critical tokens: where a list of digits longer than any in pre-training has to be copied to its "
     "end. A model that closes the list too early there has lost a digit, and with it the answer.",
     "An answer is right or wrong by its result alone. A right one may still leave the right scratchpad on the way.",

@@ -17,7 +17,7 @@ from typing import Any
 
 from ckl_jax.analysis import report
 from ckl_jax.errors import ConfigError
-from ckl_jax.runs.records import read_json
+from ckl_jax.runs.records import read_results
 from experiments.common.claims import VERDICTS, Claim
 
 MARKS: dict[str, str] = dict(zip(VERDICTS, ("✓", "✗", "?", "≠"), strict=True))
@@ -72,7 +72,7 @@ def read_card(name: str, title: str, directory: pathlib.Path, command: str, erro
     if not path.exists():
         return Card(name, title, command, error=error)
     try:
-        results = read_json(path, name)
+        results = read_results(path, name)
         lacking = [key for key in NEEDED if key not in results]
         if lacking:
             raise ConfigError(f"{path.name} lacks {', '.join(lacking)}")
