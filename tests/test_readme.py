@@ -541,15 +541,16 @@ def test_what_all_runs_of_a_model_say_together_is_what_was_published():
     assert beyond.side() == "undecided"
 
 
-def test_n_plus_1_from_n7_is_what_was_published():
-    found = ladder_results("plus1_N7")
+@pytest.mark.parametrize(("name", "digits"), [("N7", 8), ("N9", 10)])
+def test_n_plus_1_from_n7_and_n9_is_what_was_published(name, digits):
+    found = ladder_results(f"plus1_{name}")
     for arm, values in found["arms"].items():
         told = [percent(values["target_after"]), percent(values["target_gain"], "+"), percent(values["old_after"])]
-        start = f"| {arm}, seeds 30 to 32 |"
+        start = f"| {arm}, {name}, seeds 30 to 32 |"
         assert published_row(start) == f"{start} {100 * values['target_before'][0]:.1f} | {' | '.join(told)} |"
     pair = comparison.pair(found, "prioritized", "standard")
     told = f"| {percent(pair['target'], '+')} | | {percent(pair['old'], '+')} |"
-    assert published_row("| difference on 8 digits, paired |").endswith(told)
+    assert published_row(f"| difference on {digits} digits, paired |").endswith(told)
     assert f"({percent(pair['target'], '+')}, 3 seeds)" in README
 
 
