@@ -63,6 +63,12 @@ def test_the_unlikely_tokens_are_those_of_bad_answers_alone():
     assert not shaping.unlikely(jnp.abs(ADVANTAGES), log_probs, MASK, 1.0).any()
 
 
+def test_an_advantage_of_0_is_of_no_bad_answer():
+    """However unlikely its token is."""
+    found = shaping.unlikely(jnp.array([[0.0, -1.0]]), jnp.array([[-5.0, -1.0]]), jnp.ones((1, 2), bool), 0.5)
+    np.testing.assert_array_equal(found, [[0, 1]])
+
+
 def test_signed_entropy_is_0_at_its_quantile_1_where_the_policy_is_least_sure_and_minus_1_where_it_is_surest():
     """Logarithms of 0.01, 0.1, 1, 2 and 8 in a row; the fourth of them is that quantile."""
     entropy, mask = jnp.array([[0.01, 8.0, 1.0], [2.0, 0.1, NAN]]), MASK

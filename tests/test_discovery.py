@@ -115,8 +115,10 @@ def test_precision_and_recall_of_hand_made_probes():
         (5, (1.0, 1.0, 1.0), "critical"),
         (5, (0.2, 0.01, 0.4), "critical"),
         (5, (0.5, -0.01, 1.0), "undecided"),
+        (5, (0.5, 0.0, 1.0), "undecided"),
         (5, (0.19, 0.1, 0.28), "undecided"),
         (5, (0.1, 0.05, 0.19), "not critical"),
+        (5, (0.1, 0.05, 0.2), "undecided"),
         (5, (-0.5, -0.6, -0.4), "not critical"),
     ],
 )
@@ -126,7 +128,14 @@ def test_types_are_judged_by_their_rule(count, drop, said):
 
 @pytest.mark.parametrize(
     ("share", "said"),
-    [((0.8, 0.6, 0.9), "holds"), ((0.5, 0.4, 0.6), "undecided"), ((0.2, 0.1, 0.4), "fails"), ((0, 0, 1), "undecided")],
+    [
+        ((0.8, 0.6, 0.9), "holds"),
+        ((0.7, 0.5, 0.9), "undecided"),
+        ((0.5, 0.4, 0.6), "undecided"),
+        ((0.3, 0.1, 0.5), "undecided"),
+        ((0.2, 0.1, 0.4), "fails"),
+        ((0, 0, 1), "undecided"),
+    ],
 )
 def test_precision_and_recall_are_judged_by_their_rule(share, said):
     assert discovery.verdict(share) == said

@@ -120,6 +120,13 @@ def test_the_gate_is_open_where_the_clipped_loss_has_a_gradient():
     chex.assert_trees_all_equal(ratio_losses.open_gate(log_probs, **(arguments | garbage)), found)
 
 
+def test_the_gate_of_a_bad_token_closes_at_the_clip_below():
+    """A ratio of 0.75 lies between 1 - 0.3 and 1 - 0.2."""
+    log_probs, old, bad, mask = jnp.log(jnp.array([0.75])), jnp.zeros(1), -jnp.ones(1), jnp.ones(1, bool)
+    assert ratio_losses.open_gate(log_probs, old, bad, mask, (0.3, 0.2)).all()
+    assert not ratio_losses.open_gate(log_probs, old, bad, mask, (0.2, 0.3)).any()
+
+
 def test_at_the_rollouts_policy_the_clipped_loss_has_the_policy_gradient():
     log_probs, advantages = jnp.array([-0.5, -2.0]), jnp.array([1.5, -0.5])
     mask = jnp.array([True, True])
@@ -171,3 +178,10 @@ def test_the_advantage_is_redistributed_to_unsure_tokens_that_have_moved_and_fro
     call = lambda x: ratio_losses.redistributed(advantages, h, x, jnp.zeros(7), mask, 0.2, 1.0)  # noqa: E731
     np.testing.assert_allclose(call(log_probs), [3.0, 2.0, 2.0, 1.0, 2.0, 2.0, 0.0], rtol=1e-6)
     assert not jax.grad(lambda x: call(x).sum())(log_probs).any()
+
+
+def test_a_ratio_below_1_has_moved_beyond_half_the_clip_too():
+    """0.85 lies below 1 - 0.2 / 2: the unsure token gets 2 (1 + 0.5), the sure one keeps its 2."""
+    log_probs, h = jnp.log(jnp.full(2, 0.85)), jnp.array([0.5, -0.5])
+    found = ratio_losses.redistributed(jnp.full(2, 2.0), h, log_probs, jnp.zeros(2), jnp.ones(2, bool), 0.2, 1.0)
+    np.testing.assert_allclose(found, [3.0, 2.0], rtol=1e-6)

@@ -69,6 +69,11 @@ def test_the_nucleus_of_the_smallest_share_is_the_likeliest_token():
     np.testing.assert_allclose(truncation.entropy_within(logits, inside), [0.0, np.log(3)], rtol=1e-6, atol=1e-7)
 
 
+def test_tokens_that_have_just_the_share_together_are_the_whole_nucleus():
+    """Of 1/2, 1/4, 1/8 and 1/8 the first two have 3/4."""
+    np.testing.assert_array_equal(truncation.nucleus(jnp.log(P_2x4[0]), 0.75), [1, 1, 0, 0])
+
+
 def test_the_nucleus_of_a_large_vocabulary_has_its_tail():
     """Summed from the likeliest on, the last of 150,000 tokens would be rounded away."""
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 3, 150_000), jnp.float32)
