@@ -523,6 +523,26 @@ def test_a_command_that_ended_without_a_word_is_told_from_one_that_runs(cloud):
     assert process.returncode == 137
 
 
+def on_worker(cloud, *words):
+    """What remote.sh of the first worker prints."""
+    home = cloud.path / "0" / "0"
+    environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
+    command = ["bash", "remote.sh", *words]
+    return subprocess.run(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_a_command_that_was_killed_is_not_taken_for_the_one_that_finished_before_it(cloud):
+    cloud.machine(ends={"0": [[0, 0], [FOREVER, 0]]})
+    run = cloud.path / "0" / "0" / "ckl_runs" / "r"
+    on_worker(cloud, "start", "r", "first", "x")
+    cloud.wait_for(lambda: on_worker(cloud, "status", "r") == "ckl-status exit 0\n")
+    on_worker(cloud, "start", "r", "second", "x")
+    cloud.wait_for(lambda: len(cloud.jobs()) == 2)
+    os.killpg(int((run / "group").read_text()), signal.SIGKILL)
+    cloud.wait_for(lambda: on_worker(cloud, "status", "r") != "ckl-status running\n")
+    assert on_worker(cloud, "status", "r") == "ckl-status gone\n"
+
+
 def test_ctrl_c_in_run_leaves_the_command_running_and_says_so(cloud):
     cloud.machine(ends={"0": [[TOLD, 0]]})
     process = cloud.start("run.sh", "a.module")
