@@ -1,5 +1,6 @@
 """The TPU scripts against a gcloud that replays states and runs the workers' commands here (tests/fake_gcloud.py)."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -197,6 +198,19 @@ def test_all_settings_that_are_missing_or_wrong_are_listed_at_once(cloud):
     assert not cloud.records("calls.jsonl")
 
 
+def test_settings_that_are_not_given_are_what_the_script_and_the_page_say(cloud):
+    for name in ("POLL_SECONDS", "RETRY_SECONDS", "MAX_DELETE_SECONDS"):
+        del cloud.environment[name]
+    used = dict(line.split("=", 1) for line in cloud.run("env.sh").out.splitlines())
+    comment = (ROOT / "tpu_scripts" / "env.sh").read_text().partition("\nset -euo")[0]
+    said = re.findall(r"^#   ([A-Z_]+) [^(]*\((\d+)", comment, re.MULTILINE)
+    assert dict(said) == {name: used[name] for name in used if name.endswith("_SECONDS") or name.startswith("MAX_")}
+    on_page = re.findall(r"`([A-Z_]+)` \((\d+)\)", (ROOT / "tpu_scripts" / "README.md").read_text())
+    assert len(on_page) >= 5
+    assert {*on_page} <= {*said}
+    assert used["SPOT"] == "1"
+
+
 @pytest.mark.parametrize(
     ("kind", "version"),
     [
@@ -262,6 +276,13 @@ def test_create_waits_until_the_machine_is_there_and_calling_it_again_is_harmles
     ]
     assert cloud.run("create.sh", SPOT=spot).returncode == 0
     assert cloud.calls() == ["create"]
+
+
+def test_an_active_request_is_a_machine_where_gcloud_does_not_say_how_that_one_is(cloud):
+    cloud.run("create.sh")
+    cloud.plan(says={"tpu-vm describe": "ERROR: (gcloud) UNAVAILABLE: 503"})
+    done = cloud.run("create.sh")
+    assert done.returncode == 0, done.err
 
 
 def test_create_deletes_a_request_that_failed_unless_it_is_to_be_kept(cloud):
@@ -355,6 +376,13 @@ def test_setup_tells_an_installer_that_fails_from_workers_that_cannot_be_reached
     assert cloud.run("setup.sh").returncode == 6
     cloud.run("delete.sh")
     cloud.run("create.sh")
+    assert cloud.run("setup.sh").returncode == 255
+
+
+def test_a_machine_in_maintenance_is_out_of_reach_and_no_failed_setup(cloud):
+    cloud.run("create.sh")
+    says = "ERROR: (gcloud) This TPU is going through a maintenance event, and is currently unavailable."
+    cloud.plan(says={"tpu-vm scp": says})
     assert cloud.run("setup.sh").returncode == 255
 
 
@@ -487,27 +515,31 @@ def test_a_worker_that_goes_on_without_one_that_failed_is_started_again_with_it(
     assert sorted(job["worker"] for job in cloud.jobs()) == ["0", "0", "1", "1"]
 
 
-def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
-    cloud.machine(ends={"0": [[0, 5]]})
+def on_worker(cloud, *words):
+    """What remote.sh of the first worker prints."""
     home = cloud.path / "0" / "0"
     environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
-    remote = ["bash", "remote.sh"]
+    command = ["bash", "remote.sh", *words]
+    return subprocess.run(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_ssh_that_repeats_a_command_does_not_start_it_twice(cloud):
+    cloud.machine(ends={"0": [[0, 5]]})
+    run = cloud.path / "0" / "0" / "ckl_runs" / "r"
     for attempt in ("first", "first", "second"):
-        subprocess.run([*remote, "start", "r", attempt, "x"], cwd=home, env=environment, check=True)
-        cloud.wait_for((home / "ckl_runs" / "r" / "exit_code").exists)
-        subprocess.run(["flock", home / "ckl_runs" / "r" / "running", "true"], check=True)
+        on_worker(cloud, "start", "r", attempt, "x")
+        cloud.wait_for((run / "exit_code").exists)
+        subprocess.run(["flock", run / "running", "true"], check=True)
     assert len(cloud.jobs()) == 2
 
 
 def test_a_look_at_the_lock_does_not_keep_a_command_from_starting(cloud):
     cloud.machine(ends={"0": [[0, 0]]})
-    home = cloud.path / "0" / "0"
-    run = home / "ckl_runs" / "r"
+    run = cloud.path / "0" / "0" / "ckl_runs" / "r"
     run.mkdir(parents=True)
     with subprocess.Popen(["flock", run / "running", "sh", "-c", "echo; sleep 0.5"], stdout=subprocess.PIPE) as look:
         look.stdout.readline()
-        environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
-        subprocess.run(["bash", "remote.sh", "start", "r", "first", "x"], cwd=home, env=environment, check=True)
+        on_worker(cloud, "start", "r", "first", "x")
     cloud.wait_for((run / "exit_code").exists)
     assert len(cloud.jobs()) == 1
 
@@ -523,14 +555,6 @@ def test_a_command_that_ended_without_a_word_is_told_from_one_that_runs(cloud):
     assert process.returncode == 137
 
 
-def on_worker(cloud, *words):
-    """What remote.sh of the first worker prints."""
-    home = cloud.path / "0" / "0"
-    environment = {**cloud.environment, "HOME": str(home), "WORKER": "0"}
-    command = ["bash", "remote.sh", *words]
-    return subprocess.run(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 def test_a_command_that_was_killed_is_not_taken_for_the_one_that_finished_before_it(cloud):
     cloud.machine(ends={"0": [[0, 0], [FOREVER, 0]]})
     run = cloud.path / "0" / "0" / "ckl_runs" / "r"
@@ -540,6 +564,21 @@ def test_a_command_that_was_killed_is_not_taken_for_the_one_that_finished_before
     cloud.wait_for(lambda: len(cloud.jobs()) == 2)
     os.killpg(int((run / "group").read_text()), signal.SIGKILL)
     cloud.wait_for(lambda: on_worker(cloud, "status", "r") != "ckl-status running\n")
+    assert on_worker(cloud, "status", "r") == "ckl-status gone\n"
+
+
+def test_stop_kills_a_command_that_does_not_heed_sigterm(cloud):
+    """After 30 s, which this flock makes short."""
+    deaf = PYTHON.replace("\nimport json", "\nimport signal; signal.signal(15, signal.SIG_IGN)\nimport json")
+    (cloud.path / "python").write_text(deaf)
+    cloud.machine(ends={"0": [[FOREVER, 0]]})
+    flock, impatient = shutil.which("flock"), cloud.path.parent / "bin" / "flock"
+    impatient.write_text(f'#!/bin/sh\n[ "$1 $2" = "-w 30" ] && shift 2 && set -- -w 0.2 "$@"\nexec {flock} "$@"\n')
+    impatient.chmod(0o755)
+    on_worker(cloud, "start", "r", "first", "x")
+    cloud.wait_for(lambda: cloud.jobs())
+    on_worker(cloud, "stop", "r")
+    subprocess.run([flock, "-w", "10", cloud.path / "0" / "0" / "ckl_runs" / "r" / "running", "true"], check=True)
     assert on_worker(cloud, "status", "r") == "ckl-status gone\n"
 
 
@@ -1046,22 +1085,22 @@ def test_create_gives_up_where_gcloud_stops_to_answer_and_deletes_its_request(cl
     assert not cloud.is_there()
 
 
+COUNTED = ["CALL_SECONDS", "MAX_WAIT_SECONDS", "MAX_DELETE_SECONDS", "MAX_RETRIES", "MAX_FAILURES", "STEADY_SECONDS"]
+NO_NUMBERS = ["-1", "1e3", "9999999999", "soon", ""]
+
+
+def test_a_pause_may_begin_with_a_zero_since_sleep_reads_it_as_people_do(cloud):
+    assert "POLL_SECONDS=08\n" in cloud.run("env.sh", POLL_SECONDS="08").out
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "value"),
     [
-        "POLL_SECONDS",
-        "CALL_SECONDS",
-        "MAX_WAIT_SECONDS",
-        "MAX_DELETE_SECONDS",
-        "MAX_RETRIES",
-        "MAX_FAILURES",
-        "STEADY_SECONDS",
+        *itertools.product(["POLL_SECONDS", "RETRY_SECONDS"], NO_NUMBERS),
+        *itertools.product(COUNTED, ["08", *NO_NUMBERS]),
     ],
 )
-@pytest.mark.parametrize("value", ["08", "-1", "1e3", "9999999999", "soon", ""])
 def test_a_number_that_bash_would_read_otherwise_is_refused_before_it_is_paid_for(cloud, name, value):
-    if (name, value) == ("POLL_SECONDS", "08"):
-        return  # sleep reads it as people do.
     done = cloud.run("supervise.sh", "a.module", **{name: value})
     assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
     assert name in done.err
@@ -1278,6 +1317,19 @@ def test_a_login_that_was_not_found_is_not_a_machine_that_was_not_found(cloud):
 def test_a_gcloud_that_hangs_is_ended(cloud):
     cloud.plan(hangs=["describe"])
     assert cloud.run("supervise.sh", "a.module", CALL_SECONDS="1").returncode == 5
+
+
+def test_every_call_of_gcloud_has_its_bound_and_is_killed_10_s_after_it(cloud):
+    noted, timeout = cloud.path / "bounds", cloud.path.parent / "bin" / "timeout"
+    timeout.write_text(f'#!/bin/sh\necho "$*" >>"{noted}"\nexec {shutil.which("timeout")} "$@"\n')
+    timeout.chmod(0o755)
+    assert cloud.run("supervise.sh", "a.module", CALL_SECONDS="60").returncode == 0
+    form = r"^-k 10 (\d+) gcloud compute tpus \S+ (\w+).*?(?:--command=bash remote.sh (\w+).*)?$"
+    found = re.findall(form, noted.read_text(), re.MULTILINE)
+    assert len(found) == len(cloud.records("calls.jsonl"))
+    bounds = {(words or verb, int(seconds)) for seconds, verb, words in found}
+    quick, slow = ("describe", "status", "start"), ("create", "scp", "busy", "install", "delete")
+    assert bounds == {*((name, 60) for name in quick), *((name, 600) for name in slow)}
 
 
 def test_a_checkout_without_git_is_installed(cloud):
