@@ -21,14 +21,16 @@ from policies import untrained
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.finetune import FinetuneCommand
 from ckl_jax.model import num_parameters
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
 from ckl_jax.preflight.chips import CHIPS, GIB
 from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
-from ckl_jax.presets import pretrain_preset
+from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.pretrain import PretrainCommand
+from ckl_jax.rl.setup import set_up
 from ckl_jax.rollout.decoding import rollout
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import cli, targets
@@ -212,6 +214,38 @@ def test_a_slice_that_starts_early_and_one_of_a_view_are_slices():
     assert costs.cost(SLICES, CHIP.passes).bytes == 2 * (early + of_view) + 4  # The index.
 
 
+UPDATED = """HloModule made
+
+%fused (whole: f32[5,16,16], part: f32[1,16,16], i: s32[]) -> f32[5,16,16] {
+  %whole = f32[5,16,16] parameter(0)
+  %part = f32[1,16,16] parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = f32[5,16,16] dynamic-update-slice(%whole, %part, %i, %zero, %zero)
+}
+
+ENTRY %main (ws: f32[5,16,16], w: f32[1,16,16], at: s32[]) -> f32[5,16,16] {
+  %ws = f32[5,16,16] parameter(0)
+  %w = f32[1,16,16] parameter(1)
+  %at = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %r = f32[5,16,16] OPERATION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "index"),
+    [
+        ("dynamic-update-slice(%ws, %w, %at, %none, %none)", 0),
+        ("fusion(%ws, %w, %at), kind=kLoop, calls=%fused", 4),
+    ],
+)
+def test_an_update_in_place_moves_the_update_and_not_the_array_that_it_is_in(operation, index):
+    part = 4 * 16 * 16
+    assert costs.cost(UPDATED.replace("OPERATION", operation), CHIP.passes).bytes == 2 * part + index
+
+
 TPU = """HloModule made
 
 %body (p: (s32[], f32[8,16], f32[5,16,16])) -> (s32[], f32[8,16], f32[5,16,16]) {
@@ -312,11 +346,11 @@ def test_what_the_compiler_says_of_too_much_memory_is_read(message, size):
     assert _said(message) == size
 
 
-def _doubled(beside):
-    """A program for this machine that needs 2 GiB."""
+def _doubled(beside, **options):
+    """A program for this machine that needs 2 GiB, or 1 where it may have its argument's memory."""
     device = jax.devices()[0]
     x = jax.ShapeDtypeStruct((GIB // 4096, 1024), jnp.float32, sharding=SingleDeviceSharding(device))
-    call = Call(jax.jit(lambda x: 2 * x), jax.sharding.Mesh([device], ("data",)), (x,))
+    call = Call(jax.jit(lambda x: 2 * x, **options), jax.sharding.Mesh([device], ("data",)), (x,))
     return programs.Planned("doubled", call, beside)
 
 
@@ -325,6 +359,12 @@ def test_memory_is_what_the_program_needs_and_what_the_command_keeps_beside_it()
     assert found.fits
     assert found.needed == pytest.approx(5 * GIB, rel=1e-3)
     assert not judged(_doubled(beside=15 * GIB), CHIP).fits
+
+
+def test_memory_that_is_argument_and_result_at_once_counts_once():
+    found = judged(_doubled(beside=0, donate_argnums=0), CHIP)
+    assert found.memory["aliased"] == GIB
+    assert found.needed == pytest.approx(GIB, rel=1e-3)
 
 
 def test_parameters_that_are_split_over_the_devices_stay_beside_those_that_a_test_gathers(small_model):
@@ -340,6 +380,22 @@ def test_parameters_that_are_split_over_the_devices_stay_beside_those_that_a_tes
 
     params = 4 * num_parameters(untrained(small_model))
     assert beside(True) == pytest.approx((beside(False) + params) / 4, rel=0.05)
+
+
+def test_the_pre_trained_parameters_stay_beside_a_test_of_the_policies(small_model, tmp_path, monkeypatch):
+    """Those whose KL it is, and those whose certainty weighs it."""
+    wider, setups = dataclasses.replace(small_model, width=24), []
+    numbers = {config.width: num_parameters(untrained(config)) for config in (small_model, wider)}
+    for config in (small_model, wider):
+        save_model(tmp_path / str(config.width), Model(config, 1, untrained(config), ADDITION), {})
+    monkeypatch.setattr(programs, "set_up", lambda *words: setups.append(set_up(*words)) or setups[-1])
+    config = dataclasses.replace(finetune_preset("tiny", "ours"), test_problems=2, test_every=1)
+    command = FinetuneCommand(config, tmp_path / "16", certainty_checkpoint=tmp_path / "24")
+    with targets.compiling_for(jax.devices()[:1]):
+        *_, last = programs.of_finetuning(command)
+    (setup,) = setups
+    learned = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.states)) - 4 * numbers[16]
+    assert last.beside == learned + 4 * (numbers[16] + numbers[24])
 
 
 @pytest.fixture
@@ -391,6 +447,33 @@ def test_only_a_compiler_out_of_memory_says_that_a_program_does_not_fit(prefligh
 )
 def test_the_commands_name_divides_the_arguments(words, parts):
     assert split(words.split()) == parts
+
+
+SAID = {
+    # Tflop/s of bfloat16, GB/s of memory, and GB/s of all links in both directions together.
+    "v4": (275, 1228, 600),
+    "v5e": (197, 819, 400),
+    "v5p": (459, 2765, 1200),
+    "v6e": (918, 1640, 800),
+    "h100": (989.4, 3352, 900),
+    "h200": (989.4, 4800, 900),
+}
+
+
+def test_chips_are_what_google_clouds_pages_and_nvidias_data_sheets_say():
+    found = {name: (chip.flops / 1e12, chip.bandwidth / 1e9, 2 * chip.links / 1e9) for name, chip in CHIPS.items()}
+    assert found == SAID
+
+
+def test_programs_may_use_what_jax_takes_of_a_gpus_memory():
+    """75%, by JAX's page on it; the whole, as CUDA tells it, is that of XLA's specs."""
+    whole = {"h100": 84_942_979_072, "h200": 151_397_597_184}
+    assert {name: CHIPS[name].memory for name in whole} == {name: 0.75 * size for name, size in whole.items()}
+
+
+def test_a_tpu_multiplies_float32_numbers_in_one_pass_for_each_pair_of_their_bfloat16_parts():
+    """High has two parts of each and leaves out the pair of the last ones, highest three and leaves out three pairs."""
+    assert chips.TPU_PASSES == {"default": 1, "high": 2 * 2 - 1, "highest": 3 * 3 - 3}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CHIPS if kind not in chips.GPUS])
