@@ -534,6 +534,11 @@ def test_the_recipes_are_what_the_paper_and_the_authors_code_say():
     assert differing == {"recipe"} | of_losses
 
 
+def test_our_recipes_learning_rate_falls_with_the_models_size():
+    rates = [finetune_preset(scale, "ours").learning_rate for scale in ("tiny", "ladder", "small", "gpt2")]
+    assert rates == [FinetuneConfig().learning_rate, FinetuneConfig().learning_rate, 3e-5, 1e-5]
+
+
 @pytest.mark.parametrize("scale", ["tiny", "ladder", "small", "gpt2"])
 @pytest.mark.parametrize("recipe", ["ours", "paper", "authors"])
 def test_every_recipe_is_at_home_at_every_scale(scale, recipe):

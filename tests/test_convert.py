@@ -1,5 +1,6 @@
 """Checkpoints of transformers and nanoGPT: the same logits and greedy text, exact round trips, refusals by name."""
 
+import dataclasses
 import errno
 import http.server
 import json
@@ -24,7 +25,7 @@ from test_hostile_commands import WITH_CHECKPOINT
 from ckl_jax import tasks
 from ckl_jax.analysis import critical, discovery
 from ckl_jax.certainty import certainty
-from ckl_jax.checkpoint.gpt2 import load_foreign
+from ckl_jax.checkpoint.gpt2 import load_foreign, save_transformers
 from ckl_jax.checkpoint.store import fingerprint, load_model, save_model
 from ckl_jax.convert import ConvertCommand, main
 from ckl_jax.errors import ConfigError
@@ -402,6 +403,14 @@ def test_an_export_that_was_trained_since_is_not_overwritten(here, capsys, monke
     convert_refused(here, capsys, monkeypatch, arguments, "out: got 'exported, which is not empty', .*")
     kept = load_file("exported/model.safetensors")
     assert all(torch.equal(kept[name], x) for name, x in trained.items())
+
+
+def test_an_export_has_the_dropout_of_pre_training_everywhere(here):
+    model = load_model(here / "model")
+    model = model._replace(config=dataclasses.replace(model.config, dropout=0.2))
+    save_transformers(here / "exported", model, {})
+    described = json.loads((here / "exported" / "config.json").read_text())
+    assert [described[f"{part}_pdrop"] for part in ("attn", "embd", "resid")] == [0.2] * 3
 
 
 def test_a_model_that_ships_is_exported_by_its_name(tmp_path, monkeypatch):

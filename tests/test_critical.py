@@ -134,6 +134,18 @@ def test_batches_change_nothing(monkeypatch):
     assert [x.shape[0] for x in whole.first(2)] == [2] * len(whole)
 
 
+def test_answers_are_sampled_with_the_seed(monkeypatch):
+    keys = []
+
+    def answer(*arguments, max_length):
+        keys.append(arguments[-1])
+        return [np.zeros(1)] * len(critical.Generations._fields)
+
+    monkeypatch.setattr(critical, "_answer", answer)
+    critical.sample(Model(MODEL, 1, {}), PROBLEMS[:1], 2, dataclasses.replace(HOW, seed=3))
+    assert keys == [jax.random.key(3)]
+
+
 @pytest.mark.parametrize(
     "bad",
     [

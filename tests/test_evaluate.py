@@ -113,6 +113,14 @@ def test_the_command_judges_both_kinds_of_operands_with_its_options(small_model,
         assert (len(problems), options["temperature"], options["seed"]) == (30, 0.7, 3)
 
 
+def test_a_cells_problems_and_noise_are_its_seeds(small_model, monkeypatch):
+    monkeypatch.setattr(evaluate, "judge", lambda model, problems, digits, **how: (problems, how["seed"]))
+    model = Model(small_model, 1, None)
+    first, third = (evaluate.judge_cell(model, "varying", 2, 9, seed=seed) for seed in (0, 3))
+    assert first[0] != third[0]
+    assert (first[1], third[1]) == (0, 3)
+
+
 def test_lengths_end_where_problems_do(small_model):
     assert [*evaluate.lengths(Model(small_model, 5, None))] == [5, 6, 7, 8]
     assert [*evaluate.lengths(Model(small_model, 17, None))] == [17, 18]
@@ -122,7 +130,10 @@ def test_the_command_averages_each_problem_over_the_offsets(small_model, tmp_pat
     save_model(tmp_path, Model(small_model, 1, untrained(small_model)), {})
     by_block = {400: [1.0, 1.0, 0.0, 0.0], 380: [1.0, 0.0, 0.0, 0.0]}
     monkeypatch.setattr(evaluate, "judge", lambda model, *_, **__: np.array(by_block[model.config.block_size]))
+    shares = []
+    monkeypatch.setattr(evaluate, "bootstrap_interval", lambda values: shares.append(values.tolist()) or (0.0, 1.0))
     evaluate.main(EvaluateCommand(tmp_path, problems=4, offsets=(0, 20)))
+    assert shares[0] == [1.0, 0.5, 0.0, 0.0]
     first, *others = capsys.readouterr().out.splitlines()[2:]
     assert first.split()[:2] == ["1", "37.5"]
     longest = ADDITION.longest_episode(4, 0)

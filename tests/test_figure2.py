@@ -15,6 +15,7 @@ from ckl_jax.config import PretrainConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
 from ckl_jax.tasks.columns import ADDITION
+from ckl_jax.tasks.problems import measured_on
 from experiments import figure2_pretraining as figure2
 from experiments.common import models
 from experiments.common.models import Models
@@ -100,7 +101,7 @@ def test_a_number_that_the_paper_rounds_to_all_or_none_is_no_exact_one():
 def command(tmp_path, small_model):
     model = dataclasses.replace(small_model, num_layers=1, block_size=350)
     pretrain = PretrainConfig(max_digits=1, num_documents=60, packing="documents", model=model)
-    return figure2.Figure2Command(Models("tiny", (1, 2), pretrain, tmp_path / "models"), tmp_path / "out", 4, 0, 40)
+    return figure2.Figure2Command(Models("tiny", (1, 2), pretrain, tmp_path / "models"), tmp_path / "out", 4, 3, 40)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def finished(command, monkeypatch):
     measured = []
 
     def half_right(model, operands, digits, count, *, seed, extra_length):
-        assert (seed, extra_length) == (0, 40)
+        assert (seed, extra_length) == (3, 40)
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append((model.max_pretrain_digits, operands, digits))
@@ -184,12 +185,14 @@ def test_another_number_of_problems_is_refused_before_anything_is_trained(finish
         figure2.main(dataclasses.replace(command, problems=5))
 
 
-def test_a_cell_counts_what_the_model_solves(command, small_model):
-    problem = ADDITION.identical_problems(np.random.default_rng([0, 1]), 1, 1)[0]
-    params = scripted_policy(ADDITION.answer_text(problem), ADDITION.max_prompt_length(1))
+def test_a_cell_counts_what_the_model_solves(command):
+    """A model that answers its seed's last problem, whatever is asked; with the seed 0 that solves none."""
+    asked, others = (ADDITION.identical_problems(measured_on(seed, 1), 4, 1) for seed in (command.seed, 0))
+    params = scripted_policy(ADDITION.answer_text(asked[-1]), ADDITION.max_prompt_length(1))
     cell = figure2.measure_cell(command, Model(SCRIPT_MODEL, 1, params), "identical", 1)
-    asked = ADDITION.identical_problems(np.random.default_rng([0, 1]), 4, 1)
-    assert cell["solved"] == sum(each.a + each.b == problem.a + problem.b for each in asked) >= 1
+    right = asked[-1].a + asked[-1].b
+    assert cell["solved"] == sum(problem.a + problem.b == right for problem in asked)
+    assert not any(problem.a + problem.b == right for problem in others)
 
 
 def test_the_papers_numbers_have_all_four_n_and_lengths():

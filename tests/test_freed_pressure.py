@@ -95,6 +95,25 @@ def test_the_command_writes_shares_that_add_up_and_draws_them_again(command, tmp
     assert (tmp_path / "out" / "freed_pressure.png").read_bytes().startswith(b"\x89PNG")
 
 
+class AskedError(Exception):
+    """The policy has been given its problems."""
+
+
+def test_the_problems_are_the_seeds(command, monkeypatch):
+    asked = []
+
+    def sample(model, problems, *_, **__):
+        asked.append(problems)
+        raise AskedError
+
+    monkeypatch.setattr(experiment.critical, "sample", sample)
+    for seed in ("0", "3"):
+        with pytest.raises(AskedError):
+            experiment.measure(command("--seed", seed))
+    assert len(asked[0]) == len(asked[1]) == 4
+    assert asked[0] != asked[1]
+
+
 @pytest.mark.parametrize("options", [["--beta", "0"], ["--betas", "1", "0"], ["--answers", "0"]])
 def test_what_cannot_work_is_refused_by_name(command, options):
     with pytest.raises(ConfigError, match=rf"^{options[0][2:]}: got"):

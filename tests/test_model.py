@@ -199,11 +199,12 @@ def test_every_matrix_product_has_the_configured_precision(two_layers, cached):
     assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
 
 
-def test_the_gpt2_preset_has_85_million_parameters_and_no_bias():
+def test_the_gpt2_preset_has_85_million_parameters_no_bias_and_dropout():
     config = presets.pretrain_preset("gpt2").model
     shapes = jax.eval_shape(GPT2(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     assert abs(sum(x.size for x in jax.tree.leaves(shapes)) - 85e6) < 1e6
     assert not any(path.endswith("bias") for path in parameter_paths(shapes))
+    assert config.dropout == 0.2
 
 
 def test_biases_are_there_exactly_when_asked_for(two_layers):

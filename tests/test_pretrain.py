@@ -120,6 +120,21 @@ def test_the_moving_average_is_what_is_saved_and_a_plain_loop_finds_it(config, d
     assert optax.tree.norm(optax.tree.sub(state.average, state.params)) > 1e-3
 
 
+@pytest.mark.usefixtures("uninterrupted")  # Which compiles the step.
+def test_every_step_has_a_batch_of_its_own(config, data_dir):
+    mesh = make_mesh(config)
+    everywhere = sharding.everywhere(mesh)
+    stream = load_stream(config.max_digits, config.num_documents, config.seed, data_dir=data_dir)
+    stream = sharding.put(stream, everywhere)
+    start = jax.jit(functools.partial(init_state, config), out_shardings=everywhere)
+    losses = []
+    for step in (0, 0, 1):
+        with jax.set_mesh(mesh):
+            state = start()._replace(step=sharding.put(np.int32(step), everywhere))
+            losses.append(float(train_step(config, state, stream)[1]["loss"]))
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_take_the_step_of_the_whole_batch(config, data_dir, microbatches):
     config = dataclasses.replace(config, packing="stream", start_share=0.0, num_steps=25)  # Windows are never the same.
@@ -155,15 +170,16 @@ def test_without_a_decay_the_last_parameters_are_tested(config):
     assert state.tested is state.params
 
 
-def test_the_learning_rate_ends_at_its_share_of_the_peak(config):
-    config = dataclasses.replace(config, final_learning_rate=0.0, ema_decay=0.0, weight_decay=0.0)
+@pytest.mark.parametrize(("share", "last"), [(0.0, 0.0), (0.1, 0.001)])
+def test_the_learning_rate_ends_at_its_share_of_the_peak(config, share, last):
+    config = dataclasses.replace(config, final_learning_rate=share, ema_decay=0.0, weight_decay=0.0)
     optimizer, params = make_optimizer(config), {"w": jnp.ones((2, 2))}
     state, sizes = optimizer.init(params), []
     for _ in range(config.num_steps + 1):
         updates, state = optimizer.update({"w": jnp.full((2, 2), 0.1)}, state, params)
         sizes.append(float(jnp.abs(updates["w"]).max()))
     assert np.argmax(sizes) == config.warmup_steps
-    np.testing.assert_allclose([sizes[config.warmup_steps], sizes[-1]], [config.learning_rate, 0.0], atol=1e-6)
+    np.testing.assert_allclose([sizes[config.warmup_steps], sizes[-1]], [0.01, last], atol=1e-6)
 
 
 PARAMS = {"wte": {"w": jnp.ones((2, 3))}, "h_0": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -192,6 +208,34 @@ def test_muon_is_for_the_layers_matrices_and_adam_for_the_rest(config):
     adam = updates["h_0"]["bias"][0]
     np.testing.assert_allclose(updates["wte"]["w"], adam, rtol=1e-5)
     assert np.abs(updates["h_0"]["kernel"] / adam - 1).min() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("adamw", 0.029 / 0.19), ("muon", 0.9 * 0.029 / 0.271 + 0.1 * 0.2 / 0.19)],
+    ids=["adamw", "muon"],
+)
+def test_the_second_step_of_adam_has_the_moments_of_both_gradients(config, name, first):
+    """0.1, then 0.2: the first moment is 0.029 / 0.19, within Muon as Nesterov has it; the second 0.0225 / 0.75."""
+    constant = {"warmup_steps": 0, "final_learning_rate": 1.0, "weight_decay": 0.0, "clip_norm": 100.0}
+    optimizer = make_optimizer(dataclasses.replace(config, optimizer=name, adam_beta2=0.5, **constant))
+    state = optimizer.init(PARAMS)
+    for gradient in (0.1, 0.2):
+        gradients = jax.tree.map(lambda x, size=gradient: jnp.full(x.shape, size), PARAMS)
+        updates, state = optimizer.update(gradients, state, PARAMS)
+    np.testing.assert_allclose(updates["h_0"]["bias"], -0.01 * first / 0.03**0.5, rtol=1e-5)
+
+
+def test_muons_update_has_a_fifth_of_the_learning_rate_as_its_root_mean_square(config):
+    """So that it is as large as Adam's. Newton and Schulz's five steps make a singular value of 1/2 about 1."""
+    config = dataclasses.replace(config, optimizer="muon", warmup_steps=0, weight_decay=0.0)
+    optimizer, params = make_optimizer(config), {"h_0": {"kernel": jnp.eye(4)}}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    value = 0.5
+    for _ in range(5):
+        value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5
+    found = np.sqrt(np.mean(np.square(updates["h_0"]["kernel"])))
+    np.testing.assert_allclose(found, 0.2 * config.learning_rate * value, rtol=1e-3)
 
 
 def test_gradients_are_clipped_by_their_global_norm(config):
@@ -251,10 +295,22 @@ def test_the_saved_model_is_the_returned_one_and_says_how_it_was_made(config, un
     assert made_by["config"] == dataclasses.asdict(config)
 
 
-def test_another_task_is_learned_from_its_own_dataset_and_tested_on_its_own_problems(config, data_dir, tmp_path):
+def test_another_task_is_learned_from_its_own_dataset_and_tested_on_its_own_problems(
+    config, data_dir, tmp_path, monkeypatch
+):
+    judged = []
+
+    def judge(model, problems, digits):
+        judged.append((model.task, problems))
+        return np.arange(4) < digits
+
+    monkeypatch.setattr(pretrain_lib, "judge", judge)
     model, metrics = _run(dataclasses.replace(config, task="subtraction", num_steps=8), tmp_path / "run", data_dir)
     assert model.task == load_model(tmp_path / "run").task == SUBTRACTION
     assert [record["step"] for record in metrics] == [8]
+    drawn = [SUBTRACTION.varying_problems(np.random.default_rng([0, digits]), 2, digits) for digits in (1, 2)]
+    assert judged == [(SUBTRACTION, drawn[0]), (SUBTRACTION, drawn[1])]
+    assert [metrics[0][f"accuracy_varying_{digits}"] for digits in (1, 2)] == [0.25, 0.5]
 
 
 def test_devices_that_cannot_share_a_batch_are_refused_before_the_dataset_is_prepared(config, tmp_path, monkeypatch):

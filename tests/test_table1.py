@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from made_answers import made, replaced
 from policies import untrained
 
 from ckl_jax import tasks
+from ckl_jax.analysis.critical import Measuring
 from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
@@ -153,6 +155,22 @@ def test_the_command_writes_results_and_prints_the_tables(model_path, capsys):
     table1.main(cli.parse(table1.Table1Command, None, ["--plot-only", "--out", str(model_path / "out")]))
     assert capsys.readouterr().out == printed
     assert json.loads((model_path / "out" / "results.json").read_text()) == results
+
+
+def test_a_row_is_of_its_seeds_problems_and_of_as_many_answers_as_each_part_is_to_have(small_model, monkeypatch):
+    """The answers stand for how many of them are taken."""
+    monkeypatch.setattr(table1.critical, "sample", lambda *_: SimpleNamespace(first=lambda count: count))
+    for part in ("delta_j", "criterion_1"):
+        monkeypatch.setattr(table1, part, lambda count: count)
+
+    def row(seed, generations, of_criterion):
+        how = {"generations": generations, "criterion_generations": of_criterion, "sampling": Measuring(seed=seed)}
+        return table1._row(table1.Table1Command(**how), Model(small_model, 1, {"w": np.zeros(1)}), "")
+
+    first, third = row(0, 5, 3), row(3, 5, 3)
+    assert (first["delta_j"], first["criterion_1"]) == (5, 3)
+    assert len(first["problems"]) == len(third["problems"]) == 5
+    assert first["problems"] != third["problems"]
 
 
 @pytest.mark.parametrize(
