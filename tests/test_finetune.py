@@ -25,14 +25,15 @@ from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
-from ckl_jax.rl import setup
-from ckl_jax.rl.assessment import assessed, kl_weights
+from ckl_jax.rl import collect as collect_lib
+from ckl_jax.rl import setup, updates
+from ckl_jax.rl.assessment import Episodes, assessed, kl_weights
 from ckl_jax.rl.collect import collect
 from ckl_jax.rl.critic import values
 from ckl_jax.rl.objective import gradient_norms
 from ckl_jax.rl.program import TEST_SEED, Hyper, Program, draw_problems, make_program, make_runs
-from ckl_jax.rl.updates import init_run, train_rounds, update
-from ckl_jax.rollout.trajectory import score
+from ckl_jax.rl.updates import RunState, init_run, train_round, train_rounds, update
+from ckl_jax.rollout.trajectory import Trajectory, judged, score
 from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runtime.finite import NotFiniteError
 from ckl_jax.runtime.preemption import PreemptedError
@@ -166,8 +167,30 @@ def test_episodes_longer_than_the_block_are_refused(model):
 def test_problems_are_a_function_of_seed_and_round(program):
     problems = draw_problems(program, 0, 0)
     chex.assert_trees_all_equal(problems, draw_problems(program, 0, 0))
-    for other in (draw_problems(program, 0, 1), draw_problems(program, 1, 0)):
-        assert (problems.prompts_BxP != other.prompts_BxP).any()
+    later, of_next = draw_problems(program, 0, 1), draw_problems(program, 1, 0)
+    for one, other in ((problems, later), (problems, of_next), (later, of_next)):
+        assert (one.prompts_BxP != other.prompts_BxP).any()
+
+
+def test_every_stage_of_every_round_of_every_seed_has_noise_of_its_own(program, monkeypatch):
+    """Samples, shuffled weights and shuffled minibatches of two rounds of a seed, and of the next seed's first."""
+    keys = []
+
+    def collected(program, params, ref_params, hyper, problems, of_collect, axis_name, **others):
+        keys.extend(of_collect)
+        return None, {}
+
+    def updated(program, hyper, state, episodes, key, axis_name):
+        keys.append(key)
+        return state, {}
+
+    monkeypatch.setattr(updates, "collect", collected)
+    monkeypatch.setattr(updates, "gradient_norms", lambda *arguments: {})
+    monkeypatch.setattr(updates, "update", updated)
+    for seed, index in ((0, 0), (0, 1), (1, 0)):
+        state = RunState(jnp.int32(index), {}, None, HYPER.kl_coefficient)
+        train_round(program, None, state, HYPER._replace(seed=jnp.uint32(seed)), None)
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 9
 
 
 def test_a_round_reports_all_that_explains_whether_a_run_learns(several):
@@ -443,6 +466,73 @@ def test_a_round_spares_what_is_overlong_for_the_model_and_its_critical_tokens(c
     assert lines[-2] == "..7 9"
 
 
+WARM = Program(SCRIPT_MODEL, dataclasses.replace(CONFIG, temperature=2.0), 2, ADDITION)
+TWO = jnp.array([0.0, 2 * np.log(3.0)])
+"""Logits of 1/4 and 3/4 at temperature 2, of 1/10 and 9/10 at 1."""
+
+
+@pytest.fixture(scope="module")
+def reported():
+    """What a round at temperature 2 reports of two answers to 123 + 456, of which the policy is sure."""
+    problem = tasks.Problem(123, 456)
+    problems = problems_lib.pack(ADDITION, [problem] * 2, 3, 2)
+    length = len(ADDITION.answer_text(problem))
+
+    @jax.jit
+    def metrics(answers_BxT, logits_BxTxV, ref_logits_BxTxV, returns_BxT, values_BxT):
+        zeros = jnp.zeros(answers_BxT.shape)
+        trajectory = judged(problems, answers_BxT, zeros)
+        episodes = Episodes(trajectory, ref_logits_BxTxV, zeros, zeros, returns_BxT, *[zeros] * 4)
+        return collect_lib._collect_metrics(WARM, episodes, logits_BxTxV, values_BxT, problems)
+
+    def of(*texts, logits=None, returns=(0.0, 0.0), value=0.0):
+        answers_BxT = jnp.stack([alphabet.encode(text.ljust(length, alphabet.PAD)) for text in texts]).astype(jnp.int32)
+        sure_BxTxV = 100.0 * jax.nn.one_hot(answers_BxT, alphabet.VOCAB_SIZE)
+        logits_BxTxV = sure_BxTxV if logits is None else jnp.broadcast_to(logits, sure_BxTxV.shape)
+        returns_BxT = jnp.broadcast_to(jnp.array(returns)[:, None], answers_BxT.shape)
+        values_BxT = jnp.full(answers_BxT.shape, value)
+        return metrics(answers_BxT, logits_BxTxV, jnp.minimum(logits_BxTxV, 0.0), returns_BxT, values_BxT)
+
+    return of
+
+
+def test_the_probability_of_a_critical_token_is_that_of_the_right_character_where_answers_come_to_it(reported):
+    """A sure right answer beside one that comes to no token, and beside one with a sure wrong digit in the first."""
+    problem = tasks.Problem(123, 456)
+    right = ADDITION.answer_text(problem)
+    digit = next(token for token in ADDITION.critical_tokens(problem, 2) if token.name == "n+1_digit")
+    assert (digit.step, digit.operand, digit.slot, digit.character) == (1, 1, 1, "3")
+    alone = reported(right, "\n")
+    np.testing.assert_array_equal(alone["critical_count_3x2xC"][0], [[1, 1], [1, 1]])
+    np.testing.assert_allclose(alone["critical_probability_3x2xC"][0], [[1, 1], [1, 1]], rtol=1e-6)
+    beside = reported(right, right[: digit.index] + "9" + right[digit.index + 1 :])
+    np.testing.assert_array_equal(beside["critical_count_3x2xC"][0], [[2, 2], [2, 2]])
+    np.testing.assert_allclose(beside["critical_probability_3x2xC"][0], [[1, 0.5], [1, 1]], rtol=1e-6)
+
+
+def test_the_reported_kl_is_at_the_runs_temperature(reported):
+    """ln(1/2) / 4 + 3 ln(3/2) / 4; at temperature 1 it were 0.368."""
+    two = jnp.full(alphabet.VOCAB_SIZE, -1e9).at[:2].set(TWO)
+    text = ADDITION.answer_text(tasks.Problem(123, 456))
+    np.testing.assert_allclose(reported(text, text, logits=two)["kl"], 0.130812, rtol=1e-5)
+
+
+def test_a_critic_that_says_the_mean_return_explains_none_of_the_variance(reported):
+    text = ADDITION.answer_text(tasks.Problem(123, 456))
+    found = reported(text, text, returns=(1.0, 0.0), value=0.5)
+    np.testing.assert_allclose(found["explained_variance"], 0.0, atol=1e-6)
+
+
+def test_answers_that_are_scored_again_have_log_probs_at_the_runs_temperature(monkeypatch):
+    """A token of probability 3/4."""
+    monkeypatch.setattr(collect_lib, "score", lambda model, logits, trajectory: (logits, logits))
+    ones = jnp.ones((1, 1), jnp.int32)
+    written = Trajectory(ones, ones, ones, jnp.zeros((1, 1)), jnp.ones((1, 1), bool), jnp.zeros(1))
+    logits = TWO[None, None]
+    trajectory, *_ = collect_lib._scored_alike(WARM, logits, jnp.zeros_like(logits), written)
+    np.testing.assert_allclose(trajectory.log_probs_BxT, [[np.log(0.75)]], rtol=1e-6)
+
+
 def test_arms_of_one_program_differ_in_the_word(program, model, several):
     """Two rounds of three words: the first round weighs the same tokens, the second's policies have parted."""
     arms = {word: {"kl_weights": word} for word in ("prioritized", "matched", "uniform")}
@@ -479,19 +569,20 @@ def test_only_the_critic_learns_in_the_value_warmup(program, model):
     assert optax.tree.norm(moved) > 1e-3
 
 
-def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds(program, model):
+def test_the_learning_rate_of_the_policy_decays_linearly_over_the_rounds_and_the_critics_does_not(program, model):
     config = dataclasses.replace(CONFIG, minibatch_episodes=CONFIG.episodes)
     state, episodes, _ = _collected(program, model.params)
 
     def moved(round_index, **change):
         of_round = state._replace(round=jnp.int32(round_index))
         after, _ = _updated(program._replace(config=dataclasses.replace(config, **change)), of_round, episodes)
-        return jax.tree.map(lambda new, old: new - old, after.params["policy"], state.params["policy"])
+        return jax.tree.map(lambda new, old: new - old, after.params, state.params)
 
-    whole = moved(3, learning_rate_decay=False)
-    assert optax.tree.norm(whole) > 1e-3
-    chex.assert_trees_all_close(moved(0), whole, atol=1e-6)
-    chex.assert_trees_all_close(moved(3), jax.tree.map(lambda x: x / 4, whole), atol=1e-6)
+    whole, first, last = moved(3, learning_rate_decay=False), moved(0), moved(3)
+    assert min(optax.tree.norm(whole["policy"]), optax.tree.norm(whole["value"])) > 1e-3
+    chex.assert_trees_all_close(first, whole, atol=1e-6)
+    chex.assert_trees_all_close(last["policy"], jax.tree.map(lambda x: x / 4, whole["policy"]), atol=1e-6)
+    chex.assert_trees_all_close(last["value"], whole["value"], atol=1e-6)
 
 
 def test_equal_rewards_are_no_advantage_when_normalized(program, model, collected_otherwise):

@@ -218,6 +218,13 @@ def test_the_old_lengths_are_tested_on_fewer_problems_of_up_to_n_digits():
         assert {len(str(max(problem.a, problem.b))) for problem in old} == {1}
 
 
+def test_problems_of_the_old_lengths_may_have_two_short_operands(small_model):
+    program = make_program(dataclasses.replace(CONFIG, old_problems=20), Model(small_model, 3, {}))
+    old, base = evaluation.problem_sets(program, 20)["old"]
+    assert base == 3
+    assert {len(str(max(problem.a, problem.b))) for problem in old} == {1, 2, 3}
+
+
 @pytest.mark.parametrize(("on_the_way", "at_the_ends"), [(3, 9), (9, 3)])
 def test_a_shorter_test_has_the_first_problems_of_a_longer_one(on_the_way, at_the_ends):
     config = dataclasses.replace(CONFIG, old_problems=7, test_problems=on_the_way, final_problems=at_the_ends)
