@@ -16,13 +16,15 @@ from ckl_jax.checkpoint.store import Model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.presets import finetune_preset
-from ckl_jax.rl.assessment import assessed, corrected
+from ckl_jax.rl import assessment, objective
+from ckl_jax.rl.assessment import Episodes, assessed, corrected
 from ckl_jax.rl.objective import loss_gradient, loss_terms, term_names
-from ckl_jax.rl.program import Hyper, draw_problems, make_program, make_runs
+from ckl_jax.rl.program import Hyper, Program, draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds, update
 from ckl_jax.rollout.trajectory import Trajectory, score
 from ckl_jax.runtime import finite
 from ckl_jax.runtime.sharding import make_mesh
+from ckl_jax.tasks.columns import ADDITION
 
 CONFIG = FinetuneConfig(
     episodes=8,
@@ -440,6 +442,121 @@ def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
         gradients[algorithm] = gradient[0]["policy"]
     ratio = optax.tree.norm(gradients["ppo"]) / optax.tree.norm(gradients["a2c"])
     assert abs(ratio - 1) > 0.05
+
+
+TWO = jnp.array([0.0, 2 * np.log(3.0)])
+"""Logits of 1/4 and 3/4 at temperature 2, of 1/10 and 9/10 at 1."""
+KL_OF_TWO = np.log(1 / 2) / 4 + 3 * np.log(3 / 2) / 4
+"""From them at temperature 2 to 1/2 and 1/2; at 1 it is 0.368 instead of 0.131."""
+
+
+def _said(log_probs_BxT, right_B):
+    """Answers that consist of token 1, without prompts."""
+    log_probs_BxT = jnp.asarray(log_probs_BxT, jnp.float32)
+    ones = jnp.ones(log_probs_BxT.shape, jnp.int32)
+    return Trajectory(ones, ones, ones, log_probs_BxT, ones > 0, jnp.array(right_B))
+
+
+def test_the_entropy_bonus_has_its_scale_and_bound_and_the_entropy_at_the_runs_temperature():
+    """A = 1, and H of 1/4 and 3/4 is 2 ln 2 - 3 ln 3 / 4 = 0.562335: a tenth of it, then a twentieth of A."""
+    config = dataclasses.replace(CONFIG, advantage_shaping="entropy_bonus", temperature=2.0, entropy_scale=0.1)
+    for kappa, expected in ((5.0, 1.0562335), (20.0, 1.05)):
+        bounded = dataclasses.replace(config, entropy_kappa=kappa)
+        found = assessment._shaped(bounded, jnp.ones((1, 1)), _said([[0.0]], [1.0]), TWO[None, None])
+        np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
+
+
+def test_gtpo_with_a_share_of_0_deals_nothing_out():
+    """Rewards 1, 1 and -1, whatever the entropies are: less 1/3, over the root of 8/9."""
+    config = dataclasses.replace(
+        CONFIG,
+        episodes=6,
+        minibatch_episodes=6,
+        algorithm="grpo",
+        group_size=3,
+        advantage_shaping="gtpo",
+        gtpo_share=0.0,
+    )
+    logits_BxTxV = jnp.stack([0 * TWO, TWO, TWO])[:, None]
+    found = assessment._shaped(config, jnp.zeros((3, 1)), _said([[0.0]] * 3, [1.0, 1.0, 0.0]), logits_BxTxV)
+    np.testing.assert_allclose(found[:, 0], [0.5**0.5, 0.5**0.5, -(2**0.5)], rtol=1e-5)
+
+
+def test_floored_weights_have_the_weak_one_as_their_floor():
+    config = dataclasses.replace(CONFIG, kl_weak=0.3, kl_quantile=0.7)
+    hyper = HYPER._replace(kl_weights=token_weights.index_of("floored"))
+    sure, ones = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
+    tokens = token_weights.Tokens(sure, 1 - sure, ones, ones, ones)
+    found = assessment.kl_weights(config, hyper, tokens, jax.random.key(0))
+    np.testing.assert_allclose(found, [[0.3, 1.0]], rtol=1e-6)
+
+
+def test_kl_cov_never_holds_a_token_of_negative_covariance():
+    """A less its mean is 1, -1, 1 and -1, log pi less its mean 1, -1, -1 and 1."""
+    config = dataclasses.replace(CONFIG, kl_cov=1.0, kl_cov_share=1.0)
+    said = _said([[-1.0, -3.0, -3.0, -1.0]], [1.0])
+    found = assessment._held_by_kl_cov(config, said, jnp.array([[1.0, -1.0, 1.0, -1.0]]))
+    np.testing.assert_array_equal(found, [[True, True, False, False]])
+
+
+def test_the_kl_in_the_advantage_is_to_the_reference_at_the_runs_temperature():
+    """The policy gave the token 1/2, the reference 3/4."""
+    config = dataclasses.replace(CONFIG, kl_in="advantage", kl="k1", temperature=2.0)
+    said = _said([[np.log(0.5)]], [1.0])
+    found = assessment._kl_in_advantage(config, said, TWO[None, None], jnp.ones((1, 1)))
+    np.testing.assert_allclose(found, [[np.log(2 / 3)]], rtol=1e-5)
+
+
+def test_the_kl_of_an_episode_is_at_the_runs_temperature():
+    """The first of two answers has it, the second none: alpha = 2 times half of it between each and their mean."""
+    config = dataclasses.replace(CONFIG, algorithm="grpo", **PAIRS, kl_in="episode", temperature=2.0)
+    logits_BxTxV = jnp.stack([TWO, jnp.zeros(2)])[:, None]
+    said = _said([[0.0], [0.0]], [1.0, 0.0])
+    found = assessment._zero_centered(config, said, logits_BxTxV, jnp.zeros((2, 1, 2)), jnp.ones((2, 1)), HYPER)
+    np.testing.assert_allclose(found[:, 0], [1 - KL_OF_TWO, KL_OF_TWO - 1], rtol=1e-5)
+
+
+def _terms_of(monkeypatch, config, said, logits, advantages=0.0, h=0.0):
+    """The loss of logits, against a reference of equal ones."""
+    monkeypatch.setattr(objective, "score", lambda model, outputs, trajectory: outputs)
+    shape = said.mask_BxT.shape
+    zeros, everywhere = jnp.zeros(shape), jnp.ones(shape, bool)
+    logits_BxTxV = jnp.broadcast_to(logits, (*shape, len(logits)))
+    of_tokens = (
+        zeros,
+        zeros + jnp.asarray(advantages),
+        zeros,
+        zeros + 1,
+        everywhere,
+        everywhere,
+        zeros + jnp.asarray(h),
+    )
+    episodes = Episodes(said, jnp.zeros_like(logits_BxTxV), *of_tokens)
+    params = {"policy": (logits_BxTxV, zeros[..., None]), "value": {}}
+    return objective.loss_terms(Program(None, config, 1, ADDITION), HYPER, params, episodes)
+
+
+def test_the_clip_and_the_advantage_of_hapo_have_their_own_strengths(monkeypatch):
+    """Ratios of 1.5, beyond a clip of 0.2 that h does not widen: 1.2 times 1 + h / 2 where h = 1, 1.2 where h = -1."""
+    config = dataclasses.replace(
+        CONFIG, algorithm="grpo", **PAIRS, clip=0.2, clip_by="entropy", hapo_clip=0.0, hapo_advantage=0.5
+    )
+    said, h = _said([[np.log(0.5 / 1.5)] * 2], [1.0]), [[1.0, -1.0]]
+    found = _terms_of(monkeypatch, config, said, jnp.zeros(2), advantages=1.0, h=h)
+    np.testing.assert_allclose(found["policy"], -(1.8 + 1.2) / 2, rtol=1e-5)
+
+
+def test_the_loss_has_its_kl_and_lp_reg_at_the_runs_temperature(monkeypatch):
+    """Probabilities of 0.6, 0.3 and 0.1, of which the last is noise below 0.2 * 0.6, beside a third each.
+
+    Token 1 has 1/3 without the noise; at temperature 1 it had less than 0.3.
+    """
+    options = {"lp_reg": 1.0, "lp_reg_min_p": 0.2, "temperature": 2.0}
+    config = dataclasses.replace(CONFIG, algorithm="reinforce", **options)
+    p_V = np.array([0.6, 0.3, 0.1])
+    found = _terms_of(monkeypatch, config, _said([[np.log(0.3)]], [1.0]), jnp.asarray(2 * np.log(p_V), jnp.float32))
+    np.testing.assert_allclose(found["kl"], 2.0 * (p_V * np.log(3 * p_V)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found["lp_reg"], 1 / 0.9 - 1 + np.log(0.9), rtol=1e-3)
 
 
 def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):

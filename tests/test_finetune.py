@@ -473,7 +473,10 @@ TWO = jnp.array([0.0, 2 * np.log(3.0)])
 
 @pytest.fixture(scope="module")
 def reported():
-    """What a round at temperature 2 reports of two answers to 123 + 456, of which the policy is sure."""
+    """What a round at temperature 2 reports of two answers to 123 + 456.
+
+    By default the policy gives 1/2 to every character that it has written and 1/80 to each of the 40 others.
+    """
     problem = tasks.Problem(123, 456)
     problems = problems_lib.pack(ADDITION, [problem] * 2, 3, 2)
     length = len(ADDITION.answer_text(problem))
@@ -487,8 +490,8 @@ def reported():
 
     def of(*texts, logits=None, returns=(0.0, 0.0), value=0.0):
         answers_BxT = jnp.stack([alphabet.encode(text.ljust(length, alphabet.PAD)) for text in texts]).astype(jnp.int32)
-        sure_BxTxV = 100.0 * jax.nn.one_hot(answers_BxT, alphabet.VOCAB_SIZE)
-        logits_BxTxV = sure_BxTxV if logits is None else jnp.broadcast_to(logits, sure_BxTxV.shape)
+        written_BxTxV = 2 * np.log(40.0) * jax.nn.one_hot(answers_BxT, alphabet.VOCAB_SIZE)
+        logits_BxTxV = written_BxTxV if logits is None else jnp.broadcast_to(logits, written_BxTxV.shape)
         returns_BxT = jnp.broadcast_to(jnp.array(returns)[:, None], answers_BxT.shape)
         values_BxT = jnp.full(answers_BxT.shape, value)
         return metrics(answers_BxT, logits_BxTxV, jnp.minimum(logits_BxTxV, 0.0), returns_BxT, values_BxT)
@@ -497,17 +500,18 @@ def reported():
 
 
 def test_the_probability_of_a_critical_token_is_that_of_the_right_character_where_answers_come_to_it(reported):
-    """A sure right answer beside one that comes to no token, and beside one with a sure wrong digit in the first."""
+    """A right answer beside one that comes to no token, and beside one that has a wrong digit for the second."""
     problem = tasks.Problem(123, 456)
     right = ADDITION.answer_text(problem)
     digit = next(token for token in ADDITION.critical_tokens(problem, 2) if token.name == "n+1_digit")
     assert (digit.step, digit.operand, digit.slot, digit.character) == (1, 1, 1, "3")
     alone = reported(right, "\n")
     np.testing.assert_array_equal(alone["critical_count_3x2xC"][0], [[1, 1], [1, 1]])
-    np.testing.assert_allclose(alone["critical_probability_3x2xC"][0], [[1, 1], [1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(alone["critical_probability_3x2xC"][0], [[0.5, 0.5], [0.5, 0.5]], rtol=1e-5)
     beside = reported(right, right[: digit.index] + "9" + right[digit.index + 1 :])
     np.testing.assert_array_equal(beside["critical_count_3x2xC"][0], [[2, 2], [2, 2]])
-    np.testing.assert_allclose(beside["critical_probability_3x2xC"][0], [[1, 0.5], [1, 1]], rtol=1e-6)
+    expected = [[0.5, (1 / 2 + 1 / 80) / 2], [0.5, 0.5]]
+    np.testing.assert_allclose(beside["critical_probability_3x2xC"][0], expected, rtol=1e-5)
 
 
 def test_the_reported_kl_is_at_the_runs_temperature(reported):
