@@ -191,7 +191,7 @@ def test_published_results_plot_and_damaged_ones_are_refused_in_one_line(publish
     module, _, options = PLOTTED[published].partition(" ")
     name, directory = f"experiments.{module}", tmp_path / published
     shutil.copytree(RESULTS / published, directory, ignore=shutil.ignore_patterns("*.png", "*.svg", "*_*"))
-    monkeypatch.setattr(figure, "write_json", _go_on)
+    monkeypatch.setattr(figure.hosts, "write_json", _go_on)
     arguments = f"--plot-only --out {directory} {options}"
     assert _ended(name, arguments, monkeypatch, capsys) is None
     reads_a_run = "figure4" in published or published == "figure6"
