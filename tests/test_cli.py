@@ -114,19 +114,6 @@ def test_a_word_that_names_a_preset_chooses_it_or_is_refused(name):
                 cli.parse(kind, preset, [option, word])
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_an_option_of_several_values_is_given_once(name):
-    """The parser would keep the last ones."""
-    _, kind, preset = command_of(name)
-    plain = {option: getattr(of, "__origin__", of) for option, of in options_of(kind)}
-    lists = [option for option, of in plain.items() if tuple in (of, typing.get_origin(of))]
-    for option in lists:
-        with pytest.raises(ConfigError, match=f"^{option}: got '2 times', allowed is once"):
-            cli.parse(kind, preset, [option, "1", option.replace("-", "_").replace("__", "--", 1) + "=2"])
-    expected = {"ckl_jax.evaluate": ["--offsets"], "experiments.reproduce": ["--items", "--options"]}
-    assert lists == expected.get(name, lists)
-
-
 def test_figures_2_and_3_take_the_presets_of_their_parts():
     _, kind, preset = command_of("experiments.figure3_pretraining_levels")
     command = cli.parse(kind, preset, ["--finetune.recipe", "paper", "--pretrain.task", "multiplication"])
@@ -249,9 +236,7 @@ def test_a_switch_is_a_switch_and_may_be_written_with_its_value(name):
     _, config_type, preset = command_of(name)
     on = preset() if preset else config_type()
     switches = dict(_switched(on, config_type))
-    assert switches.keys() == {
-        option for option, kind in cli._kinds(config_type).items() if kind in (bool, bool | None)
-    }
+    assert switches.keys() == cli._switches(config_type).keys()
     negative = [re.sub(r"^--(.*\.)?", r"--\1no-", option) for option in switches]
     ways = {
         True: [[*switches], [word for option in switches for word in (option, "True")]],

@@ -41,48 +41,32 @@ def _parse(config_type: Any, preset: Callable[..., Any] | None, arguments: Seque
             finder.add_argument(f"--{name.replace('_', '.')}", dest=name, default=parameter.default)
         named, _ = finder.parse_known_args(arguments)
         default = preset(**vars(named))
-    kinds = _kinds(config_type)
-    _require_once(arguments, [option for option, kind in kinds.items() if typing.get_origin(kind) is tuple])
-    switches = {option: kind is not bool for option, kind in kinds.items() if kind in (bool, bool | None)}
     module = sys.modules["__main__"].__spec__
     return tyro.cli(
         config_type,
         prog=f"python -m {module.name.removesuffix('.__main__')}" if module else None,
         default=default,
-        args=_as_flags(arguments, switches),
+        args=_as_flags(arguments, _switches(config_type)),
         registry=options.RULES,
     )
 
 
-def _kinds(config_type: Any, prefix: str = "--") -> dict[str, Any]:
-    """The types of all options, those of nested dataclasses too."""
-    found: dict[str, Any] = {}
+def _switches(config_type: Any, prefix: str = "--") -> dict[str, bool]:
+    """The options of bool fields, those of nested dataclasses too, and whether each may also be None."""
+    found: dict[str, bool] = {}
     for name, kind in typing.get_type_hints(config_type, include_extras=True).items():
         unnamed = options.is_unnamed(kind)
         kind = typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
         option = prefix if unnamed else prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(kind):
-            found |= _kinds(kind, option if unnamed else option + ".")
-        else:
-            found[option] = kind
+            found |= _switches(kind, option if unnamed else option + ".")
+        elif kind in (bool, bool | None):
+            found[option] = kind is not bool
     return found
 
 
-def _require_once(arguments: Sequence[str], lists: Sequence[str]) -> None:
-    """Raises a ConfigError for an option of several values that is given twice: the first ones would be lost."""
-    given = [argument.partition("=")[0].replace("_", "-") for argument in arguments]
-    for option in lists:
-        require(
-            given.count(option) <= 1, option, f"{given.count(option)} times", "once, with all of its values behind it"
-        )
-
-
 def _as_flags(arguments: Sequence[str], switches: Mapping[str, bool]) -> list[str]:
-    """``--quiet True`` becomes ``--quiet``, ``--quiet False`` ``--no-quiet``: recorded commands have them so.
-
-    Args:
-      switches: the options of bool fields, and whether each may also be None.
-    """
+    """``--quiet True`` becomes ``--quiet``, ``--quiet False`` ``--no-quiet``: recorded commands have them so."""
     flags: list[str] = []
     words = list(arguments)
     while words:
