@@ -171,7 +171,7 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def draw(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 4.2))
+    figure = Figure(figsize=(10, 4.6))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     bases = sorted({cell["max_pretrain_digits"] for cell in results["cells"]})
     colors = colors_of(bases)
@@ -186,7 +186,8 @@ def draw(results: Results) -> Figure:
         panel.set(title=f"{operands} lengths", xlabel="digits")
         panel.set_xticks(range(bases[0], bases[-1] + max(BEYOND) + 1))
     panels[0].set(ylabel="greedy accuracy (%)", ylim=(-2, 102))
-    panels[1].legend(title="pre-trained on up to N digits")
+    title = "pre-trained on up to N digits"
+    figure.legend(*panels[1].get_legend_handles_labels(), title=title, loc="outside lower center", ncols=len(bases))
     return figure
 
 

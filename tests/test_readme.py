@@ -541,6 +541,22 @@ def test_what_all_runs_of_a_model_say_together_is_what_was_published():
     assert beyond.side() == "undecided"
 
 
+def test_figure_2_of_the_ladder_is_what_was_published():
+    cells = {(c["max_pretrain_digits"], c["operands"], c["digits"]): c for c in ladder_results("figure2")["cells"]}
+    for base in (3, 5, 6, 7, 9):
+        start = f"| N{base}, varying / identical |"
+        for beyond, told in enumerate(published_row(start).removeprefix(start).strip("| ").split(" | ")):
+            both = [cells[base, operands, base + beyond] for operands in ("varying", "identical")]
+            if told == "does not fit the block":
+                assert not any(cell["fits"] for cell in both)
+            else:
+                full = [percent(cell["accuracy"]) for cell in both]
+                assert told in (" / ".join(full), " / ".join(each.split(" [")[0] for each in full))
+    at = {base: 100 * cells[base, "varying", base + 1]["accuracy"][0] for base in (5, 7, 9)}
+    assert f"N7 and N9 go further: {at[7]:.1f} and {at[9]:.1f}% at N + 1" in README
+    assert f"N5 has {at[5]:.1f}% there" in README
+
+
 @pytest.mark.parametrize(("name", "digits"), [("N7", 8), ("N9", 10)])
 def test_n_plus_1_from_n7_and_n9_is_what_was_published(name, digits):
     found = ladder_results(f"plus1_{name}")

@@ -21,19 +21,27 @@ def read_json(path: pathlib.Path, field: str) -> Any:
 
 
 def read_results(path: pathlib.Path, field: str) -> Any:
-    """A results.json: what is null in a list of numbers is NaN, but for its ``config``. Raises as ``read_json``."""
-    results = read_json(path, field)
-    if not isinstance(results, dict):
-        return results
-    return {name: value if name == "config" else _with_nan(value) for name, value in results.items()}
+    """A results.json, where what is null in a list of numbers was NaN. Raises as ``read_json``.
+
+    ``config`` is as it stands, and of ``intervals`` one may be missing.
+    """
+    return _with_nan(read_json(path, field))
 
 
 def _with_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _with_nan(item) for name, item in value.items()}
+        return {name: _restored(name, item) for name, item in value.items()}
     if isinstance(value, list):
         return [float("nan") if item is None else _with_nan(item) for item in value]
     return value
+
+
+def _restored(name: str, value: Any) -> Any:
+    if name == "config":
+        return value
+    if name == "intervals" and isinstance(value, list):
+        return [None if item is None else _with_nan(item) for item in value]
+    return _with_nan(value)
 
 
 def read_metrics(path: pathlib.Path, field: str) -> list[dict[str, Any]]:
