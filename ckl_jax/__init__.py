@@ -60,11 +60,11 @@ Beside the folders lie the formulas: `certainty` of the reference, the `token_we
 `advantages`, what a policy's entropy does to them (`advantage_shaping`), the paper's `losses`, those that compare the
 policy with the one that sampled (`ratio_losses`: clips, gates, KL-Cov), those of distributions without their tail
 (`truncation`: top-k, nucleus, Lp-Reg), and `overflow`, whose products overflow without making NaN of a weight of 0.
-There are also `ckl_jax.model` (GPT-2), a step of pre-training (`next_character`), the settings
-(`config`: `shape` of the model, `pretraining`, and `finetuning` with the chapters `advantage` and `kl`; `presets` are
-what they start from, `fields` says what they may hold, `resuming` which of them may change when a run goes on), what is
-refused (`errors`, `checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which lists
-those that ship, and `ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
+There are also `ckl_jax.model` (GPT-2), a step of pre-training (`next_character`), the settings (`config`: `shape` of
+the model, `pretraining`, and `finetuning` with the chapters `advantage` and `kl`; `presets` are what they start from,
+`fields` says what they may hold, `resuming` which of them may change when a run goes on), what is refused (`errors`,
+`checks`), and the commands (`pretrain`, `finetune`, `evaluate`, `convert`, `models`, which lists those that ship, and
+`ckl_jax.check_xla`, which compares every program with XLA's default fusions and without).
 
 **Conventions.** Names of arrays carry their shape: `logits_BxTxV` is [B, T, V]. B are episodes, T time, P prompt, L
 prompt + answer, V vocabulary, D width, H heads, S cache slots, R runs. One key goes in and is folded with episode and

@@ -9,9 +9,9 @@ It computes in the checkpoint's own arithmetic: bfloat16 for pre-trained models 
 all others, their policies after RL included.
 
 The problems are drawn apart from those of RL, but not from pre-training's: of 1,000 additions with varying lengths 0.5%
-were in the text of N = 5 (100,000 documents), and a quarter in that of N = 3. So were 3% (N = 9), 5% (7),
-10% (6), 15.5% (5) and 62% (3) of the 200 shorter problems of RL's tests: there are few short additions, and accuracy on
-them is memory too.
+were in the text of N = 5 (100,000 documents), and a quarter in that of N = 3. So were 3% (N = 9), 5% (7), 10% (6),
+15.5% (5) and 62% (3) of the 200 shorter problems of RL's tests: there are few short additions, and accuracy on them is
+memory too.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class Scratchpads(tfds.core.GeneratorBasedBuilder):
         return count if split == "train" else max(1, round(TEST_SHARE * count))
 
     def problems(self, split: str) -> Iterator[Problem]:
-        """The problems of a split, in the order of its examples."""
+        """The problems of a split as they are drawn: TFDS shuffles the examples."""
         config = self.builder_config
         task = task_named(config.task)
         rng = np.random.default_rng([config.seed, split == "test"])
