@@ -37,9 +37,9 @@ class Accuracy(NamedTuple):
 ACCURACY: Mapping[str, Accuracy] = {
     "tiny": Accuracy(1000, (0,), 96.2, 36.6, 82.9, 0.1),
     "N3": Accuracy(300, (0, 60, 180), 92.7, 0.0, 78.9, 0.0),
-    "N5": Accuracy(300, (0, 60, 180), 100.0, 5.6, 99.7, 0.0),
+    "N5": Accuracy(300, (0, 60, 180), 100.0, 7.1, 100.0, 0.0),
     "N6": Accuracy(300, (0, 60, 180), 98.7, 47.9, 91.7, 0.0),
-    "N7": Accuracy(300, (0, 60, 180), 99.6, 89.1, 96.0, 62.7),
+    "N7": Accuracy(300, (0, 60, 180), 99.4, 90.2, 97.9, 62.3),
     "N9": Accuracy(300, (0, 30, 59), 99.6, 95.3, 97.7, 74.4),
     "tiny_subtraction": Accuracy(1000, (0,), 86.8, None, None, None),
     "tiny_multiplication": Accuracy(1000, (0,), 91.2, None, None, None),
