@@ -169,6 +169,7 @@ def main(command: EvaluateCommand) -> None:
     model = load_model(command.checkpoint)
     base, block_size = model.max_pretrain_digits, model.config.block_size
     models = [moved(model, offset) for offset in command.offsets]
+    how: dict[str, Any] = {name: getattr(command, name) for name in ("temperature", "seed", "extra_length")}
     shown = f"{command.problems} problems per cell, accuracy in % with 95% bootstrap interval"
     print(f"{model.task.name}, N = {base}, {shown}")
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
@@ -180,7 +181,6 @@ def main(command: EvaluateCommand) -> None:
             print(f"{digits:>8}  not possible: up to {length} positions, block_size = {block_size}{possible}")
             continue
         cells = []
-        how: dict[str, Any] = {name: getattr(command, name) for name in ("temperature", "seed", "extra_length")}
         for operands in DRAWS:
             solved = [judge_cell(each, operands, digits, command.problems, **how) for each in models]
             share = np.mean(solved, axis=0)

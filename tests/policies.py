@@ -17,6 +17,10 @@ POLICY_4x3 = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5], [0.7
 REFERENCE_4x3 = np.array([[0.2, 0.5, 0.3], [0.3, 0.3, 0.4], [0.6, 0.2, 0.2], [0.1, 0.8, 0.1]])
 
 
+TWO = jnp.array([0.0, 2 * np.log(3.0)])
+"""Logits of 1/4 and 3/4 at temperature 2, of 1/10 and 9/10 at 1."""
+
+
 @functools.cache
 def initializer(config):
     return jax.jit(GPT2(config).init)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from policies import untrained
+from policies import TWO, untrained
 
 from ckl_jax import losses, token_weights, truncation
 from ckl_jax.checkpoint.store import Model
@@ -444,10 +444,8 @@ def test_ppo_clips_what_its_own_updates_have_changed(model, moved, answers):
     assert abs(ratio - 1) > 0.05
 
 
-TWO = jnp.array([0.0, 2 * np.log(3.0)])
-"""Logits of 1/4 and 3/4 at temperature 2, of 1/10 and 9/10 at 1."""
 KL_OF_TWO = np.log(1 / 2) / 4 + 3 * np.log(3 / 2) / 4
-"""From them at temperature 2 to 1/2 and 1/2; at 1 it is 0.368 instead of 0.131."""
+"""From TWO at temperature 2 to 1/2 and 1/2; at 1 it is 0.368 instead of 0.131."""
 
 
 def _said(log_probs_BxT, right_B):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from policies import SCRIPT_MODEL, scripted_policy, untrained
+from policies import SCRIPT_MODEL, TWO, scripted_policy, untrained
 
 from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
@@ -467,8 +467,6 @@ def test_a_round_spares_what_is_overlong_for_the_model_and_its_critical_tokens(c
 
 
 WARM = Program(SCRIPT_MODEL, dataclasses.replace(CONFIG, temperature=2.0), 2, ADDITION)
-TWO = jnp.array([0.0, 2 * np.log(3.0)])
-"""Logits of 1/4 and 3/4 at temperature 2, of 1/10 and 9/10 at 1."""
 
 
 @pytest.fixture(scope="module")

@@ -50,22 +50,24 @@ def test_a_number_that_is_none_is_null_and_is_read_as_none(tmp_path):
 
     def with_gaps(command):
         config = {"command": MODULE, "seeds": [None]}
-        numbers = {"curve": [0.5, nan, (nan, 1.0)], "gap": nan, "of": {"rod": [nan], "intervals": (None, (0.5, nan))}}
+        numbers = {
+            "curve": [0.5, nan, (float("inf"), 1.0)],
+            "gap": nan,
+            "of": {"rod": [nan], "intervals": (None, (0.5, nan))},
+        }
         return {"config": config, "beads": 7, **numbers}
 
+    seen = []
     publish(tmp_path, measure=with_gaps)
     for _ in range(2):
         kept = strict(tmp_path / "results.json")
         assert kept["curve"] == [0.5, None, [None, 1.0]]
         of = {"rod": [None], "intervals": [None, [0.5, None]]}
         assert (kept["gap"], kept["of"], kept["config"]["seeds"]) == (None, of, [None])
-        seen = []
-        publish(
-            tmp_path, plot_only=True, measure=None, draw=lambda results, seen=seen: seen.append(results) or Figure()
-        )
-        assert str(seen[0]["curve"]) == "[0.5, nan, [nan, 1.0]]"
-        assert str(seen[0]["of"]) == "{'rod': [nan], 'intervals': [None, [0.5, nan]]}"
-        assert (seen[0]["gap"], seen[0]["config"]["seeds"]) == (None, [None])
+        publish(tmp_path, plot_only=True, measure=None, draw=lambda results: seen.append(results) or Figure())
+        assert str(seen[-1]["curve"]) == "[0.5, nan, [nan, 1.0]]"
+        assert str(seen[-1]["of"]) == "{'rod': [nan], 'intervals': [None, [0.5, nan]]}"
+        assert (seen[-1]["gap"], seen[-1]["config"]["seeds"]) == (None, [None])
 
 
 def strict(path):

@@ -21,7 +21,7 @@ def read_json(path: pathlib.Path, field: str) -> Any:
 
 
 def read_results(path: pathlib.Path, field: str) -> Any:
-    """A results.json, where what is null in a list of numbers was NaN. Raises as ``read_json``.
+    """A results.json, where what is null in a list of numbers is read as NaN. Raises as ``read_json``.
 
     ``config`` is as it stands, and of ``intervals`` one may be missing.
     """

@@ -124,17 +124,17 @@ def of_first(call: Callable[[], T]) -> T:
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part; process 0 writes, for all.
 
-    NaN, which JSON does not have, becomes null.
+    What JSON does not have, NaN and infinities, becomes null.
     """
-    of_first(lambda: replace(path, json.dumps(_without_nan(value), indent=2) + "\n"))
+    of_first(lambda: replace(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"))
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _outcome(call: Callable[[], T]) -> tuple[T | None, Exception | None]:

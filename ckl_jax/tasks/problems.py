@@ -143,9 +143,9 @@ def critical_indices(answers_BxT: jax.Array, problems: Problems) -> tuple[jax.Ar
     columns = jnp.arange(length)
     starts = []
     for step in range(STEPS):
-        line_B = jnp.where((lines_BxT == step + 2) & newline_BxT, columns[None], length).min(axis=1) + 1
-        in_line_BxT = operator_BxT & (lines_BxT == step + 2)
-        operator_B = jnp.where(in_line_BxT, columns[None], length).min(axis=1)
+        of_line_BxT = lines_BxT == step + 2
+        line_B = jnp.where(of_line_BxT & newline_BxT, columns[None], length).min(axis=1) + 1
+        operator_B = jnp.where(of_line_BxT & operator_BxT, columns[None], length).min(axis=1)
         starts.append(jnp.stack([line_B, operator_B + 2], axis=1))
     starts_Bx3x2 = jnp.stack(starts, axis=1)
     width = problems.lists_Bx3x2xJ.shape[3]

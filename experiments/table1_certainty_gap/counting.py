@@ -48,16 +48,12 @@ def delta_j(generations: Generations) -> dict[str, Any]:
             for slot, kind in enumerate(kinds)
         },
         "per_answer": {
-            "critical": _or_none(critical_B),
-            "noncritical_lowest": _or_none(lowest_B),
+            "critical": critical_B.tolist(),
+            "noncritical_lowest": lowest_B.tolist(),
             "recorded": recorded.sum(axis=(1, 2, 3)).tolist(),
             "reward": generations.reward_B.astype(int).tolist(),
         },
     }
-
-
-def _or_none(values: np.ndarray) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def by_place(generations: Generations, values_BxT: np.ndarray) -> list[tuple[dict[str, Any], np.ndarray]]:
