@@ -1,6 +1,7 @@
 """Suite-wide: CPU, no silent rank promotion, and models small enough to compile in seconds."""
 
 import dataclasses
+import gc
 import logging
 import os
 import pathlib
@@ -39,6 +40,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 MAPPINGS = 5_000  # Of memory; Linux allows a process 65,530, and those of its programs take some 100 kB each.
+
+
+def pytest_collection_finish():
+    """The thousands of tests live to the end, and every full collection would look at them and at the libraries."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
