@@ -22,7 +22,7 @@ from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint.states import StateCheckpoints
 from ckl_jax.checkpoint.store import Model, load_model, save_model
-from ckl_jax.config import FinetuneConfig
+from ckl_jax.config import FinetuneConfig, ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.rl import collect as collect_lib
@@ -229,6 +229,16 @@ def test_the_kl_has_no_gradient_while_the_policy_is_the_reference(several):
     assert (metrics["kl"][:, 1] > 1e-4).all()
 
 
+def test_rl_computes_as_its_own_config_says_and_in_the_checkpoints_chunks_if_it_says_nothing(model):
+    others = {"dtype": "bfloat16", "precision": "high", "attention": "plain", "attention_chunk": 7, "remat": True}
+    program = make_program(CONFIG, model, model)
+    changed = make_program(dataclasses.replace(CONFIG, **others), model, model)
+    for told, untold in zip(changed, program, strict=True):
+        if isinstance(told, ModelConfig):
+            assert {name: getattr(told, name) for name in others} == others
+            assert untold.attention_chunk == model.config.attention_chunk != 7
+
+
 @pytest.mark.parametrize("rollout", ["plain", "speculative"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_policy_that_is_the_reference_has_no_kl_and_ratios_of_1(model, dtype, rollout):
@@ -255,7 +265,9 @@ def test_a_policy_that_is_the_reference_has_no_kl_and_ratios_of_1(model, dtype, 
     np.testing.assert_allclose(ratio_BxT, 1, atol=0.05 if exact else 1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"episode_batch": 1}, {"episode_batch": 3}, {"remat": True}])
+@pytest.mark.parametrize(
+    "changes", [{"episode_batch": 1}, {"episode_batch": 3}, {"remat": True}, {"attention_chunk": 7}]
+)
 def test_what_takes_less_memory_makes_the_same_update(program, model, changes):
     state, episodes, _ = _collected(program, model.params)
     smaller = make_program(dataclasses.replace(program.config, **changes), model)
@@ -773,8 +785,8 @@ def _assert_same_run(path, other, runs):
 
 # Another value for every field that changes the speed alone; those of the second kind make the same program here.
 OTHER_SPEED = {"runs_at_once": 1, "rollout": "speculative", "rollout_batch": 4, "data_devices": 2, "shard_state": True}
-OTHER_SPEED |= {"episode_batch": 2, "remat": True}
-OF_PRETRAINING = {"attention_chunk", "layers", "microbatches"}
+OTHER_SPEED |= {"episode_batch": 2, "remat": True, "attention_chunk": 64}
+OF_PRETRAINING = {"layers", "microbatches"}
 SAME_PROGRAM = {"transition_batch": 3, "attention": "plain"}
 
 

@@ -67,8 +67,8 @@ def _other(value):
 
 
 SPEED = {
-    FinetuneConfig: "rollout rollout_batch transition_batch episode_batch attention remat data_devices shard_state "
-    "runs_at_once",
+    FinetuneConfig: "rollout rollout_batch transition_batch episode_batch attention attention_chunk remat data_devices "
+    "shard_state runs_at_once",
     PretrainConfig: "data_devices microbatches shard_state",
     ModelConfig: "attention attention_chunk layers remat",
 }

@@ -159,6 +159,8 @@ class Speed(Chapter):
     """Episodes of a minibatch that a device computes together, at most; default: all. Fewer take less memory."""
     attention: Attention = speed("auto")
     """Of passes over whole episodes: one kernel of a TPU, or as XLA compiles it, as in pre-training."""
+    attention_chunk: PositiveInt | None = speed(None)
+    """Queries per chunk of those passes' plain attention; default: as in pre-training. Larger chunks compile faster."""
     remat: bool = speed(False)
     """Compute the activations of a layer again in the backward pass instead of keeping them."""
     data_devices: PositiveInt | None = speed(None)
