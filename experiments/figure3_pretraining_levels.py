@@ -58,6 +58,7 @@ from experiments.common.pretraining_claims import compared, from_verdicts
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
+LEAST_TOP = 10  # Of the axis of accuracy in %: where no run solves anything, it would show negative ones alone.
 
 
 def standard_kl(scale: str, recipe: str = "ours") -> FinetuneConfig:
@@ -193,7 +194,7 @@ def draw(results: Results) -> Figure:
             plots.points(panel, np.array(run["test_episodes"]), tested, scale=100, label="_", colors=of_name)
         panel.set(xlabel="RL episodes", title=f"N to N + {extra} digits")
     panels[0, 0].set(ylabel="accuracy on the longer operands (%)")
-    panels[0, 0].set_ylim(bottom=-1)
+    panels[0, 0].set_ylim(-1, max(panels[0, 0].get_ylim()[1], LEAST_TOP))
     panels[0, -1].legend(title=f"standard KL, {plots.counted(len(runs[0]['seeds']), 'seed')}")
     return figure
 

@@ -6,6 +6,7 @@ import json
 import made_runs
 import numpy as np
 import pytest
+from names import ROOT
 
 from ckl_jax import finetune as finetune_lib
 from ckl_jax.analysis.statistics import mean_interval, share_interval
@@ -77,6 +78,15 @@ def test_verdicts_compare_the_largest_with_the_smallest_n_of_each_target():
         "larger N ends higher on N+1": ([5, 3], "not reproduced"),
     }
     assert {verdict for _, verdict in said(low, middle).values()} == {"reproduced", "undecided"}
+
+
+def test_models_that_solve_nothing_are_drawn_at_the_bottom_of_an_axis_of_accuracy():
+    nothing, some = (
+        json.loads((ROOT / "experiments" / "results" / "ladder" / name / "results.json").read_text())
+        for name in ("figure3_plus2_N3_N6", "figure3_N3_N6")
+    )
+    assert figure3.draw(nothing).axes[0].get_ylim() == (-1, 10)
+    assert figure3.draw(some).axes[0].get_ylim()[1] > 40
 
 
 def test_one_n_or_one_seed_decides_nothing():

@@ -644,12 +644,15 @@ def test_the_colours_of_the_ladder_are_what_was_published(name):
 
 
 def test_figure_3_from_the_ladder_is_what_was_published():
-    for name in ("figure3", "figure3_plus2", "figure3_N3_N6"):
+    verdicts = {}
+    for name in ("figure3", "figure3_plus2", "figure3_N3_N6", "figure3_plus2_N3_N6"):
         for run in ladder_results(name)["runs"]:
             start = f"| N{run['max_pretrain_digits']} on {run['digits']} digits |"
             told = [f"{100 * run['before'][0]:.1f}", percent(run["after"]), percent(run["gain"], "+")]
             assert published_row(start) == f"{start} {' | '.join(told)} |"
-        assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == {"reproduced"}
+        verdicts[name] = {row["verdict"] for row in ladder_results(name)["verdicts"]}
+    assert verdicts.pop("figure3_plus2_N3_N6") == {"undecided"}
+    assert {"reproduced"} == set.union(*verdicts.values())
     rounds = np.mean(ladder_results("figure3_N3_N6")["runs"][1]["collect_success"], axis=0)
     assert rounds.argmin() == 3
     assert f"to {100 * rounds[3]:.1f}% in the fourth" in EXPERIMENTS
