@@ -22,7 +22,7 @@ from ckl_jax import losses, tasks
 from ckl_jax.certainty import certainty as certainty_of
 from ckl_jax.checkpoint.states import StateCheckpoints
 from ckl_jax.checkpoint.store import Model, load_model, save_model
-from ckl_jax.config import FinetuneConfig, ModelConfig
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.finetune import finetune
 from ckl_jax.rl import collect as collect_lib
@@ -233,10 +233,10 @@ def test_rl_computes_as_its_own_config_says_and_in_the_checkpoints_chunks_if_it_
     others = {"dtype": "bfloat16", "precision": "high", "attention": "plain", "attention_chunk": 7, "remat": True}
     program = make_program(CONFIG, model, model)
     changed = make_program(dataclasses.replace(CONFIG, **others), model, model)
-    for told, untold in zip(changed, program, strict=True):
-        if isinstance(told, ModelConfig):
-            assert {name: getattr(told, name) for name in others} == others
-            assert untold.attention_chunk == model.config.attention_chunk != 7
+    for told in (changed.model, changed.certainty_model):
+        assert {name: getattr(told, name) for name in others} == others
+    for untold in (program.model, program.certainty_model):
+        assert untold.attention_chunk == model.config.attention_chunk != 7
 
 
 @pytest.mark.parametrize("rollout", ["plain", "speculative"])

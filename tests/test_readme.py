@@ -18,6 +18,7 @@ import pytest
 from hostile import cli
 from names import ROOT, missing
 
+from ckl_jax import models
 from ckl_jax.analysis.statistics import holm, mean_interval, paired_p, percent
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight.programs import COMMANDS
@@ -643,16 +644,28 @@ def test_the_colours_of_the_ladder_are_what_was_published(name):
     assert f"{100 * found['least_certain_is_critical'][0]:.0f}" in README
 
 
+def test_the_accuracies_of_the_models_list_are_those_of_the_pages():
+    ladder = {name: measured for name, measured in models.ACCURACY.items() if name.startswith("N")}
+    for name, measured in ladder.items():
+        cells = published_row(f"| {name} | {measured.varying:.1f} [").split(" | ")[1:]
+        assert [float(cell.split()[0]) for cell in cells] == list(measured[2:])
+    best, *names = sorted(ladder, key=lambda name: -ladder[name].identical)
+    *others, worst = (f"{name} {ladder[name].identical:.0f}%" for name in names)
+    said = f"{best} solves {ladder[best].identical:.0f}%, {', '.join(others)} and {worst}, averaged"
+    assert said in " ".join(EXPERIMENTS.split())
+    tiny = models.ACCURACY["tiny"]
+    assert f"solves {tiny.identical:.1f}% [" in EXPERIMENTS
+    assert f"and solves {tiny.identical:.0f}%." in README
+
+
 def test_figure_3_from_the_ladder_is_what_was_published():
-    verdicts = {}
-    for name in ("figure3", "figure3_plus2", "figure3_N3_N6", "figure3_plus2_N3_N6"):
+    verdicts = dict.fromkeys(("figure3", "figure3_plus2", "figure3_N3_N6"), "reproduced")
+    for name, verdict in (verdicts | {"figure3_plus2_N3_N6": "undecided"}).items():
         for run in ladder_results(name)["runs"]:
             start = f"| N{run['max_pretrain_digits']} on {run['digits']} digits |"
             told = [f"{100 * run['before'][0]:.1f}", percent(run["after"]), percent(run["gain"], "+")]
             assert published_row(start) == f"{start} {' | '.join(told)} |"
-        verdicts[name] = {row["verdict"] for row in ladder_results(name)["verdicts"]}
-    assert verdicts.pop("figure3_plus2_N3_N6") == {"undecided"}
-    assert {"reproduced"} == set.union(*verdicts.values())
+        assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == {verdict}
     rounds = np.mean(ladder_results("figure3_N3_N6")["runs"][1]["collect_success"], axis=0)
     assert rounds.argmin() == 3
     assert f"to {100 * rounds[3]:.1f}% in the fourth" in EXPERIMENTS

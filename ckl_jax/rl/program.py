@@ -78,7 +78,7 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
       ConfigError: the episodes do not fit a model's block, or the other model is of another task.
     """
     names = ("dtype", "precision", "attention", "attention_chunk", "remat")
-    arithmetic = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    arithmetic = {name: value for name in names if (value := getattr(config, name)) is not None}
     in_rl = dataclasses.replace(model.config, **arithmetic)
     other = None if certainty_from is None else dataclasses.replace(certainty_from.config, **arithmetic)
     program = Program(in_rl, config, model.max_pretrain_digits, model.task, other)
