@@ -660,12 +660,13 @@ def test_the_accuracies_of_the_models_list_are_those_of_the_pages():
 
 def test_figure_3_from_the_ladder_is_what_was_published():
     verdicts = dict.fromkeys(("figure3", "figure3_plus2", "figure3_N3_N6"), "reproduced")
-    for name, verdict in (verdicts | {"figure3_plus2_N3_N6": "undecided"}).items():
+    verdicts |= {"figure3_plus2_N3_N6": "undecided", "figure3_plus2_N9": None}
+    for name, verdict in verdicts.items():
         for run in ladder_results(name)["runs"]:
             start = f"| N{run['max_pretrain_digits']} on {run['digits']} digits |"
             told = [f"{100 * run['before'][0]:.1f}", percent(run["after"]), percent(run["gain"], "+")]
             assert published_row(start) == f"{start} {' | '.join(told)} |"
-        assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == {verdict}
+        assert {row["verdict"] for row in ladder_results(name)["verdicts"]} == ({verdict} if verdict else set())
     rounds = np.mean(ladder_results("figure3_N3_N6")["runs"][1]["collect_success"], axis=0)
     assert rounds.argmin() == 3
     assert f"to {100 * rounds[3]:.1f}% in the fourth" in EXPERIMENTS
