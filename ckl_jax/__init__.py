@@ -27,8 +27,8 @@ say what lives there and what may be imported.
   `problems` makes arrays of them, with reward and critical tokens on the device.
 - `ckl_jax.datasets`: the text of pre-training. `scratchpads` is a TFDS dataset (without TensorFlow), `prepared` its
   files on disk, `stream` the token stream that is sampled on the device.
-- `ckl_jax.attention`: how positions see each other. `plain` is for XLA to compile, `fused` one kernel of a TPU, `cache`
-  the keys and values of a decoder.
+- `ckl_jax.attention`: how positions see each other. `plain` is for XLA to compile, `fused` one kernel of a `tpu` or a
+  `gpu` (what they share is in `kernel`), `cache` the keys and values of a decoder.
 - `ckl_jax.rollout`: policy, problems and key become answers. `trajectory` is an episode as arrays, `decoding` writes it
   step by step, `speculative` by verifying drafts a window at a time, and `generation` chooses between the two. `drafts`
   says how an episode goes on if it calculates faithfully from its own text, line by line (`scratchpad_lines`).

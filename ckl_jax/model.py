@@ -6,7 +6,7 @@ V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from ckl_jax.attention import fused, plain
 from ckl_jax.attention.cache import Cache, LayerCache, append, append_to_layer
+from ckl_jax.attention.kernel import Settings
 from ckl_jax.config import ModelConfig
 from ckl_jax.runtime import sharding, targets
 
@@ -35,12 +36,12 @@ class Output(NamedTuple):
 
 def scans_layers(config: ModelConfig) -> bool:
     """Whether one layer is compiled and looped over."""
-    return config.layers == "scanned" or (config.layers == "auto" and targets.platform() != "cpu")
+    return config.layers == "scanned" or (config.layers == "auto" and targets.platform() == "tpu")
 
 
 def fuses_attention(config: ModelConfig) -> bool:
-    """Whether causal attention is one kernel; on other devices than a TPU that is emulated."""
-    chosen = targets.platform() == "tpu" and config.can_fuse_attention
+    """Whether causal attention is one kernel; on a CPU that is emulated."""
+    chosen = targets.platform() in fused.KERNELS and config.can_fuse_attention
     return config.attention == "fused" or (config.attention == "auto" and chosen)
 
 
@@ -126,8 +127,9 @@ def _fused(config: ModelConfig, rate: float, qkv_BxTx3D: jax.Array, segments_BxT
     seeds_BxH = jnp.zeros(shape, jnp.int32)
     if key is not None:
         seeds_BxH = jax.lax.bitcast_convert_type(jax.random.bits(key, shape), jnp.int32)
-    interpret = targets.platform() != "tpu"
-    settings = fused.Settings(config.num_heads, rate, jax.lax.Precision[config.precision.upper()], interpret)
+    platform, precision = targets.platform(), jax.lax.Precision[config.precision.upper()]
+    device: Literal["tpu", "gpu"] = "gpu" if platform == "gpu" else "tpu"
+    settings = Settings(config.num_heads, rate, precision, device, interpret=platform not in fused.KERNELS)
     rows = qkv_BxTx3D, segments_BxT, seeds_BxH
     return cast(jax.Array, sharding.by_device(lambda *rows: fused.attention(*rows, settings), *rows))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ckl_jax.attention import fused
+from ckl_jax.attention.kernel import Settings, keeps
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.model import GPT2, forward, fuses_attention
@@ -36,14 +37,14 @@ def drawn(batch, num_positions, num_heads, head_width, dtype=jnp.float32):
 
 
 def expected(qkv, segments, seeds, num_heads, rate):
-    """The definition, with dropout's choice from ``fused.keeps``."""
+    """The definition, with dropout's choice from ``keeps``."""
     batch, num_positions, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = qkv.reshape(batch, num_positions, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=HIGHEST) * (width // num_heads) ** -0.5
     at = jnp.arange(num_positions)
     allowed = (at[:, None] >= at[None])[None] & (segments[:, :, None] == segments[:, None, :])
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf))
-    kept = jax.vmap(jax.vmap(lambda seed: fused.keeps(seed, at[:, None], at[None], rate)))(seeds)
+    kept = jax.vmap(jax.vmap(lambda seed: keeps(seed, at[:, None], at[None], rate)))(seeds)
     weights = jnp.where(kept, weights / (1 - rate), 0.0)
     out = jnp.einsum("bhts,bhsk->bhtk", weights, v, precision=HIGHEST)
     return out.transpose(0, 2, 1, 3).reshape(batch, num_positions, width)
@@ -54,20 +55,22 @@ def with_gradient(function, qkv, d_out):
     return out, pull(d_out)[0]
 
 
+@pytest.mark.parametrize("device", fused.KERNELS)
 @pytest.mark.parametrize(("shape", "rate"), [(SHAPES[0], 0.0), *((shape, 0.3) for shape in SHAPES)])
-def test_values_and_gradients_are_those_of_the_definition(shape, rate):
+def test_values_and_gradients_are_those_of_the_definition(shape, rate, device):
     qkv, segments, seeds, d_out = drawn(*shape)
-    settings = fused.Settings(shape[2], rate, HIGHEST, interpret=True)
+    settings = Settings(shape[2], rate, HIGHEST, device, interpret=True)
     found = with_gradient(lambda x: fused.attention(x, segments, seeds, settings), qkv, d_out)
     chex.assert_trees_all_close(
         found, with_gradient(lambda x: expected(x, segments, seeds, shape[2], rate), qkv, d_out), atol=1e-5
     )
 
 
-def test_in_bfloat16_only_rounding_differs():
+@pytest.mark.parametrize("device", fused.KERNELS)
+def test_in_bfloat16_only_rounding_differs(device):
     shape = SHAPES[0]
     qkv, segments, seeds, d_out = drawn(*shape, dtype=jnp.bfloat16)
-    settings = fused.Settings(shape[2], 0.1, jax.lax.Precision.DEFAULT, interpret=True)
+    settings = Settings(shape[2], 0.1, jax.lax.Precision.DEFAULT, device, interpret=True)
     found = with_gradient(lambda x: fused.attention(x, segments, seeds, settings), qkv, d_out)
     assert all(x.dtype == jnp.bfloat16 for x in found)
     exact = with_gradient(
@@ -77,11 +80,12 @@ def test_in_bfloat16_only_rounding_differs():
         assert jnp.linalg.norm(mine.astype(jnp.float32) - theirs) < 0.01 * jnp.linalg.norm(theirs)
 
 
-def test_runs_that_are_mapped_are_those_alone():
+@pytest.mark.parametrize("device", fused.KERNELS)
+def test_runs_that_are_mapped_are_those_alone(device):
     shape = SHAPES[1]
     qkv, segments, seeds, d_out = (jnp.stack([x, x[:, ::-1]]) for x in drawn(*shape))
     segments = jnp.sort(segments, axis=-1)
-    settings = fused.Settings(shape[2], 0.3, HIGHEST, interpret=True)
+    settings = Settings(shape[2], 0.3, HIGHEST, device, interpret=True)
 
     def both(qkv, segments, seeds, d_out):
         return with_gradient(lambda x: fused.attention(x, segments, seeds, settings), qkv, d_out)
@@ -94,7 +98,7 @@ def test_runs_that_are_mapped_are_those_alone():
 
 def test_what_is_kept_is_a_share_independent_of_neighbours_and_of_other_seeds():
     at = jnp.arange(1024)
-    first, second = (np.asarray(fused.keeps(jnp.int32(seed), at[:, None], at[None], 0.2)) for seed in (7, 8))
+    first, second = (np.asarray(keeps(jnp.int32(seed), at[:, None], at[None], 0.2)) for seed in (7, 8))
     error = (0.2 * 0.8) ** 0.5
     assert abs(first.mean() - 0.8) < 5 * error / 1024
     for axis in (0, 1):  # Means of rows and of columns scatter as those of independent draws do.
@@ -141,7 +145,7 @@ def test_dropout_follows_the_key_and_leaves_the_mean():
 def test_devices_compute_the_same(batch):
     """Each its own rows and without a word between them, or where these are not shared evenly all."""
     qkv, segments, seeds, d_out = drawn(batch, 128, 2, 64)
-    settings = fused.Settings(2, 0.3, HIGHEST, interpret=True)
+    settings = Settings(2, 0.3, HIGHEST, interpret=True)
 
     @jax.jit
     def both(qkv, segments, seeds, d_out):
@@ -160,10 +164,11 @@ def test_devices_compute_the_same(batch):
     assert batch == 3 or not re.findall(r"replica_groups=\{\{\d+,", together.as_text())
 
 
-def test_a_tpu_fuses_in_bfloat16_what_fits_and_a_cpu_nothing(monkeypatch):
+@pytest.mark.parametrize("device", fused.KERNELS)
+def test_a_tpu_or_gpu_fuses_what_fits_and_a_cpu_nothing(monkeypatch, device):
     low = dataclasses.replace(CONFIG, dtype="bfloat16", precision="default")
     assert not fuses_attention(low)
-    monkeypatch.setattr(targets, "platform", lambda: "tpu")
+    monkeypatch.setattr(targets, "platform", lambda: device)
     assert fuses_attention(low)
     assert fuses_attention(CONFIG)
     assert not fuses_attention(dataclasses.replace(low, attention="plain"))

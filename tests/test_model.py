@@ -122,12 +122,13 @@ def test_dropout_is_the_same_in_the_backward_pass(two_layers, layers):
     np.testing.assert_allclose((moved[0] - moved[1]) / 0.02, expected, rtol=0.02)
 
 
-def test_layers_are_scanned_where_programs_are_not_for_cpu(two_layers):
-    device = types.SimpleNamespace(platform="tpu", process_index=0)
+def test_layers_are_scanned_where_programs_are_for_a_tpu_unless_said_otherwise(two_layers):
     assert not scans_layers(two_layers)
-    with targets.compiling_for([device]):
-        assert scans_layers(two_layers)
-        assert not scans_layers(dataclasses.replace(two_layers, layers="unrolled"))
+    for platform in ("tpu", "gpu"):
+        with targets.compiling_for([types.SimpleNamespace(platform=platform, process_index=0)]):
+            assert scans_layers(two_layers) == (platform == "tpu")
+            assert scans_layers(dataclasses.replace(two_layers, layers="scanned"))
+            assert not scans_layers(dataclasses.replace(two_layers, layers="unrolled"))
     assert not targets.only_compiling()
 
 

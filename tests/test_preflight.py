@@ -26,7 +26,7 @@ from ckl_jax.model import num_parameters
 from ckl_jax.preflight import __main__ as preflight
 from ckl_jax.preflight import chips, costs, hlo, programs
 from ckl_jax.preflight.__main__ import PreflightCommand, _cells, split
-from ckl_jax.preflight.chips import CHIPS, GIB
+from ckl_jax.preflight.chips import CHIPS, GIB, GPUS
 from ckl_jax.preflight.verdict import EXIT_CODE, Verdict, _said, judged
 from ckl_jax.presets import finetune_preset, pretrain_preset
 from ckl_jax.pretrain import PretrainCommand
@@ -120,9 +120,10 @@ def test_a_branch_counts_as_the_costliest():
 
 KERNEL = """HloModule made
 
-ENTRY %main (x: bf16[4,96]) -> bf16[4,32] {
-  %x = bf16[4,96]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %out = bf16[4,32]{1,0:T(8,128)(2,1)} custom-call(%x, %x, %x), custom_call_target="tpu_custom_call", \
+ENTRY %main (seeds: s32[4], x: bf16[4,96]) -> bf16[4,32] {
+  %seeds = s32[4]{0} parameter(0)
+  %x = bf16[4,96]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %out = bf16[4,32]{1,0:T(8,128)(2,1)} custom-call(%seeds, %x, %x, %x), custom_call_target="tpu_custom_call", \
 backend_config={"custom_call_config":{"body":"Zm9v","cost_estimate":{"flops":"7000","transcendentals":"3"}}}
 }
 """
@@ -131,12 +132,29 @@ backend_config={"custom_call_config":{"body":"Zm9v","cost_estimate":{"flops":"70
 def test_a_kernel_counts_what_its_author_says_and_reads_once_what_it_is_given_several_times():
     found = costs.cost(KERNEL, CHIP.passes)
     assert found.flops == found.passes == 7000
-    assert found.bytes == 2 * (4 * 96 + 4 * 32)
+    assert found.bytes == 4 * 4 + 2 * (4 * 96 + 4 * 32)
 
 
-def test_a_kernel_of_float32_takes_the_passes_of_its_precision():
-    found = costs.cost(KERNEL.replace("bf16", "f32"), CHIP.passes)
-    assert (found.flops, found.passes) == (7000, 6 * 7000)
+OF_A_GPU = (
+    KERNEL.partition("custom_call_target")[0]
+    + r"""custom_call_target="__gpu$xla.gpu.triton", \
+backend_config={debug = false, grid_x = 5 : i32, grid_y = 4 : i32, grid_z = 3 : i32, ir = "ML\EFR\0DMLIR", name = "k", \
+serialized_metadata = "{\22flops_of_a_program\22: \222000\22}"}
+}
+""".replace("\\\n", "")
+)
+
+
+def test_a_kernel_of_a_gpu_counts_what_its_author_says_of_a_program_of_its_grid():
+    found = costs.cost(OF_A_GPU, CHIP.passes)
+    assert found.flops == found.passes == 3 * 4 * 5 * 2000
+    assert found.bytes == 4 * 4 + 2 * (4 * 96 + 4 * 32)
+
+
+@pytest.mark.parametrize(("text", "flops"), [(KERNEL, 7000), (OF_A_GPU, 120_000)])
+def test_a_kernel_of_float32_takes_the_passes_of_its_precision(text, flops):
+    found = costs.cost(text.replace("bf16", "f32"), CHIP.passes)
+    assert (found.flops, found.passes) == (flops, 6 * flops)
 
 
 GROUPS = {
@@ -611,9 +629,9 @@ def cuda():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pretrain", "a2c", "transitions"])
+@pytest.mark.parametrize("name", ["pretrain", "pretrain, fused", "a2c", "transitions"])
 def test_every_program_compiles_for_gpus(cuda, name, checkpoint, tmp_path):
-    """Two hosts of two. As on a TPU the same programs alias their state and send anything, and none has a kernel.
+    """Two hosts of two. As on a TPU the same programs have kernels, alias their state and send anything.
 
     The other commands' programs are of the same kinds.
     """
@@ -623,7 +641,7 @@ def test_every_program_compiles_for_gpus(cuda, name, checkpoint, tmp_path):
     facts, on_tpu = _facts(tmp_path / "found.json"), json.loads(GOLDEN.read_text())[name]
     assert list(facts) == list(on_tpu)
     for program, found_here in facts.items():
-        assert found_here["kernels"] == 0
+        assert found_here["kernels"] == on_tpu[program]["kernels"]
         assert found_here["state is aliased"] == on_tpu[program]["state is aliased"]
         assert bool(found_here["collectives"]) == bool(on_tpu[program]["collectives"])
 
@@ -675,14 +693,16 @@ def test_chips_have_the_memory_that_their_compiler_allows_and_one_device_each(li
 KERNEL_FITS = """
 import jax, jax.numpy as jnp
 from ckl_jax.attention import fused
+from ckl_jax.attention.kernel import Settings
 from ckl_jax.preflight import chips
 there = jax.sharding.SingleDeviceSharding(chips.topology({name!r}).devices[0])
-settings = fused.Settings({heads}, 0.2, jax.lax.Precision.HIGHEST, False)
+settings = Settings({heads}, 0.2, jax.lax.Precision.HIGHEST, there.device_set.pop().platform)
 def gradient(qkv, segments, seeds):
     return jax.value_and_grad(lambda x: fused.attention(x, segments, seeds, settings).astype(jnp.float32).sum())(qkv)
 shapes = (({positions}, 384), jnp.{dtype}), (({positions},), jnp.int32), (({heads},), jnp.int32)
 arrays = [jax.ShapeDtypeStruct((1, *shape), dtype, sharding=there) for shape, dtype in shapes]
-print(jax.jit(gradient).lower(*arrays).compile().as_text().count('"tpu_custom_call"'))
+text = jax.jit(gradient).lower(*arrays).compile().as_text()
+print(text.count('"tpu_custom_call"') + text.count('"__gpu$xla.gpu.triton"'))
 """
 
 
@@ -696,7 +716,18 @@ print(jax.jit(gradient).lower(*arrays).compile().as_text().count('"tpu_custom_ca
         ("v6e:1x1", 256, 1, "bfloat16"),
     ],
 )
-def test_fused_attention_compiles_for_every_chip_up_to_its_most_positions(libtpu, name, positions, heads, dtype):
+def test_fused_attention_compiles_for_every_tpu_up_to_its_most_positions(libtpu, name, positions, heads, dtype):
+    _compiles_the_kernels(name, positions, heads, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_attention_compiles_for_every_gpu_with_the_widest_heads(cuda, name, dtype):
+    _compiles_the_kernels(f"{name}:1", 1024, 1, dtype)
+
+
+def _compiles_the_kernels(name, positions, heads, dtype):
     environment = _environment() | {"JAX_PLATFORMS": "cpu"}
     script = KERNEL_FITS.format(name=name, positions=positions, heads=heads, dtype=dtype)
     found = subprocess.run(

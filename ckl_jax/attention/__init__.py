@@ -1,1 +1,1 @@
-"""Attention inside a document: plain, fused for a TPU, and against a cache of keys and values."""
+"""Attention inside a document: plain, fused for a TPU or a GPU, and against a cache of keys and values."""

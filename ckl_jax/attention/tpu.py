@@ -1,12 +1,10 @@
-"""Causal attention as one TPU kernel: scores and weights stay in the chip's fast memory, forward and backward.
+"""The kernel of a TPU, in Pallas.
 
 A block of queries is taken against all keys up to its end, so that a row's softmax is computed at once. The backward
 pass keeps nothing of the forward one: it computes the scores again. Keys, queries and values are read where the dense
 layer wrote them. Two heads of width 64 lie in one block of 128 lanes; each is computed with the other's lanes zeroed,
 which costs a matrix unit of 128 x 128 nothing.
 
-Dropout draws from a counter: a hash of the row's seed, the head's, query and key says what is kept, the same in both
-passes and in ``keeps``, which computes it outside of the kernel.
 """
 
 import functools
@@ -17,51 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ckl_jax.attention.kernel import Settings, dropped, product
 from ckl_jax.attention.plain import MASKED
 
 LANES = 128
-
-
-class Settings(NamedTuple):
-    """What a kernel is compiled for; ``interpret`` computes it in Python's steps, on any device."""
-
-    num_heads: int
-    rate: float
-    precision: Any
-    interpret: bool
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention(qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, seeds_BxH: jax.Array, settings: Settings) -> jax.Array:
-    """Softmax of q k / sqrt(K) over the keys at or before a query in its segment, dropout, times the values.
-
-    Args:
-      qkv_BxTx3D: queries, keys and values of all heads, in the model's dtype.
-      segments_BxT: int32.
-      seeds_BxH: int32, of the dropout; read only with a rate above 0.
-
-    Returns:
-      [B, T, D] in the dtype of ``qkv``; sums are float32.
-    """
-    return _forward(qkv_BxTx3D, segments_BxT, seeds_BxH, settings)[0]
-
-
-def keeps(seed: jax.Array, rows: jax.Array, columns: jax.Array, rate: float) -> jax.Array:
-    """Which weights dropout keeps: True with probability 1 - rate, independent for all practical purposes.
-
-    Args:
-      seed: int32 of a row of the batch and a head.
-      rows, columns: int32 positions of queries and keys, of shapes that broadcast.
-    """
-    bits = _hash(_hash(rows ^ seed) + columns)
-    return jax.lax.shift_right_logical(bits, 1) < jnp.int32((1 - rate) * 2**31 - 1)
-
-
-def _hash(x: jax.Array) -> jax.Array:
-    """A bijection of 32 bits in which every bit of the input moves half of the output's (lowbias32, C. Wellons)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        x = (x ^ jax.lax.shift_right_logical(x, shift)) * jnp.int32(factor)
-    return x ^ jax.lax.shift_right_logical(x, 16)
 
 
 class _Block(NamedTuple):
@@ -98,22 +55,16 @@ class _Block(NamedTuple):
 
     def weights(self, q: jax.Array, k: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The softmax's numerators [Q, S] and denominators [Q, 1] in float32."""
-        scores = self.product(q, k, (1, 1)) * self.head_width**-0.5
+        scores = product(q, k, (1, 1), self.settings) * self.head_width**-0.5
         scores = jnp.where(allowed, scores, MASKED)
         weights = jnp.exp(scores - scores.max(1, keepdims=True))
         return weights, weights.sum(1, keepdims=True)
 
     def dropped(self, weights: jax.Array, seed: jax.Array) -> jax.Array:
-        rate = self.settings.rate
-        if rate == 0:
-            return weights
-        return jnp.where(keeps(seed, *self.positions(), rate), weights / (1 - rate), 0.0)
+        return dropped(weights, seed, *self.positions(), self.settings.rate)
 
     def product(self, a: jax.Array, b: jax.Array, contracted: tuple[int, int]) -> jax.Array:
-        """In float32; bfloat16 has but one precision."""
-        axes = ((contracted[:1], contracted[1:]), ((), ()))
-        precision = self.settings.precision if a.dtype == jnp.float32 else None
-        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+        return product(a, b, contracted, self.settings)
 
 
 def _forward_kernel(blocks, seeds_ref, segments_ref, q_ref, k_ref, v_ref, out_ref):
@@ -208,46 +159,47 @@ def _planned(batch: int, num_positions: int, width: int, settings: Settings) -> 
     return _Plan(blocks, (batch, groups, len(blocks)), specs, flops)
 
 
-def _forward(qkv_BxTx3D, segments_BxT, seeds_BxH, settings):
+def forward(
+    qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, seeds_BxH: jax.Array, settings: Settings
+) -> tuple[jax.Array, None]:
+    """What is attended [B, T, D], T a multiple of 128; the backward pass needs no more than the same arguments."""
     batch, num_positions, width = qkv_BxTx3D.shape[0], qkv_BxTx3D.shape[1], qkv_BxTx3D.shape[2] // 3
-    padding = -num_positions % LANES
-    padded, segments = _padded(qkv_BxTx3D, padding), _padded(segments_BxT, padding)
-    plan = _planned(batch, num_positions + padding, width, settings)
+    plan = _planned(batch, num_positions, width, settings)
     names = ("seeds", "segments", "queries", "keys", "values")
     out = pl.pallas_call(
         functools.partial(_forward_kernel, plan.blocks),
         grid=plan.grid,
         in_specs=[plan.specs[name] for name in names],
         out_specs=plan.specs["queries"],
-        out_shape=jax.ShapeDtypeStruct((batch, num_positions + padding, width), qkv_BxTx3D.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, num_positions, width), qkv_BxTx3D.dtype),
         **_options(plan, products=2, moved=4 * qkv_BxTx3D.size // 3 * qkv_BxTx3D.dtype.itemsize, settings=settings),
-    )(seeds_BxH, segments[:, None], padded, padded, padded)
-    return out[:, :num_positions], (qkv_BxTx3D, segments_BxT, seeds_BxH)
+    )(seeds_BxH, segments_BxT[:, None], qkv_BxTx3D, qkv_BxTx3D, qkv_BxTx3D)
+    return out, None
 
 
-def _backward(settings, kept, d_out_BxTxD):
-    qkv_BxTx3D, segments_BxT, seeds_BxH = kept
+def backward(
+    qkv_BxTx3D: jax.Array,
+    segments_BxT: jax.Array,
+    seeds_BxH: jax.Array,
+    out_BxTxD: jax.Array,
+    kept: None,
+    d_out_BxTxD: jax.Array,
+    settings: Settings,
+) -> jax.Array:
+    """The gradient of ``qkv``."""
     batch, num_positions, width = d_out_BxTxD.shape
-    padding = -num_positions % LANES
-    padded, segments, d_out = (_padded(x, padding) for x in (qkv_BxTx3D, segments_BxT, d_out_BxTxD))
-    plan = _planned(batch, num_positions + padding, width, settings)
+    plan = _planned(batch, num_positions, width, settings)
     names = ("seeds", "segments", "queries", "keys", "values", "queries")
     (rows, groups, steps), lanes = plan.grid, plan.specs["d_qkv"].block_shape[2]
-    d_qkv = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_backward_kernel, plan.blocks),
         grid=(rows, groups, steps + 2),
         in_specs=[plan.specs[name] for name in names],
         out_specs=plan.specs["d_qkv"],
-        out_shape=jax.ShapeDtypeStruct(padded.shape, padded.dtype),
-        scratch_shapes=[pltpu.VMEM((num_positions + padding, lanes), jnp.float32)] * 2,
-        **_options(plan, products=5, moved=7 * d_out.size * d_out.dtype.itemsize, settings=settings),
-    )(seeds_BxH, segments[:, None], padded, padded, padded, d_out)
-    return d_qkv[:, :num_positions], None, None
-
-
-def _padded(x: jax.Array, padding: int) -> jax.Array:
-    """With more positions behind: no query before them reads their keys."""
-    return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x
+        out_shape=jax.ShapeDtypeStruct(qkv_BxTx3D.shape, qkv_BxTx3D.dtype),
+        scratch_shapes=[pltpu.VMEM((num_positions, lanes), jnp.float32)] * 2,
+        **_options(plan, products=5, moved=7 * d_out_BxTxD.size * d_out_BxTxD.dtype.itemsize, settings=settings),
+    )(seeds_BxH, segments_BxT[:, None], qkv_BxTx3D, qkv_BxTx3D, qkv_BxTx3D, d_out_BxTxD)
 
 
 def _options(plan: _Plan, products: int, moved: int, settings: Settings) -> dict[str, Any]:
@@ -255,6 +207,3 @@ def _options(plan: _Plan, products: int, moved: int, settings: Settings) -> dict
     cost = pl.CostEstimate(flops=products * plan.flops, transcendentals=exponentials, bytes_accessed=moved)
     order = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
     return {"cost_estimate": cost, "compiler_params": order, "interpret": settings.interpret}
-
-
-attention.defvjp(_forward, _backward)

@@ -158,7 +158,7 @@ class Speed(Chapter):
     episode_batch: PositiveInt | None = speed(None)
     """Episodes of a minibatch that a device computes together, at most; default: all. Fewer take less memory."""
     attention: Attention = speed("auto")
-    """Of passes over whole episodes: one kernel of a TPU, or as XLA compiles it, as in pre-training."""
+    """Of passes over whole episodes: one kernel of a TPU or GPU, or as XLA compiles it, as in pre-training."""
     attention_chunk: PositiveInt | None = speed(None)
     """Queries per chunk of those passes' plain attention; default: as in pre-training. Larger chunks compile faster."""
     remat: bool = speed(False)

@@ -51,13 +51,13 @@ class ModelConfig:
     attention_chunk: PositiveInt = speed(256)
     """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
     attention: Attention = speed("auto")
-    """`fused`: causal attention is one kernel of a TPU, whose scores never reach its main memory; without a TPU it is
-    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU where shape and precision allow, else plain.
-    Dropout draws other numbers in the other way. Decoding is plain."""
+    """`fused`: causal attention is one kernel of a TPU or GPU, whose scores never reach main memory; on a CPU it is
+    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU or GPU where shape and precision allow, else
+    plain. Dropout draws other numbers in the other way. Decoding is plain."""
     layers: Literal["auto", "scanned", "unrolled"] = speed("auto")
     """`scanned`: one layer is compiled and looped over; the backward pass computes again what its GELU and plain
-    attention made. `unrolled`: each is compiled. `auto`: unrolled on CPU, where that is faster, else scanned. Dropout
-    draws other numbers in the other way."""
+    attention made. `unrolled`: each is compiled. `auto`: scanned on a TPU, unrolled elsewhere, where that is faster (on
+    a GPU by what is moved). Dropout draws other numbers in the other way."""
     remat: bool = speed(False)
     """Compute the activations of a layer again in the backward pass instead of keeping them: less memory, a third more
     work."""

@@ -145,8 +145,10 @@ def _products(
         found = [_products(x, nested, computations, of_float32) for x in nested.values()]
         return sum(flops for flops, _ in found), sum(passes for _, passes in found)
     if instruction.opcode == "custom-call":
-        flops = float(sum(instruction.numbers(r'"cost_estimate":\{"flops":"(\d+)"')))  # As the kernel's author says.
-        exact = any(array.kind == "f32" for name in instruction.operands[:1] for array in inside[name].arrays)
+        flops = _kernel_flops(instruction)
+        given = (array for name in instruction.operands for array in inside[name].arrays)
+        largest = max(given, key=lambda array: array.bytes, default=None)
+        exact = flops > 0 and largest is not None and largest.kind == "f32"
         return flops, flops * (of_float32["highest"] if exact else 1)
     if instruction.opcode == "dot":
         left = inside[instruction.operands[0]].arrays[0]
@@ -159,6 +161,14 @@ def _products(
     precision = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
     kinds = {inside[name].arrays[0].kind for name in instruction.operands[:2]}
     return flops, flops * (of_float32[precision.group(1) if precision else "default"] if kinds == {"f32"} else 1)
+
+
+def _kernel_flops(call: hlo.Instruction) -> float:
+    """Of a kernel of Pallas, as its author says: of the whole on a TPU, of a program of the grid on a GPU."""
+    of_whole = call.numbers(r'"cost_estimate":\{"flops":"(\d+)"')
+    of_program = call.numbers(r"flops_of_a_program\\22: \\22(\d+)")
+    grid = math.prod(call.numbers(rf"\bgrid_{axis} = (\d+)")[0] for axis in "xyz") if of_program else 0
+    return float(sum(of_whole) + grid * sum(of_program))
 
 
 def _convolution_flops(instruction: hlo.Instruction, inside: hlo.Computation) -> float:

@@ -69,7 +69,8 @@ def judged(planned: Planned, chip: Chip) -> Verdict:
     seconds, text = time.monotonic() - start, compiled.as_text()
     memory = _memory(compiled) | {"beside": planned.beside}
     needed = sum(size for kind, size in memory.items() if kind != "aliased") - memory["aliased"]
-    fits, cost, kernels = needed <= chip.memory, costs.cost(text, chip.passes), text.count('"tpu_custom_call"')
+    fits, cost = needed <= chip.memory, costs.cost(text, chip.passes)
+    kernels = sum(text.count(f'"{target}"') for target in ("tpu_custom_call", "__gpu$xla.gpu.triton"))
     slow_at = "f64[" in text, hlo.calls_the_host(text)
     return Verdict(planned.name, fits, needed, memory, cost, seconds, kernels, *slow_at, dict(mesh))
 
