@@ -6,7 +6,7 @@ V vocabulary. Parameter names are GPT-2's own (``wte``, ``h_0/c_attn``, ...).
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +127,9 @@ def _fused(config: ModelConfig, rate: float, qkv_BxTx3D: jax.Array, segments_BxT
     seeds_BxH = jnp.zeros(shape, jnp.int32)
     if key is not None:
         seeds_BxH = jax.lax.bitcast_convert_type(jax.random.bits(key, shape), jnp.int32)
-    platform, precision = targets.platform(), jax.lax.Precision[config.precision.upper()]
-    device: Literal["tpu", "gpu"] = "gpu" if platform == "gpu" else "tpu"
-    settings = Settings(config.num_heads, rate, precision, device, interpret=platform not in fused.KERNELS)
+    device, precision = targets.platform(), jax.lax.Precision[config.precision.upper()]
+    emulated = device not in fused.KERNELS
+    settings = Settings(config.num_heads, rate, precision, "tpu" if emulated else device, emulated)
     rows = qkv_BxTx3D, segments_BxT, seeds_BxH
     return cast(jax.Array, sharding.by_device(lambda *rows: fused.attention(*rows, settings), *rows))
 

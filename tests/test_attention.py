@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -175,6 +177,13 @@ def test_a_tpu_or_gpu_fuses_what_fits_and_a_cpu_nothing(monkeypatch, device):
     wide = ({"num_heads": 2, "width": 512}, {"num_heads": 1, "width": 384}, {"num_heads": 1, "width": 768})
     for odd in ({"width": 96}, {"num_heads": 8}, {"block_size": 1025}, {"precision": "high"}, *wide):
         assert not fuses_attention(dataclasses.replace(low, **odd))
+
+
+def test_attention_on_a_gpu_is_plain_where_jax_has_no_triton():
+    script = "import sys; sys.modules['jax.experimental.pallas.triton'] = None\n"
+    script += "from ckl_jax.attention import fused; print(*fused.KERNELS)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["tpu"]
 
 
 @pytest.mark.parametrize(

@@ -650,6 +650,8 @@ def test_every_program_compiles_for_gpus(cuda, name, checkpoint, tmp_path):
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_program_lowers_for_a_gpu(name, checkpoint, monkeypatch):
     """To StableHLO, as XLA for CUDA gets it: no kernel of a TPU, no float64, no call to Python."""
+    if name == "pretrain, fused" and jax.__version_info__ > (0, 10, 2):
+        pytest.skip("this JAX makes kernels for a GPU that it has been given alone")
     monkeypatch.setattr(targets, "platform", lambda: "gpu")
     command, *words = WHOLE[name]
     planned = programs.COMMANDS[command]

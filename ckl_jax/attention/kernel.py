@@ -4,19 +4,19 @@ Dropout draws from a counter: a hash of the row's seed, the head's, query and ke
 passes, and in ``keeps`` outside of the kernels.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
 class Settings(NamedTuple):
-    """What a kernel is compiled for; ``interpret`` computes it in Python's steps, on any device."""
+    """What a kernel is compiled for; ``interpret`` computes that of ``device`` in Python's steps, on any."""
 
     num_heads: int
     rate: float
     precision: Any
-    device: Literal["tpu", "gpu"] = "tpu"
+    device: str = "tpu"
     interpret: bool = False
 
 
