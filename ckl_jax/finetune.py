@@ -44,7 +44,7 @@ from ckl_jax.fields import require_fields
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl.program import Arms, Run, Seeds, make_mesh, make_program, make_runs
 from ckl_jax.rl.setup import set_up
-from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logbook import Logbook
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import display
@@ -139,7 +139,9 @@ def finetune(
     for index, run in enumerate(runs):
         made_by = {"run": run.name, "config": dataclasses.asdict(config), "overrides": dict(arms[run.arm])}
         path = directory.path / run.name
-        if trained or not is_saved(path, made_by):  # Saved again, its files would have other names.
+        if trained or not is_saved(
+            path, made_by, RESUMABLE.same_numbers
+        ):  # Saved again, its files would have other names.
             policy = sharding.to_host(jax.tree.map(lambda x, index=index: x[index], states.params["policy"]))
             save_model(path, model._replace(config=program.model, params=policy), made_by)
     return runs

@@ -27,7 +27,7 @@ from ckl_jax.fields import require_fields
 from ckl_jax.model import num_parameters
 from ckl_jax.next_character import make_mesh, planned_state, train_step
 from ckl_jax.presets import pretrain_preset
-from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.directory import RESUMABLE, RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
 from ckl_jax.runtime import cli, finite, preemption, reading, sharding
@@ -95,7 +95,9 @@ def pretrain(
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
     model = Model(config.model, config.max_digits, state.tested, task)
     made_by = {"command": "python -m ckl_jax.pretrain", "config": dataclasses.asdict(config)}
-    if done > first or not is_saved(directory.path, made_by):  # Saved again, its files would have other names.
+    if done > first or not is_saved(
+        directory.path, made_by, RESUMABLE.same_numbers
+    ):  # Saved again, its files would have other names.
         save_model(directory.path, model, made_by)
     return model
 

@@ -26,6 +26,7 @@ from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
 from ckl_jax.rl import evaluation
 from ckl_jax.rl.program import TEST_SEED, make_program
+from ckl_jax.runs import logs
 from ckl_jax.runs.directory import RunDirectory
 from ckl_jax.runs.logs import LogOptions
 from ckl_jax.runs.progress import Status, display
@@ -320,6 +321,37 @@ def test_a_run_that_wandb_knows_goes_on_from_its_last_step(tmp_path, monkeypatch
         else:
             assert run.rows[4:] == [{"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}]
     assert ids[0] == ids[1]
+
+
+def test_a_copy_that_fails_is_given_up_and_the_others_and_the_run_go_on(tmp_path, monkeypatch, capsys):
+    added = []
+
+    class Whole:
+        lacks_from = 0
+        add, close = added.append, added.clear
+
+    class Broken(Whole):
+        def add(self, record):
+            raise RuntimeError("Connection lost")
+
+    class Unfinished(Whole):
+        def close(self):
+            raise OSError("disk full")
+
+    copies = logs.Copies({"wandb": Broken(), "tensorboard": Whole(), "third": Unfinished()})
+    directory = RunDirectory(tmp_path, {})
+    monkeypatch.setattr(LogOptions, "start", lambda *_: copies)
+    directory.rewind_metrics(-1)
+    for step in (1, 2):
+        directory.log([{"step": step}])
+    assert added == 2 * [{"step": 1}] + 2 * [{"step": 2}]
+    assert [record["step"] for record in directory.metrics()] == [1, 2]
+    directory.close()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(";")[0] for line in said] == [
+        "log_to: wandb fails (Connection lost)",
+        "log_to: third fails (disk full)",
+    ]
 
 
 class _Terminal(io.StringIO):

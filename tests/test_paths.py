@@ -80,6 +80,11 @@ def test_a_path_is_not_the_name_of_a_model_that_ships(monkeypatch, tmp_path, tex
     assert located(paths.parse("N7")) == PRETRAINED / "N7"
     assert located(paths.parse(text)) == tmp_path / "N7"
     (tmp_path / "N7").mkdir()
+    with pytest.raises(
+        ConfigError, match=rf"^checkpoint: got 'N7', allowed is {PRETRAINED}/N7 for the model that ships"
+    ):
+        located(paths.parse("N7"))
+    (tmp_path / "N7" / "model.json").touch()
     assert located(paths.parse("N7")) == pathlib.Path("N7")
 
 
@@ -143,6 +148,12 @@ def test_files_in_a_bucket_are_appended_to_listed_and_replaced(bucket):
     assert json.loads((run / "deep" / "results.json").read_text()) == {"a": 2}
     below = sorted(str(path.relative_to(run)) for path in paths.files_below(run))
     assert below == ["deep/results.json", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["lr=[1]", "a?b", "a*"])
+def test_a_place_in_a_bucket_that_orbax_takes_for_a_pattern_is_refused(bucket, name):
+    with pytest.raises(ConfigError, match=r"^out: got 'gs://bucket/.*', allowed is a path without .*: Orbax"):
+        RunDirectory(f"gs://bucket/{name}", {})
 
 
 def test_a_run_in_a_bucket_keeps_its_config_and_metrics_and_refuses_another(bucket, monkeypatch):

@@ -444,7 +444,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_state_is_kept(
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 
-def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, monkeypatch):
+@pytest.mark.parametrize("speed", [{}, {"microbatches": 2}])
+def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, monkeypatch, speed):
     path, expected, metrics = uninterrupted
     monkeypatch.setattr("ckl_jax.pretrain.train_step", None)
     files = {
@@ -452,7 +453,7 @@ def test_a_finished_run_is_not_trained_again(config, data_dir, uninterrupted, mo
         for file in [path / "model.json", *path.glob("params*/**/*"), *path.glob("params.*")]
         if file.is_file()
     }
-    model, again = _run(config, path, data_dir)
+    model, again = _run(dataclasses.replace(config, **speed), path, data_dir)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), jax.tree.map(np.asarray, expected.params))
     assert again == metrics
     assert {file: file.read_bytes() for file in files} == files

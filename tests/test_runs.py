@@ -11,9 +11,13 @@ import pytest
 from hostile import no_file_above
 
 from ckl_jax.analysis import plots
+from ckl_jax.checkpoint import manifest
+from ckl_jax.checkpoint.store import Model, save_model
 from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from ckl_jax.convert import ConvertCommand
 from ckl_jax.errors import ConfigError
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import cli
 
 CONFIG = {"command": "finetune", "seed": 0, "config": {"beta": 150.0, "arms": (1, 2)}}
 STATE = {"x": jnp.ones(3)}
@@ -306,8 +310,8 @@ def _saved_without_manifests(path, steps, records):
     for step in steps:
         run.checkpoints.save(step, STATE)
     run.close()
-    for manifest in (path / "checkpoints").glob("*.sha256.json"):
-        manifest.rename(path / f"kept_{manifest.name}")
+    for file in (path / "checkpoints").glob("*.sha256.json"):
+        file.rename(path / f"kept_{file.name}")
 
 
 @pytest.mark.parametrize(
@@ -331,9 +335,42 @@ def test_a_run_that_was_killed_while_it_wrote_its_first_checkpoint_begins_anew_a
     _saved_without_manifests(tmp_path, [step], records)
     run = RunDirectory(tmp_path, CONFIG)
     assert run.restore(STATE) is None
-    assert run.checkpoints.unfinished() == {step}
+    assert run.checkpoints.unfinished() == set()
     run.checkpoints.save(step, STATE)
     assert run.restore(STATE)[0] == step
+
+
+def test_a_run_that_was_killed_twice_before_its_first_manifest_begins_anew(tmp_path, monkeypatch):
+    """The second attempt comes to another step than the first."""
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manifest, "write", killed)
+    for step, records in ((300, []), (500, [{"step": 500}])):
+        run = RunDirectory(tmp_path, CONFIG)
+        assert run.restore(STATE) is None
+        run.log(records)
+        with pytest.raises(KeyboardInterrupt):
+            run.checkpoints.save(step, STATE)
+        run.close()
+    assert RunDirectory(tmp_path, CONFIG).restore(STATE) is None
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-3]", "[1", "1]", "a\\b", "below/[1]/run"])
+def test_a_place_where_orbax_would_write_what_cannot_be_read_is_refused_before_anything_is_there(tmp_path, name):
+    def write(path):
+        return save_model(path, Model(ModelConfig(), 1, {}), {})
+
+    def convert_to(path):
+        return cli.parse(ConvertCommand, None, ["--source", "gpt2", "--digits", "1", "--out", str(path)])
+
+    for open_there in (lambda path: RunDirectory(path, CONFIG), write, convert_to):
+        with pytest.raises(
+            ConfigError, match=r"^(out|directory): got '.*', allowed is a path without (\[ \]|\[|\]|\\): Orbax"
+        ):
+            open_there(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_a_line_of_seconds_is_dropped(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+from ckl_jax.errors import require
 from ckl_jax.runtime.paths import AnyPath
 from ckl_jax.tasks.catalog import task_named
 from ckl_jax.tasks.columns import ADDITION
@@ -30,6 +31,15 @@ def shipped(task: str = "addition", scale: str = "tiny") -> pathlib.Path:
 
 
 def located(checkpoint: AnyPath) -> AnyPath:
-    """The directory of a model that ships, for its name; any other path, and one that is there, for itself."""
+    """The directory of a model that ships, for its name; any other path, and one that is there, for itself.
+
+    Raises:
+      ConfigError: the name's, where a directory of that name is here without being a model: a run that was told to
+        write there, say.
+    """
     name = os.fspath(checkpoint)
-    return PRETRAINED / name if name in names() and not pathlib.Path(name).exists() else checkpoint
+    if name not in names() or not (here := pathlib.Path(name)).exists():
+        return checkpoint if name not in names() else PRETRAINED / name
+    allowed = f"{PRETRAINED / name} for the model that ships, as {here.resolve()} is here and no model"
+    require((here / "model.json").exists(), "checkpoint", name, allowed)
+    return checkpoint

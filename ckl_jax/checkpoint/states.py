@@ -20,7 +20,7 @@ class StateCheckpoints:
     """Numbered checkpoints of a train state under ``directory``; the newest two are kept.
 
     What an earlier process left half-written is removed, so one process at a time may have the directory. What has no
-    manifest stays until a complete one is read or written.
+    manifest stays until a complete one is read or written, or until it is told to be removed.
     """
 
     def __init__(self, directory: AnyPath):
@@ -46,7 +46,7 @@ class StateCheckpoints:
             self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
             self.manager.wait_until_finished()
         hosts.of_first(lambda: self._finish(path, history))
-        self._remove_unfinished()
+        self.remove_unfinished()
 
     def _finish(self, path: pathlib.Path, history: Any) -> None:
         if history is not None:
@@ -75,7 +75,7 @@ class StateCheckpoints:
             wanted = arrays.flat(ocp.tree.serialize_tree(abstract_state, keep_empty_nodes=True))
             arrays.require_same(path, arrays.shapes(stored), arrays.shapes(wanted), "this run")
             state = self.manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
-        self._remove_unfinished()
+        self.remove_unfinished()
         return step, state
 
     def _newest(self) -> int | None:
@@ -92,8 +92,8 @@ class StateCheckpoints:
     def _unfinished(self) -> set[int]:
         return {step for step in self.manager.all_steps() if not manifest.beside(self.directory / str(step)).exists()}
 
-    def _remove_unfinished(self) -> None:
-        """One that stayed would count among those that are kept, in a complete one's place."""
+    def remove_unfinished(self) -> None:
+        """Deletes what has no manifest: it would count among those that are kept, in a complete one's place."""
         for step in sorted(self.unfinished()):
             self.manager.delete(step)
 

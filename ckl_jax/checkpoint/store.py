@@ -5,7 +5,10 @@ Several processes save and load together: each writes and reads its own parts, p
 
 import dataclasses
 import hashlib
+import json
+import operator
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,8 +71,12 @@ def save_model(directory: AnyPath, model: Model, made_by: dict[str, Any]) -> Non
     hosts.of_first(describe)
 
 
-def is_saved(directory: AnyPath, made_by: dict[str, Any]) -> bool:
-    """Whether a directory has a complete and undamaged model that ``save_model`` wrote with the same ``made_by``."""
+def is_saved(directory: AnyPath, made_by: dict[str, Any], same: Callable[[Any, Any], bool] = operator.eq) -> bool:
+    """Whether a directory has a complete and undamaged model that ``save_model`` wrote with the same ``made_by``.
+
+    Args:
+      same: whether two of them are, the one that was written first.
+    """
     directory = resolved(directory)
 
     def found() -> bool:
@@ -77,7 +84,8 @@ def is_saved(directory: AnyPath, made_by: dict[str, Any]) -> bool:
             read_description(directory)
         except ConfigError:
             return False
-        return reading.read_object(directory / "model.json", "checkpoint").get("made_by") == made_by
+        before = reading.read_object(directory / "model.json", "checkpoint").get("made_by")
+        return same(before, json.loads(json.dumps(made_by)))
 
     return hosts.of_first(found)
 

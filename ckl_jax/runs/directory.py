@@ -5,7 +5,6 @@ Several processes (``hosts``) share it: process 0 reads and writes its files, fo
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from ckl_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
 from ckl_jax.errors import ConfigError, require
 from ckl_jax.resuming import Resumable, unequal
 from ckl_jax.runs import lock
-from ckl_jax.runs.logs import Copy, LogOptions
+from ckl_jax.runs.logs import Copies, LogOptions
 from ckl_jax.runs.records import parse, read_json, read_metrics, whole_records
 from ckl_jax.runtime import hosts, reading
 from ckl_jax.runtime.paths import AnyPath, append, in_bucket, replace, require_directory, resolved
@@ -45,7 +44,7 @@ class RunDirectory:
         self._logs.require_possible(self.path)
         self.metrics_path, self.samples_path = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self._seconds_path = self.path / "seconds.jsonl"
-        self._config, self._copies = config, list[Copy]()
+        self._config, self._copies = config, Copies()
         self._lock: lock.DirectoryLock | None = None
         first = hosts.of_first(lambda: dict(config))
         hosts.together(lambda: self._require_of_first(first))
@@ -74,8 +73,7 @@ class RunDirectory:
     def close(self) -> None:
         """Lets other processes have the directory. What was logged can still be read."""
         self.checkpoints.close()
-        while self._copies:
-            self._copies.pop().close()
+        self._copies.close()
         self._lock = None
 
     def _check(self, config: Any) -> None:
@@ -98,7 +96,8 @@ class RunDirectory:
         hosts.write_json(self.path / "config.json", self._config)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
-        """The newest checkpoint, as ``StateCheckpoints.restore_latest``; None for a run that has yet to come to one.
+        """The newest checkpoint, as ``StateCheckpoints.restore_latest``; None for a run that has yet to come to one,
+        which then begins anew.
 
         Raises:
           ConfigError: also where the run had come beyond its first checkpoint and none is left, or none with its
@@ -120,6 +119,7 @@ class RunDirectory:
                 f"out: {self.path} has records up to step {max(steps)} and no checkpoint to go on from; "
                 "allowed is a directory with its checkpoints, or another one"
             )
+        self.checkpoints.remove_unfinished()  # Beside what this attempt saves it would look like a lost manifest.
         return None
 
     def rewind_metrics(self, step: int, recorded: int | None = None, tested: int | None = None) -> bool:
@@ -173,8 +173,8 @@ class RunDirectory:
 
     def _record(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
         append(path, _lines(records))
-        for copy, record in itertools.product(self._copies, records):
-            copy.add(record)
+        for record in records:
+            self._copies.add(record)
 
     def log_seconds(self, step: int, seconds: float) -> None:
         """Notes what reaching ``step`` took, beside the metrics, which are the same for every resumption."""

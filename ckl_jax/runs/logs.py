@@ -11,9 +11,11 @@ regularizers and minibatches.
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,13 +48,11 @@ class LogOptions:
         possible = "tensorboard" not in self.log_to or not in_bucket(out)
         require(possible, "log_to", "tensorboard", f"wandb only where out is in a bucket ({out})")
 
-    def start(self, out: pathlib.Path, config: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> list[Copy]:
+    def start(self, out: pathlib.Path, config: Mapping[str, Any], records: Iterable[dict[str, Any]]) -> Copies:
         """The copies of a run that starts or goes on with these records; ConfigError where one cannot be made."""
-        copies = [_MAKERS[name](out, config, self.quiet) for name in dict.fromkeys(self.log_to)]
+        copies = Copies({name: _MAKERS[name](out, config, self.quiet) for name in dict.fromkeys(self.log_to)})
         for record in sorted(records, key=lambda record: record["step"]):
-            for copy in copies:
-                if record["step"] >= copy.lacks_from:
-                    copy.add(record)
+            copies.add(record, again=True)
         return copies
 
 
@@ -64,6 +64,33 @@ class Copy(Protocol):
     def add(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Copies:
+    """All copies of a run, by name. One that fails is given up with a line that says so, and the run goes on."""
+
+    def __init__(self, copies: Mapping[str, Copy] | None = None):
+        self._copies = dict(copies or {})
+
+    def add(self, record: Mapping[str, Any], again: bool = False) -> None:
+        """To every copy; a record that is given again only to those that may lack it."""
+        for name, copy in list(self._copies.items()):
+            if not again or record["step"] >= copy.lacks_from:
+                self._try(name, functools.partial(copy.add, record))
+
+    def close(self) -> None:
+        for name, copy in list(self._copies.items()):
+            self._try(name, copy.close)
+        self._copies = {}
+
+    def _try(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # Whatever another library comes to: what was computed is not lost for it.
+            del self._copies[name]
+            said = " ".join(str(error).split()) or type(error).__name__
+            line = f"log_to: {name} fails ({said}); the run goes on without, and its next start adds what is missing"
+            print(line, file=sys.stderr)
 
 
 class TensorBoard:

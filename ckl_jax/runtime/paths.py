@@ -28,6 +28,7 @@ MEANS_MORE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/|(gs|s3):|~", re.IGNORECASE
 VARIABLE = re.compile(r"\$[A-Za-z_{(]")
 AnyPath: TypeAlias = str | os.PathLike[str]
 REPLACED = "a path without variables: no shell has replaced them"
+PATTERNS = "[]\\*?"  # The last two mean more in a bucket alone.
 SCHEMES = "allowed are local paths and gs://bucket/directory"
 
 
@@ -123,6 +124,11 @@ def require_directory(path: AnyPath, field: str, *, may_be_read_only: bool = Fal
       may_be_read_only: one that is there may be one that cannot be written.
     """
     place = resolved(path, field)
+    found = sorted(set(os.fspath(place)) & set(PATTERNS if in_bucket(place) else PATTERNS[:3]))
+    allowed = (
+        f"a path without {' '.join(found)}: Orbax takes its own paths for patterns, and would write what cannot be read"
+    )
+    require(not found or may_be_read_only, field, os.fspath(place), allowed)
     if in_bucket(place):
         return
     nearest = next(found for found in (place, *place.parents) if found.exists())
