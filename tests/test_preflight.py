@@ -697,6 +697,7 @@ import jax, jax.numpy as jnp
 from ckl_jax.attention import fused
 from ckl_jax.attention.kernel import Settings
 from ckl_jax.preflight import chips
+chips.HOPPER = chips.HOPPER.replace("shared_memory_per_block_optin: 232448", "shared_memory_per_block_optin: 101376")
 there = jax.sharding.SingleDeviceSharding(chips.topology({name!r}).devices[0])
 settings = Settings({heads}, 0.2, jax.lax.Precision.HIGHEST, there.device_set.pop().platform)
 def gradient(qkv, segments, seeds):
@@ -725,7 +726,7 @@ def test_fused_attention_compiles_for_every_tpu_up_to_its_most_positions(libtpu,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fused_attention_compiles_for_every_gpu_with_the_widest_heads(cuda, name, dtype):
+def test_fused_attention_compiles_for_gpus_with_less_fast_memory_and_the_widest_heads(cuda, name, dtype):
     _compiles_the_kernels(f"{name}:1", 1024, 1, dtype)
 
 

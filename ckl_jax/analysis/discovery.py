@@ -116,7 +116,8 @@ def summarize(
     for place, named in parts.items():
         some = by_place[place]
         drops_P = drops(some)
-        drop, chance_P = mean_interval(drops_P).within(-1, 1), np.array([probe[f"{worse(probe)}_probability"] for probe in some])
+        drop = mean_interval(drops_P).within(-1, 1)
+        chance_P = np.array([probe[f"{worse(probe)}_probability"] for probe in some])
         kind = {
             "place": place,
             "name": f"{named}, character {place[2] + 1}",

@@ -27,7 +27,7 @@ class _Blocks(NamedTuple):
 
 
 _BLOCKS = {2: _Blocks(128, 64, 64), 4: _Blocks(64, 32, 32)}
-"""By the bytes of a number: what the fast memory of a multiprocessor holds of heads of up to 128 (99 KB and more)."""
+"""By the bytes of a number, of heads of up to 64: what a multiprocessor with 99 KB of fast memory holds."""
 
 
 class _Part(NamedTuple):
@@ -126,7 +126,7 @@ def _backward_kernel(
 
 
 class _Grid(NamedTuple):
-    """Sizes of what a call is given: its programs are (blocks, heads, rows of the batch)."""
+    """Sizes of what a call is given, and so of its grid: blocks of positions, heads, rows of the batch."""
 
     batch: int
     num_positions: int
@@ -138,8 +138,9 @@ class _Grid(NamedTuple):
         batch, num_positions, width = qkv_BxTx3D.shape
         return cls(batch, num_positions, settings.num_heads, width // 3 // settings.num_heads)
 
-    def programs(self, size: int) -> tuple[int, int, int]:
-        return self.num_positions // size, self.num_heads, self.batch
+    def blocks(self, dtype: jnp.dtype) -> _Blocks:
+        sizes = _BLOCKS[dtype.itemsize]
+        return sizes if self.head_width <= 64 else _Blocks(*(size // 2 for size in sizes))
 
     def block(self, size: int, part: int = 0) -> pl.BlockSpec:
         """A program's own positions of its head, of queries (part 0), keys (1) or values (2) where all three lie."""
@@ -159,7 +160,7 @@ class _Grid(NamedTuple):
         """Of ``pallas_call``, with the operations of a program on average."""
         flops = products * size * (self.num_positions + size) * self.head_width
         return {
-            "grid": self.programs(size),
+            "grid": (self.num_positions // size, self.num_heads, self.batch),
             "interpret": settings.interpret,
             "metadata": {"flops_of_a_program": str(flops)},
             "compiler_params": triton.CompilerParams(num_warps=4 if self.head_width <= 64 else 8, num_stages=2),
@@ -170,7 +171,8 @@ def forward(
     qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, seeds_BxH: jax.Array, settings: Settings
 ) -> tuple[jax.Array, jax.Array]:
     """What is attended [B, T, D], T a multiple of 128, and the logarithms of the denominators [B, H, T]."""
-    blocks, sizes = _BLOCKS[qkv_BxTx3D.dtype.itemsize], _Grid.of(qkv_BxTx3D, settings)
+    sizes = _Grid.of(qkv_BxTx3D, settings)
+    blocks = sizes.blocks(qkv_BxTx3D.dtype)
     shape = (sizes.batch, sizes.num_positions, sizes.num_heads * sizes.head_width)
     log_totals = pl.BlockSpec((None, None, blocks.queries), lambda i, h, b: (b, h, i))
     out, kept = pl.pallas_call(
@@ -196,7 +198,8 @@ def backward(
     settings: Settings,
 ) -> jax.Array:
     """The gradient of ``qkv``."""
-    size, sizes = _BLOCKS[qkv_BxTx3D.dtype.itemsize].backward, _Grid.of(qkv_BxTx3D, settings)
+    sizes = _Grid.of(qkv_BxTx3D, settings)
+    size = sizes.blocks(qkv_BxTx3D.dtype).backward
     rows, of_head = (sizes.batch, sizes.num_positions), (sizes.num_heads, sizes.head_width)
     both = out_BxTxD.astype(jnp.float32) * d_out_BxTxD.astype(jnp.float32)
     means_BxHxT = both.reshape(*rows, *of_head).sum(3).swapaxes(1, 2)
