@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax.attention import fused
+from ckl_jax.attention import fused, plain
 from ckl_jax.attention.kernel import Settings, keeps
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
@@ -82,6 +82,31 @@ def test_in_bfloat16_only_rounding_differs(device):
         assert jnp.linalg.norm(mine.astype(jnp.float32) - theirs) < 0.01 * jnp.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_plain_attention_in_bfloat16_is_as_exact_as_a_kernel(cached):
+    """Its scores are float32: in bfloat16 those of about 9 would be off by up to 0.03, and weights by 3%."""
+    shape = batch, num_positions, num_heads, _ = SHAPES[0]
+    qkv, segments, seeds, _ = drawn(*shape)
+    spread = jnp.repeat(jnp.array([[[3.0, 3.0, 1.0]]]), qkv.shape[2] // 3, axis=2)
+    qkv, segments = (qkv * spread).astype(jnp.bfloat16), jnp.zeros_like(segments)
+    exact = expected(qkv.astype(jnp.float32), segments, seeds, num_heads, 0.0)
+
+    def error(out):
+        assert out.dtype == jnp.bfloat16
+        return jnp.sqrt(jnp.mean(jnp.square(out.astype(jnp.float32) - exact)))
+
+    q, k, v = qkv.reshape(batch, num_positions, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
+    q, config = q * q.shape[-1] ** -0.5, ModelConfig(dtype="bfloat16", precision="default")
+    if cached:
+        mask = jnp.broadcast_to(jnp.tri(num_positions, dtype=bool), (batch, num_positions, num_positions))
+        out = plain.cached(q, k, v, mask, lambda x: x, config)
+    else:
+        out = plain.causal(q, k, v, segments, lambda x: x, config)
+    settings = Settings(num_heads, 0.0, jax.lax.Precision.DEFAULT, interpret=True)
+    of_kernel = error(fused.attention(qkv, segments, seeds, settings))
+    assert error(out.transpose(0, 2, 1, 3).reshape(exact.shape)) < 1.2 * of_kernel
+
+
 @pytest.mark.parametrize("device", fused.KERNELS)
 def test_runs_that_are_mapped_are_those_alone(device):
     shape = SHAPES[1]
@@ -114,9 +139,9 @@ CONFIG = ModelConfig(num_layers=1, num_heads=2, width=128, block_size=64, layers
 
 @pytest.mark.parametrize("layers", ["scanned", "unrolled"])
 def test_the_model_computes_the_same_with_either_attention(layers):
-    plain = dataclasses.replace(CONFIG, attention="plain", layers=layers)
-    params = GPT2(plain).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, plain.vocab_size)
+    by_xla = dataclasses.replace(CONFIG, attention="plain", layers=layers)
+    params = GPT2(by_xla).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    tokens = jax.random.randint(jax.random.key(1), (2, 40), 0, by_xla.vocab_size)
     segments = jnp.arange(40)[None] // jnp.array([[16], [40]])
 
     def loss(params, config):
@@ -125,7 +150,7 @@ def test_the_model_computes_the_same_with_either_attention(layers):
 
     one, other = (
         jax.value_and_grad(loss, has_aux=True)(params, config)
-        for config in (plain, dataclasses.replace(plain, attention="fused"))
+        for config in (by_xla, dataclasses.replace(by_xla, attention="fused"))
     )
     chex.assert_trees_all_close(one, other, rtol=1e-4, atol=1e-5)
 

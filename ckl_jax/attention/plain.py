@@ -9,13 +9,18 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
+def _product(axes, left, right, precision):
+    """In float32, as the kernels of ``tpu`` and ``gpu`` have it."""
+    return jnp.einsum(axes, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _softmax_values(scores_BxHxTxS, mask_Bx1xTxS, values_BxHxSxK, dropout, precision):
-    scores = jnp.where(mask_Bx1xTxS, scores_BxHxTxS.astype(jnp.float32), MASKED)
+    scores = jnp.where(mask_Bx1xTxS, scores_BxHxTxS, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
     weights = dropout(weights).astype(values_BxHxSxK.dtype)
-    attended = jnp.einsum("bhts,bhsk->bhtk", weights, values_BxHxSxK, precision=precision)
-    return attended / total.astype(values_BxHxSxK.dtype)
+    attended = _product("bhts,bhsk->bhtk", weights, values_BxHxSxK, precision)
+    return (attended / total).astype(values_BxHxSxK.dtype)
 
 
 def causal(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
@@ -29,7 +34,7 @@ def causal(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
     for start in range(first, num_positions, config.attention_chunk):
         end = min(start + config.attention_chunk, num_positions)
         q, k, v = q_BxHxTxK[:, :, start - first : end - first], k_BxHxTxK[:, :, :end], v_BxHxTxK[:, :, :end]
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, precision=config.precision)
+        scores = _product("bhtk,bhsk->bhts", q, k, config.precision)
         causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
         same_segment = segments_BxT[:, start:end, None] == segments_BxT[:, None, :end]
         mask = (causal[None] & same_segment)[:, None]
@@ -38,5 +43,5 @@ def causal(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, segments_BxT, dropout, config):
 
 
 def cached(q_BxHxTxK, keys_BxHxSxK, values_BxHxSxK, mask_BxTxS, dropout, config):
-    scores = jnp.einsum("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK, precision=config.precision)
+    scores = _product("bhtk,bhsk->bhts", q_BxHxTxK, keys_BxHxSxK, config.precision)
     return _softmax_values(scores, mask_BxTxS[:, None], values_BxHxSxK, dropout, config.precision)
