@@ -98,11 +98,16 @@ class Drawn(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("devices", "limit", "together"), [(1, 1, 1), (1, 4, 4), (1, 3, 2), (4, 1, 4), (4, 2, 8), (4, None, 8)]
+    ("devices", "size", "limit", "together"),
+    [
+        *((1, 8, 1, 1), (1, 8, 4, 4), (1, 8, 3, 2), (4, 8, 1, 4), (4, 8, 2, 8), (4, 8, None, 8)),
+        *((4, 12, 2, 4), (4, 12, 3, 12), (2, 12, 5, 6), (4, 2, 1, 2)),
+    ],
 )
-def test_the_episodes_computed_together_are_those_of_a_device(monkeypatch, model, devices, limit, together):
-    """A limit for one device leaves no other one idle."""
-    program = make_program(dataclasses.replace(CONFIG, episodes=8, minibatch_episodes=8, episode_batch=limit), model)
+def test_the_episodes_computed_together_are_those_of_a_device(monkeypatch, model, devices, size, limit, together):
+    """A limit for one device leaves no other one idle. Each has as many rows: else a kernel computes all on each."""
+    config = dataclasses.replace(CONFIG, episodes=size, minibatch_episodes=size, episode_batch=limit)
+    program = make_program(config, model)
     rows = []
 
     def noted(program, hyper, params, chosen):
@@ -116,7 +121,7 @@ def test_the_episodes_computed_together_are_those_of_a_device(monkeypatch, model
 
     monkeypatch.setattr(minibatches, "loss_gradient", noted)
     with jax.set_mesh(make_mesh(1, 8, data_devices=devices)):
-        jax.eval_shape(update, {"policy": np.zeros(3)}, np.ones((8, 5), bool))
+        jax.eval_shape(update, {"policy": np.zeros(3)}, np.ones((size, 5), bool))
     assert set(rows) == {together}
 
 

@@ -6,6 +6,7 @@ before one character and whose answer is that character. So it has the type of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,8 +100,9 @@ def of_episodes(program, hyper, episodes, key, axis_name) -> tuple[int, Callable
     """An epoch's number of minibatches, and the gradient of one: (params, index) -> gradient."""
     config = program.config
     order = jax.random.permutation(key, config.episodes)
-    size = config.minibatch_episodes
-    group = largest_divisor(size, at_most=sharding.num_shares() * (config.episode_batch or size))
+    size, shares = config.minibatch_episodes, sharding.num_shares()
+    even = math.gcd(size, shares)  # The shares, but for a mesh of other rows than the minibatch's.
+    group = even * largest_divisor(size // even, at_most=shares // even * (config.episode_batch or size))
 
     def gradient(params, index):
         chosen = jax.lax.dynamic_slice_in_dim(order, index * size, size)
