@@ -557,25 +557,37 @@ def test_the_loss_has_its_kl_and_lp_reg_at_the_runs_temperature(monkeypatch):
     np.testing.assert_allclose(found["lp_reg"], 1 / 0.9 - 1 + np.log(0.9), rtol=1e-3)
 
 
-def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
-    config = dataclasses.replace(
-        CONFIG, algorithm="rloo", group_size=4, kl_in="reward", kl="k1", kl_target=0.5, kl_gain=1.0
-    )
+def _two_rounds(model, config):
+    """The problems of a run's first two rounds, its states after them, and metrics."""
     program = make_program(config, model)
     runs, hypers = make_runs(config, {"run": {}}, 1)
     states = jax.vmap(functools.partial(init_run, program), in_axes=(None, 0))(model.params, hypers)
     drawn = [draw_problems(program, runs[0].seed, r) for r in range(2)]
+    problems = jax.tree.map(lambda *of_rounds: jnp.stack(of_rounds)[None], *drawn)
+    return drawn, *train_rounds(program, make_mesh(1, 8, data_devices=1), model.params, states, hypers, problems)
+
+
+def test_a_whole_round_of_answers_in_groups_adapts_the_kl_coefficient(model):
+    config = dataclasses.replace(
+        CONFIG, algorithm="rloo", group_size=4, kl_in="reward", kl="k1", kl_target=0.5, kl_gain=1.0
+    )
+    drawn, states, metrics = _two_rounds(model, config)
     prompts = drawn[0].prompts_BxP.reshape(2, 4, -1)
     assert (prompts == prompts[:, :1]).all()
     assert (prompts[0, 0] != prompts[1, 0]).any()
-    problems = jax.tree.map(lambda *of_rounds: jnp.stack(of_rounds)[None], *drawn)
-    mesh = make_mesh(1, 8, data_devices=1)
-    states, metrics = train_rounds(program, mesh, model.params, states, hypers, problems)
     # The policy starts as the reference: a KL of 0, then little, both below the target.
     np.testing.assert_allclose(metrics["kl_coefficient"][0], [2.0, 2.0 * 0.8], rtol=1e-5)
     np.testing.assert_allclose(states.kl_coefficient, [2.0 * 0.8**2], rtol=1e-3)
     assert "loss/kl" not in metrics
     assert "explained_variance" not in metrics
+
+
+def test_the_kl_coefficient_is_adapted_from_the_round_in_which_the_policy_first_learns(model):
+    """Of two rounds that is the second; the KL is 0 in both, below the target."""
+    _, states, metrics = _two_rounds(model, dataclasses.replace(CONFIG, value_warmup_rounds=1, kl_target=0.5))
+    np.testing.assert_allclose(metrics["kl"][0], [0.0, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(metrics["kl_coefficient"][0], [2.0, 2.0])
+    np.testing.assert_allclose(states.kl_coefficient, [2.0 * (1 - 0.2 * CONFIG.kl_gain)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ class KL(Chapter):
     """Weight of the tokens of high entropy with kl_weights archer (in that work's published settings 0), and the least
     weight with kl_weights floored."""
     kl_target: PositiveFloat | None = None
-    """Exact KL per token in nats that alpha is adapted to after every round (Ziegler et al. 2019); default: a fixed
-    alpha. What is compared with it is the metric `kl`, that of the policy to the reference on the round's tokens before
-    its updates, without weights."""
+    """Exact KL per token in nats that alpha is adapted to after every round in which the policy learns, so not in those
+    of value_warmup_rounds (Ziegler et al. 2019); default: a fixed alpha. What is compared with it is the metric `kl`,
+    that of the policy to the reference on the round's tokens before its updates, without weights."""
     kl_gain: Annotated[float, AtLeast(0, 4.5)] = 0.1
     """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2. So at most
     from 0.1 to 1.9; with a gain of 5 it could be 0 and stay so, with more negative: a reward for leaving."""

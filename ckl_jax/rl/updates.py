@@ -85,6 +85,11 @@ def _remembered(before: AnyRunState, after: AnyRunState) -> AnyRunState:
     )
 
 
+def _policy_learns(config: FinetuneConfig, state: AnyRunState) -> jax.Array:
+    """Whether it does in the round after the state, or only the critic."""
+    return state.round >= config.value_warmup_rounds
+
+
 def update(
     program: Program, hyper: Hyper, state: AnyRunState, episodes: Episodes, key: jax.Array, axis_name: str | None = None
 ) -> tuple[AnyRunState, dict[str, jax.Array]]:
@@ -100,10 +105,9 @@ def update(
     """
     config = program.config
     optimizer = _optimizer(config)
-    policy_learns = state.round >= config.value_warmup_rounds
     decay = 1.0 - state.round / config.rounds if config.learning_rate_decay else 1.0
     rates = {
-        "policy": jnp.where(policy_learns, decay * hyper.learning_rate, 0.0),
+        "policy": jnp.where(_policy_learns(config, state), decay * hyper.learning_rate, 0.0),
         "value": jnp.asarray(config.value_learning_rate),
     }
     plan = {"episodes": minibatches.of_episodes, "transitions": minibatches.of_transitions}[config.minibatch]
@@ -173,13 +177,14 @@ def train_round(
         metrics |= gradient_norms(program, hyper, state.params, episodes) | {"kl_coefficient": hyper.kl_coefficient}
     with jax.named_scope("update"):
         updated, terms = update(program, hyper, state, episodes, shuffle_key, axis_name)
-        state = _remembered(state, updated)
+        updated = _remembered(state, updated)
     if program.config.kl_target is not None:
         adapted = losses.adapted_coefficient(
             hyper.kl_coefficient, metrics["kl"], program.config.kl_target, program.config.kl_gain
         )
-        state = state._replace(kl_coefficient=adapted)
-    return state, metrics | terms
+        learns = _policy_learns(program.config, state)
+        updated = updated._replace(kl_coefficient=jnp.where(learns, adapted, hyper.kl_coefficient))
+    return updated, metrics | terms
 
 
 def planned_states(program: Program, mesh: Mesh, ref_params: Any, hypers: Hyper) -> tuple[AnyRunState, Call]:
