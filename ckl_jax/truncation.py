@@ -92,7 +92,8 @@ def lp_reg(log_probs: jax.Array, proxy: jax.Array, pulled: jax.Array, mask: jax.
       log_probs: [...].
       proxy: [...], from ``proxy_log_probs``.
       mask: bool [...].
-      pulled: bool [...], the unlikely tokens of bad answers to which the proxy gives more than the policy does.
+      pulled: bool [...], the unlikely tokens of bad answers that the proxy does not leave out. It gives each of them
+        more than the policy does, but maybe so little more that rounding hides it.
     """
     require_array(log_probs, "log_probs")
     pulled = as_mask(pulled, log_probs.shape, "pulled") & as_mask(mask, log_probs.shape)

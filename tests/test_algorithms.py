@@ -406,6 +406,23 @@ def test_a_gated_kl_keeps_the_tokens_that_lp_reg_keeps_from_the_clip(model, move
     np.testing.assert_allclose(gated["kl"], by_hand["kl"], rtol=1e-5)
 
 
+def test_lp_reg_keeps_from_the_clip_all_that_is_no_noise_also_where_next_to_nothing_is(model, moved, answers):
+    """Less than rounding shows: the proxy is the policy, and a ratio of a half is beyond the clip."""
+    trajectory, *rest = answers
+    twice = (trajectory._replace(log_probs_BxT=trajectory.log_probs_BxT + jnp.log(2.0)), *rest)
+    config = dataclasses.replace(CONFIG, algorithm="ppo", lp_reg=1.0, lp_reg_share=1.0, lp_reg_min_p=1e-30)
+    episodes = _assessed(config, twice)
+    assert (episodes.advantages_BxT < 0)[trajectory.mask_BxT].sum() > 20
+    plain, gated = (
+        _terms(make_program(dataclasses.replace(config, kl_gate=gate), model), moved.params, episodes)
+        for gate in ("none", "clip")
+    )
+    assert gated["kl"] == plain["kl"]
+    np.testing.assert_allclose(gated["lp_reg"], 0.0, atol=1e-6)
+    wide = dataclasses.replace(config, clip=0.9, lp_reg=0.0)
+    assert plain["policy"] == _terms(make_program(wide, model), moved.params, episodes)["policy"]
+
+
 def test_the_importance_of_a_clamped_log_prob_is_to_the_samplers_clamped_one(answers):
     """A token at -18 under both policies counts once, as at any other log-probability."""
     trajectory, *rest = answers

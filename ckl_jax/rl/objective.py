@@ -67,7 +67,7 @@ def _terms(
         proxy_BxT = truncation.proxy_log_probs(
             logits_BxTxV, actions_BxT, config.lp_reg_min_p, config.temperature, mask_BxT
         )
-        return episodes.in_lp_reg_BxT & mask_BxT & (log_probs_BxT < proxy_BxT), proxy_BxT
+        return episodes.in_lp_reg_BxT & mask_BxT & jnp.isfinite(proxy_BxT), proxy_BxT
 
     def unclipped():
         return pulled()[0] if config.lp_reg > 0 else None
