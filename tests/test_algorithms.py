@@ -46,6 +46,7 @@ CONFIG = FinetuneConfig(
 HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.0), jnp.int32(0))
 UNIFORM = HYPER._replace(kl_weights=jnp.int32(token_weights.index_of("uniform")))
 PAIRS = {"group_size": 2}
+ALONE = {"episodes": 1, "minibatch_episodes": 1, "diagnostic_episodes": 1}
 OPTIONS = {
     "reinforce": {"algorithm": "reinforce", "normalize_advantages": True},
     "rloo": {"algorithm": "rloo", **PAIRS},
@@ -642,7 +643,11 @@ def test_the_kl_coefficient_is_adapted_from_the_round_in_which_the_policy_first_
         ({"clip": 0.0}, "clip"),
         ({"clip_by": "entropy"}, "clip_by"),
         ({"clip_by": "entropy", "algorithm": "rloo", "group_size": 2}, "clip_by"),
-        ({"algorithm": "reinforce", "episodes": 1, "minibatch_episodes": 1, "diagnostic_episodes": 1}, "episodes"),
+        ({"algorithm": "reinforce", **ALONE}, "episodes"),
+        ({**ALONE, "normalize_advantages": True}, "episodes"),
+        ({**ALONE, "normalize_advantages": True, "algorithm": "ppo"}, "episodes"),
+        ({"reward_wrong": 1.0}, "reward_right"),
+        ({"reward_right": 1 + 1e-9, "reward_wrong": 1.0}, "reward_right"),
         ({"hapo_pivot": 1.5}, "hapo_pivot"),
         ({"hapo_clip": -1.0}, "hapo_clip"),
         ({"hapo_advantage": 1.5}, "hapo_advantage"),
@@ -663,6 +668,13 @@ def test_the_kl_coefficient_is_adapted_from_the_round_in_which_the_policy_first_
 def test_what_does_not_go_together_is_refused_by_name(change, field):
     with pytest.raises(ConfigError, match=f"^{field}: got"):
         dataclasses.replace(CONFIG, **change)
+
+
+def test_one_answer_or_equal_rewards_are_taken_where_answers_are_still_told_apart():
+    """A critic tells one answer from what it expected; gtpo has rewards of its own."""
+    dataclasses.replace(CONFIG, **ALONE)
+    gtpo = {"algorithm": "grpo", **PAIRS, "advantage_shaping": "gtpo"}
+    dataclasses.replace(CONFIG, **gtpo, reward_right=0.0)
 
 
 def test_the_recipes_are_what_the_paper_and_the_authors_code_say():

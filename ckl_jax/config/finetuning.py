@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
+
 from ckl_jax.config.advantage import Advantage
 from ckl_jax.config.kl import KL
 from ckl_jax.config.pretraining import Scale
@@ -190,10 +192,15 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         gated = self.has_ratio and self.kl_in == "loss"
         multiplied = "above 0 with a kl_target, which multiplies it"
         lags = self.staleness > 0 or not self.is_exact
+        normalized = f"at least 2 with algorithm {self.algorithm} and normalize_advantages"
+        alike = np.float32(self.reward_right) == np.float32(self.reward_wrong)
+        another = f"another number than reward_wrong = {self.reward_wrong} but with advantage_shaping gtpo"
         exactly = "none where the policy that learns writes the answers, in float32 at precision highest"
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
             ("episodes", episodes >= 2 or self.algorithm != "reinforce", "at least 2 with algorithm reinforce"),
+            ("episodes", episodes >= 2 or not (critic and self.normalize_advantages), normalized),
+            ("reward_right", not alike or self.advantage_shaping == "gtpo", another),
             ("diagnostic_episodes", self.diagnostic_episodes <= episodes, f"at least 1, at most {episodes}"),
             ("minibatch_episodes", divides, divisor),
             ("group_size", self.group_size >= least, f"at least {least}"),
