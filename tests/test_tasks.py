@@ -11,7 +11,10 @@ import pytest
 from policies import SCRIPT_MODEL, scripted_policy
 
 from ckl_jax import tasks
+from ckl_jax.checkpoint.store import Model
+from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.rl.program import make_program
 from ckl_jax.rollout import generation
 from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.tasks import alphabet, catalog, problems
@@ -174,6 +177,14 @@ def test_a_task_of_another_kind_is_generated_and_judged_without_critical_tokens_
     assert not problems.critical_indices(generated.trajectory.answers_BxT, packed)[1].any()
     with pytest.raises(ConfigError, match=r"^drafter: got None, allowed is one: maximum has no drafts of its own"):
         generation.generate(SCRIPT_MODEL, params, packed, jax.random.key(0), sampling, how="speculative")
+
+
+def test_a_speculative_rollout_of_a_task_without_drafts_is_refused_before_anything_runs():
+    model = Model(SCRIPT_MODEL, 1, {}, Maximum("maximum", ">"))
+    assert make_program(FinetuneConfig(), model).task == model.task
+    with pytest.raises(ConfigError) as error:
+        make_program(FinetuneConfig(rollout="speculative"), model)
+    assert str(error.value) == "rollout: got 'speculative', allowed is auto or plain: maximum has no drafts"
 
 
 class ShortPrompts(Maximum):

@@ -75,13 +75,16 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
       certainty_from: another model whose certainty weighs the KL; default: the reference's own.
 
     Raises:
-      ConfigError: the episodes do not fit a model's block, or the other model is of another task.
+      ConfigError: the episodes do not fit a model's block, the task has no drafts for a speculative rollout, or the
+        other model is of another task.
     """
     names = ("dtype", "precision", "attention", "attention_chunk", "remat")
     arithmetic = {name: value for name in names if (value := getattr(config, name)) is not None}
     in_rl = dataclasses.replace(model.config, **arithmetic)
     other = None if certainty_from is None else dataclasses.replace(certainty_from.config, **arithmetic)
     program = Program(in_rl, config, model.max_pretrain_digits, model.task, other)
+    drafted, undrafted = model.task.has_drafts, f"auto or plain: {model.task.name} has no drafts"
+    require(drafted or config.rollout != "speculative", "rollout", config.rollout, undrafted)
     possible = f"at most {MAX_DIGITS - model.max_pretrain_digits}: problems have up to {MAX_DIGITS} digits"
     require(program.digits <= MAX_DIGITS, "extra_digits", config.extra_digits, possible)
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
