@@ -381,6 +381,17 @@ def test_bad_values_are_refused_with_one_line_that_names_the_field(field, value,
     assert str(error.value) == f"{field}: got {value!r}, allowed is {allowed}"
 
 
+def test_a_minibatch_has_at_most_the_transitions_that_a_round_can_have(model):
+    most = CONFIG.episodes * make_program(CONFIG, model).max_length
+    make_program(dataclasses.replace(CONFIG, minibatch_transitions=most), model)
+    whole = dataclasses.replace(CONFIG, minibatch="episodes", minibatch_episodes=4)
+    make_program(dataclasses.replace(whole, minibatch_transitions=most + 1), model)
+    with pytest.raises(ConfigError) as error:
+        make_program(dataclasses.replace(CONFIG, minibatch_transitions=most + 1), model)
+    allowed = f"at most episodes * the longest answer = {most}"
+    assert str(error.value) == f"minibatch_transitions: got {most + 1}, allowed is {allowed}"
+
+
 def test_minibatches_of_transitions_ask_nothing_of_the_episodes_minibatch(model):
     config = dataclasses.replace(CONFIG, minibatch_episodes=3)
     with pytest.raises(ConfigError, match=r"^minibatch_episodes: got 3"):

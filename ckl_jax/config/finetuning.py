@@ -82,8 +82,8 @@ class Optimizer(Chapter):
     minibatch_episodes: PositiveInt = 16
     """Whole episodes per Adam step; divides `episodes`. No effect with minibatch transitions."""
     minibatch_transitions: PositiveInt = 8
-    """Single transitions per Adam step; the last step of an epoch takes what is left. No effect with minibatch
-    episodes."""
+    """Single transitions per Adam step, at most those of `episodes` longest answers; the last step of an epoch takes
+    what is left. No effect with minibatch episodes."""
     epochs: PositiveInt = 1
     """Passes over a round's episodes."""
     learning_rate: PositiveFloat = 3e-4

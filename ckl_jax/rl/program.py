@@ -75,8 +75,8 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
       certainty_from: another model whose certainty weighs the KL; default: the reference's own.
 
     Raises:
-      ConfigError: the episodes do not fit a model's block, the task has no drafts for a speculative rollout, or the
-        other model is of another task.
+      ConfigError: the episodes do not fit a model's block, or have fewer transitions than one minibatch; the task has
+        no drafts for a speculative rollout; or the other model is of another task.
     """
     names = ("dtype", "precision", "attention", "attention_chunk", "remat")
     arithmetic = {name: value for name in names if (value := getattr(config, name)) is not None}
@@ -90,6 +90,9 @@ def make_program(config: FinetuneConfig, model: Model, certainty_from: Model | N
     total, block = program.task.longest_episode(program.digits, config.extra_length), model.config.block_size
     allowed = f"what fits the model: prompt + answer = {total} characters, block_size = {block}"
     require(total <= block, "extra_digits", config.extra_digits, allowed)
+    most, size = config.episodes * program.max_length, config.minibatch_transitions
+    allowed = f"at most episodes * the longest answer = {most}"
+    require(size <= most or config.minibatch != "transitions", "minibatch_transitions", size, allowed)
     if certainty_from is not None:
         theirs = certainty_from.task.name
         require(theirs == model.task.name, "certainty_checkpoint", theirs, f"a model of {model.task.name}")
