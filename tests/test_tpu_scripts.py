@@ -1113,6 +1113,18 @@ def test_an_out_that_does_not_outlive_the_machine_is_refused_before_it_is_paid_f
     assert "OUT: " in done.err
 
 
+@pytest.mark.parametrize("character", "[]*?\\")
+def test_an_out_that_reads_as_a_pattern_is_refused_before_it_is_paid_for(cloud, character):
+    out = f"gs://bucket/lr={character}1e-3"
+    done = cloud.run("supervise.sh", "a.module", OUT=out)
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert done.err.startswith(f"error: OUT: got {out}; allowed is gs://bucket/directory without [ ] * ? \\, ")
+
+
+def test_an_out_may_have_all_other_characters(cloud):
+    assert cloud.run("env.sh", OUT="gs://bucket/lr={1e-3},(a)+b/é").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("made", "listed", "kind", "code"),
     [

@@ -67,6 +67,8 @@ require_settings() {
   fi
   if [[ -n ${OUT-} && ! $OUT =~ $bucket ]]; then
     bad+=("OUT: got $OUT; allowed is gs://bucket/directory, which outlives the machine")
+  elif [[ ${OUT-} == *[][*?\\]* ]]; then
+    bad+=("OUT: got $OUT; allowed is gs://bucket/directory without [ ] * ? \\, which Orbax takes for patterns")
   fi
   if [[ -n ${ACCELERATOR_TYPE-} && -z ${RUNTIME_VERSION-} ]]; then
     types=$(usual_types "$ACCELERATOR_TYPE")
