@@ -800,6 +800,15 @@ def test_supervise_keeps_its_place_in_the_queue_while_the_network_is_down(cloud)
     assert cloud.calls() == ["create", "scp", "delete"]
 
 
+@pytest.mark.parametrize(("ended", "settings", "code"), [(9, {}, 4), (137, {"MAX_RETRIES": "1"}, 5)])
+def test_a_command_that_ends_is_counted_where_gcloud_is_silent_when_it_is_looked_at(cloud, ended, settings, code):
+    cloud.plan([{"states": ["ACTIVE", "", *["ACTIVE"] * 3, "", "ACTIVE"]}], ends={"0": [[0, ended]] * 2 + [[0, 0]]})
+    done = cloud.run("supervise.sh", "a.module", **settings)
+    assert done.err.count("looking again") == 2
+    assert (done.returncode, len(cloud.jobs())) == (code, 2), done.err
+    assert not cloud.is_there()
+
+
 def test_a_job_that_ends_while_its_status_is_looked_up_is_not_gone(tmp_path):
     run = tmp_path / "ckl_runs" / "run-1"
     run.mkdir(parents=True)

@@ -131,7 +131,8 @@ while true; do
     say "no answer from gcloud about $TPU_NAME, which may be paid for: looking again"
     pause "$RETRY_SECONDS"
   done
-  if [[ $silent ]] && ! is_dead "$state"; then continue; fi
+  # A silence may itself have ended create.sh, setup.sh or the connection; a command's own code came from the workers.
+  if [[ $silent ]] && ! is_dead "$state" && { [[ $at != run ]] || ((code == 255)); }; then continue; fi
   retries=$((retries + 1))
   if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
     failures=$((failures + 1))
