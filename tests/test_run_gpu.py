@@ -27,16 +27,17 @@ PYTHON = (
     f"#!{sys.executable} -IS"
     + """
 import json, os, signal, sys, time
-if os.environ.get("SLOW") == "saves":
+slow = os.environ.get("SLOW") if sys.argv[2] == os.environ.get("SLOW_IN", sys.argv[2]) else None
+if slow == "saves":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-if os.environ.get("SLOW") == "stays":
+if slow == "stays":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if os.environ.get("SAVED"):
-        open(os.environ["SAVED"], "w").close()
+if sys.argv[2] == os.environ.get("SAVED_BY"):
+    open(os.environ["SAVED"], "w").close()
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
 codes = os.environ["CODES"].split()
-time.sleep(600 if os.environ.get("SLOW") else 0)
+time.sleep(600 if slow else 0)
 sys.exit(int(codes[min(len(open(os.environ["CALLS"]).readlines()), len(codes)) - 1]))
 """
 )
@@ -96,20 +97,37 @@ def test_its_exit_code_tells_more_to_do_from_a_failure(call, codes, expected, co
     assert ("the same command goes on" in done.stdout) == (expected == 75)
 
 
-@pytest.mark.parametrize("slow", ["saves", "dies"])
-def test_a_stage_ends_in_time_by_sigterm(call, slow):
-    done, calls = call("small", "runs/x", SLOW=slow, STAGE_SECONDS="3")
-    assert (done.returncode, len(calls)) == (75, 1)
+MODULES = ["ckl_jax.pretrain", "experiments.reproduce"]
 
 
-@pytest.mark.parametrize("saves", [False, True])
-def test_a_stage_that_has_to_be_killed_goes_on_only_if_it_has_saved_a_checkpoint(call, tmp_path, saves):
+@pytest.mark.parametrize(
+    ("slow", "slow_in", "saved_by", "name"),
+    [
+        ("saves", MODULES[0], MODULES[0], "7.sha256.json"),
+        ("stays", MODULES[0], MODULES[0], "7.sha256.json"),
+        ("dies", MODULES[1], MODULES[1], "results.json"),
+        ("stays", MODULES[1], MODULES[0], "params.sha256.json"),
+        ("stays", MODULES[0], "nobody", ""),
+        ("saves", MODULES[1], "nobody", ""),
+        ("dies", MODULES[1], "nobody", ""),
+        ("saves", MODULES[1], MODULES[1], "reproduce.json"),
+    ],
+)
+def test_a_stage_ends_in_time_and_there_is_more_to_do_only_if_it_has_saved_something(
+    call, tmp_path, slow, slow_in, saved_by, name
+):
     directory = tmp_path / "made"
     directory.mkdir()
-    saved = {"SAVED": str(directory / "7.sha256.json")} if saves else {}
-    done, calls = call("small", str(directory), SLOW="stays", STAGE_SECONDS="2", GRACE_SECONDS="1", **saved)
-    assert (done.returncode, len(calls)) == ((75, 1) if saves else (2, 1)), done.stderr
-    assert ("STAGE_SECONDS: got 2, in which ckl_jax.pretrain saved no checkpoint" in done.stderr) == (not saves)
+    for earlier in ("1.sha256.json", "results.json"):
+        (directory / earlier).touch()
+        os.utime(directory / earlier, (1, 1))
+    times = {"STAGE_SECONDS": "3", "GRACE_SECONDS": "1" if slow == "stays" else "60"}
+    saved = {"SAVED_BY": saved_by, "SAVED": str(directory / name)}
+    done, calls = call("small", str(directory), SLOW=slow, SLOW_IN=slow_in, **times, **saved)
+    goes_on = name.endswith(("sha256.json", "results.json"))
+    assert (done.returncode, len(calls)) == (75 if goes_on else 2, 1 + MODULES.index(slow_in)), done.stderr
+    assert ("the same command goes on" in done.stdout) == goes_on
+    assert (f"STAGE_SECONDS: got 3, in which {slow_in} saved nothing; allowed is more" in done.stderr) != goes_on
 
 
 READERS = {"read": "", "died": "2>&1 | head -0", "full": ">/dev/full 2>/dev/full", "closed": "<&- >&- 2>&-"}

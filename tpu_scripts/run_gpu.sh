@@ -3,8 +3,8 @@
 #
 # A stage ends after STAGE_SECONDS (540), and GRACE_SECONDS (60) at most to save, with what it has made in DIRECTORY; the same
 # command is the next stage. Exit code 75: there is more to do. 0: DIRECTORY/report.html is complete. 129, 130, 131, 143:
-# interrupted, what was made is saved. 2: bad arguments, or STAGE_SECONDS too few for a first checkpoint. Anything else: what
-# failed.
+# interrupted, what was made is saved. 2: bad arguments, or STAGE_SECONDS in which nothing was saved: neither a checkpoint nor
+# an item's results. Anything else: what failed.
 #
 #   until tpu_scripts/run_gpu.sh small runs/small; do [ $? -eq 75 ] || break; done
 #
@@ -25,6 +25,7 @@ if (($# != 2)) || [[ $1 != small && $1 != gpt2 ]]; then
   echo "run_gpu.sh: got '$*', allowed is [--dry-run] small|gpt2 DIRECTORY" >&2
   exit 2
 fi
+started=$(date +%s)
 scale=$1 directory=$2 digits=${DIGITS:-7} seconds=${STAGE_SECONDS:-540} grace=${GRACE_SECONDS:-60}
 if ! [[ $seconds =~ ^[1-9][0-9]*$ && $grace =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9][0-9]?$ ]]; then
   echo "run_gpu.sh: got STAGE_SECONDS=$seconds, GRACE_SECONDS=$grace, DIGITS=$digits, allowed are whole numbers above 0" >&2
@@ -61,17 +62,16 @@ done
 # SIGTERM saves the work (exit code 75). It comes twice, and may find a program that has saved and is ending, or has not
 # begun (143). What does not end in GRACE_SECONDS is killed (137), and goes on from its last checkpoint, if it has made one.
 stage() {
-  local code=0 begun=$SECONDS started
+  local code=0
   if [[ $dry_run ]]; then
     printf '%q ' "$@"
     echo
     return
   fi
-  started=$(date +%s)
   timeout --preserve-status --signal=TERM --kill-after="$grace" "$((SECONDS < seconds ? seconds - SECONDS : 1))" "$@" &
   wait "$!" || code=$?
-  if ((code == 137 && SECONDS >= seconds && 2 * begun <= seconds)) && ! is_saved_since "$started"; then
-    echo "run_gpu.sh: STAGE_SECONDS: got $seconds, in which $3 saved no checkpoint; allowed is more" >&2 || true
+  if ((SECONDS >= seconds && (code == 75 || code == 137 || code == 143))) && ! is_anything_saved; then
+    echo "run_gpu.sh: STAGE_SECONDS: got $seconds, in which $3 saved nothing; allowed is more" >&2 || true
     code=2
   elif ((code == 75 || ((code == 137 || code == 143) && SECONDS >= seconds))); then
     echo "run_gpu.sh: this stage is over; the same command goes on" || true
@@ -80,7 +80,12 @@ stage() {
   return "$code"
 }
 
-is_saved_since() { [[ $(find "$directory" -name '*.sha256.json' -newermt "@$1" -print -quit 2>/dev/null) ]]; }
+# is_anything_saved: in this stage, so that the next one begins further on: every checkpoint gets a manifest, and an item that
+# has been measured results.json.
+is_anything_saved() {
+  local names=('(' -name '*.sha256.json' -o -name results.json ')')
+  [[ $(find "$directory/" "${names[@]}" -newermt "@$started" -print -quit 2>/dev/null) ]]
+}
 
 python=${PYTHON:-python}
 stage "$python" -m ckl_jax.pretrain --scale "$scale" --max-digits "$digits" "${pretrain[@]}" --out "$model"
