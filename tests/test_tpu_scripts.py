@@ -1206,11 +1206,15 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
-def code_of_parse(script=PARSE):
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
+def parse(monkeypatch, *words, script=PARSE):
+    """The exit code of parse.py with these words."""
+    with monkeypatch.context() as here:
+        here.setattr(cli, "run", cli.run)  # parse.py replaces it.
+        here.setattr(sys, "argv", ["parse.py", *words])
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 
@@ -1219,9 +1223,7 @@ def code_of_parse(script=PARSE):
     ("words", "code"), [("--seeds 2", 0), ("--seeds x", 2), ("--no-such 1", 2), ("--beta -1", 2), ("--quiet", 0)]
 )
 def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(monkeypatch, capsys, words, code):
-    monkeypatch.setattr(cli, "run", cli.run)  # parse.py replaces it.
-    monkeypatch.setattr(sys, "argv", [str(PARSE), "ckl_jax.finetune", *words.split(), "--out", "gs://bucket/run"])
-    found = code_of_parse()
+    found = parse(monkeypatch, "ckl_jax.finetune", *words.split(), "--out", "gs://bucket/run")
     printed = capsys.readouterr()
     assert (found, printed.out) == (code, "")
     assert printed.err.startswith("error: ") == bool(code)
@@ -1229,13 +1231,14 @@ def test_arguments_are_read_by_the_module_itself_before_it_is_paid_for(monkeypat
 
 HERE_ALONE = ["runs/mine", "runs/mine/", "./runs/mine", "kept/../runs/mine", "{root}/runs/mine/", "{root}/kept/N7"]
 HERE_ALONE += ["../outside/model", "{root}/../outside/model", "linked", "linked_runs/mine"]
+NOWHERE = ["runs/typo", "N8", "/nowhere/x", "~/x", "kept/N8", "./N5"]
 TRAVELS = ["N5", "gs://bucket/model", "kept/N7", "./kept/N7/", "linked_kept"]
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("git", [True, False], ids=["git", "no git"])
-@pytest.mark.parametrize("checkpoint", HERE_ALONE + TRAVELS)
-def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch, capsys, tmp_path, checkpoint, git):
+@pytest.mark.parametrize("checkpoint", HERE_ALONE + NOWHERE + TRAVELS)
+def test_a_path_that_will_not_be_there_is_refused_before_it_is_paid_for(monkeypatch, capsys, tmp_path, checkpoint, git):
     root = tmp_path / "checkout"
     for directory in ("outside/model", "checkout/runs/mine", "checkout/kept/N7", "checkout/tpu_scripts"):
         (tmp_path / directory).mkdir(parents=True)
@@ -1244,15 +1247,70 @@ def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch,
         (root / name).symlink_to(target)
     if git:
         subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
-    monkeypatch.setattr(cli, "run", cli.run)
     monkeypatch.chdir(root)
-    words = ["--checkpoint", checkpoint.format(root=root), "--out", "gs://bucket/run"]
-    monkeypatch.setattr(sys, "argv", ["parse.py", "ckl_jax.finetune", *words])
-    found = code_of_parse(shutil.copy(PARSE, root / "tpu_scripts"))
+    script = shutil.copy(PARSE, root / "tpu_scripts")
+    words = ["ckl_jax.finetune", "--checkpoint", checkpoint.format(root=root), "--out", "gs://bucket/run"]
+    found = parse(monkeypatch, *words, script=script)
     printed = capsys.readouterr().err
-    refused = checkpoint in HERE_ALONE
+    refused = checkpoint not in TRAVELS
     assert found == (2 if refused else 0), printed
     assert ("error: checkpoint: got " in printed and "nothing else is on the machine" in printed) == refused
+    assert parse(monkeypatch, "--adopt", *words, script=script) == 0, "what goes on may read what only the machine has"
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(("checkpoint", "code"), [("tests/data", 0), ("data", 2), ("tests/no_data", 2)])
+def test_a_path_is_one_of_the_checkout_wherever_this_is_called_from(monkeypatch, checkpoint, code):
+    monkeypatch.chdir(ROOT / "tests")
+    assert parse(monkeypatch, "ckl_jax.finetune", "--checkpoint", checkpoint, "--out", "gs://bucket/run") == code
+
+
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("ckl_jax.finetune --certainty-checkpoint runs/typo", "certainty_checkpoint: got 'runs/typo'"),
+        ("ckl_jax.finetune --scale small", f"checkpoint: got '{ROOT}/ckl_jax/pretrained/small'"),
+        ("experiments.table1_certainty_gap --checkpoints N3 N8", "checkpoints: got 'N8'"),
+        ("experiments.figure5_certainty_colors --finetuned=runs/typo", "finetuned: got 'runs/typo'"),
+        ("experiments.figure7_critical_tokens", "run: got 'runs/figure4'"),
+        ("experiments.figure7_critical_tokens --plot-only", None),
+        ("experiments.regularizers --earlier runs/typo", "earlier: got 'runs/typo'"),
+        ("experiments.benchmark --policies N3 runs/typo", "policies: got 'runs/typo'"),
+        ("experiments.reproduce", None),
+        ("experiments.reproduce --scale small --checkpoint N8", "checkpoint: got 'N8'"),
+        (
+            "experiments.reproduce --options figure4:--certainty-checkpoint=N8",
+            "figure4: certainty_checkpoint: got 'N8'",
+        ),
+        ("experiments.reproduce --options figure2:--pretrained=runs/x", "figure2: pretrained: got 'runs/x'"),
+        ("experiments.reproduce --options figure4:--no-such=1", "figure4: Unrecognized options: --no-such=1"),
+        ("experiments.reproduce --items table1 --options figure4:--no-such=1", None),
+        ("experiments.reproduce --report-only", None),
+    ],
+)
+def test_every_option_that_reads_a_path_is_looked_at(monkeypatch, capsys, words, named):
+    monkeypatch.chdir(ROOT)
+    found = parse(monkeypatch, *words.split(), "--out", "gs://bucket/run")
+    printed = capsys.readouterr().err
+    assert found == (0 if named is None else 2), printed
+    assert printed.startswith(f"error: {named}" if named else "")
+
+
+@pytest.mark.parametrize("adopt", [[], ["--adopt"]], ids=["", "adopt"])
+def test_the_process_that_reads_them_is_told_of_a_machine_that_has_more(cloud, adopt):
+    noted, python = cloud.path / "parsed", cloud.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >{noted}\necho error: so it is\nexit 2\n')
+    python.chmod(0o755)
+    (cloud.checkout / "pyproject.toml").touch()
+    (cloud.checkout / "a").mkdir()
+    (cloud.checkout / "a" / "module.py").write_text("cli.run(main)\n")
+    done = cloud.run("supervise.sh", *adopt, "a.module", "--checkpoint", "x")
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert "error: so it is" in done.err
+    _, read = noted.read_text().split("/tpu_scripts/parse.py ")
+    assert read.split() == [*adopt, "a.module", "--checkpoint", "x", "--out", "gs://bucket/run"]
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")
@@ -1263,9 +1321,7 @@ def test_a_path_that_is_here_alone_is_refused_before_it_is_paid_for(monkeypatch,
 def test_models_that_would_be_lost_with_the_machine_are_refused_before_it_is_paid_for(
     monkeypatch, capsys, figure, words, code
 ):
-    monkeypatch.setattr(cli, "run", cli.run)
-    monkeypatch.setattr(sys, "argv", [str(PARSE), f"experiments.{figure}", *words.split(), "--out", "gs://bucket/run"])
-    found = code_of_parse()
+    found = parse(monkeypatch, f"experiments.{figure}", *words.split(), "--out", "gs://bucket/run")
     assert found == code
     assert ("error: pretrained: got 'runs/" in capsys.readouterr().err) == bool(code)
 

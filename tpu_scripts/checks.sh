@@ -60,7 +60,8 @@ check_command() {
 here_python() { if [[ -x $here/../.venv/bin/python ]]; then echo "$here/../.venv/bin/python"; else echo python3; fi; }
 
 # check_arguments MODULE ARG...: ends with code 2 where this checkout has no such module, or, as far as a python with its
-# packages is at hand, the module refuses the arguments or they name what will not be on the machine.
+# packages is at hand, the module refuses the arguments or they name what will not be on the machine. What supervise.sh adopts
+# ($adopt) may have more.
 check_arguments() {
   local root=$here/.. file python word answer code=0
   for word in "$@"; do
@@ -75,7 +76,7 @@ check_arguments() {
   python=$(here_python)
   if ! grep -q 'cli\.run(' "$file"; then return; fi
   answer=$(export JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" &&
-    bounded "$python" "$here/parse.py" "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
+    bounded "$python" "$here/parse.py" ${adopt:+--adopt} "$@" ${OUT:+--out "$OUT"} 2>&1) || code=$?
   if ((code == 2)) && [[ $answer == *error:* && $answer != *"the extra"* ]]; then fail 2 "${answer##*$'\n'}"; fi
 }
 
