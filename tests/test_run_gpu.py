@@ -1,4 +1,7 @@
-"""tpu_scripts/run_gpu.sh with a python that notes its arguments and ends as planned."""
+"""tpu_scripts/run_gpu.sh with a python that notes its arguments and ends as planned.
+
+What is to be read before anything runs, a real one reads where READS names it.
+"""
 
 import json
 import os
@@ -19,14 +22,17 @@ from experiments.figure2_pretraining import Figure2Command
 from experiments.figure2_pretraining import preset as figure2_preset
 from experiments.figure3_pretraining_levels import Figure3Command
 from experiments.figure3_pretraining_levels import preset as figure3_preset
-from experiments.reproduce.__main__ import ReproduceCommand
+from experiments.reproduce.__main__ import ITEMS, ReproduceCommand
 
 UNTIL = 300.0  # Seconds after which a stage that should be at some point counts as stuck.
-SCRIPT = pathlib.Path(__file__).parents[1] / "tpu_scripts" / "run_gpu.sh"
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "tpu_scripts" / "run_gpu.sh"
 PYTHON = (
     f"#!{sys.executable} -IS"
     + """
 import json, os, signal, sys, time
+if sys.argv[1].endswith("/parse.py"):
+    os.execv(os.environ["READS"], [os.environ["READS"], *sys.argv[1:]]) if "READS" in os.environ else sys.exit()
 slow = os.environ.get("SLOW") if sys.argv[2] == os.environ.get("SLOW_IN", sys.argv[2]) else None
 if slow == "saves":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -51,14 +57,27 @@ def call(tmp_path):
 
     def run(*words, codes="0", **more):
         environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "CODES": codes} | more
-        done = subprocess.run([SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=UNTIL)
+        streams = {"capture_output": True, "text": True}
+        done = subprocess.run([SCRIPT, *words], env=environment, cwd=ROOT, timeout=UNTIL, **streams)
         return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
     return run
 
 
-def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
-    shrunken = {"PRETRAIN": "--num-steps 20 --warmup-steps 2", "OPTIONS": "table1: --answers 2\nfigure4: --rounds 2"}
+@pytest.mark.parametrize(
+    ("pretrain", "options", "items"),
+    [
+        ("--num-steps 20 --warmup-steps 2", "table1: --generations 2\nfigure4: --rounds 2", ""),
+        (
+            "\n--num-steps 20\n  --warmup-steps 2\n",
+            "\ntable1: --generations 2\n \nfigure4: --rounds 2\n\n",
+            "table1 figure2\n\tfigure4\nfigure6\n",
+        ),
+    ],
+    ids=["one line", "lines"],
+)
+def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call, pretrain, options, items):
+    shrunken = {"PRETRAIN": pretrain, "OPTIONS": options, "ITEMS": items}
     done, (first, second) = call("small", "runs/a b", DIGITS="3", SEEDS="4", **shrunken)
     assert done.returncode == 0, done.stderr
     assert (first[:2], second[:2]) == (["-m", "ckl_jax.pretrain"], ["-m", "experiments.reproduce"])
@@ -69,7 +88,7 @@ def test_a_stage_pretrains_and_reproduces_with_commands_that_exist(call):
     assert pretraining.out == reproduction.checkpoint == pathlib.Path("runs/a b/pretrained/small_N3")
     assert (reproduction.scale, reproduction.seeds) == ("small", 4)
     assert reproduction.items == ("table1", "figure2", "figure4", "figure6")
-    assert reproduction.more["table1"] == ["--answers", "2"]
+    assert reproduction.more["table1"] == ["--generations", "2"]
     assert reproduction.more["figure4"] == ["--rounds", "2"]
     figures = {"figure2": (Figure2Command, figure2_preset), "figure3": (Figure3Command, figure3_preset)}
     for name, figure in figures.items():
@@ -86,6 +105,32 @@ def test_what_the_figures_cannot_take_is_refused_before_anything_is_trained(call
     done, calls = call("small", "runs/x", PRETRAIN=written.format(option))
     assert (done.returncode, calls) == (2, [])
     assert f"allowed are settings of pre-training but {option}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"ITEMS": "table1 figure9"}, "items: got ['figure9']"),
+        ({"SEEDS": "many"}, "--seeds"),
+        ({"SEEDS": "0"}, "seeds: got 0"),
+        ({"OPTIONS": "figure4 --rounds 2"}, "options: got ['figure4 --rounds 2']"),
+        ({"OPTIONS": "table1: --generations 2\nfigure4: --no-such 1"}, "figure4: Unrecognized options: --no-such, 1"),
+        ({"OPTIONS": "figure6: --rounds 0"}, "figure6: rounds: got 0"),
+        ({"PRETRAIN": "--embed-dim 7"}, "figure2: "),
+    ],
+    ids=str,
+)
+def test_what_an_item_would_refuse_is_refused_before_anything_is_trained(call, setting, said):
+    done, calls = call("small", "runs/x", READS=sys.executable, JAX_PLATFORMS="cpu", **setting)
+    assert (done.returncode, calls) == (2, []), done.stderr
+    assert f"error: {said}" in done.stderr
+
+
+def test_what_the_items_take_is_run(call):
+    shrunken = {"PRETRAIN": "--num-steps 20\n--warmup-steps 2", "OPTIONS": "figure4: --rounds 2 --test-every 1"}
+    everything = " ".join(item.name for item in ITEMS)
+    done, calls = call("gpt2", "runs/x", READS=sys.executable, JAX_PLATFORMS="cpu", ITEMS=everything, **shrunken)
+    assert (done.returncode, len(calls)) == (0, 2), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -139,6 +184,8 @@ def test_a_signal_to_all_saves_the_work_and_ends_the_stage_whoever_reads(tmp_pat
     saved, code = tmp_path / "saved", tmp_path / "code"
     waiting = f"""#!{sys.executable} -IS
 import pathlib, signal, sys, time
+if sys.argv[1].endswith("/parse.py"):
+    sys.exit()
 def save(*_):
     pathlib.Path({str(saved)!r}).write_text("done")
     sys.exit(75)
@@ -185,7 +232,9 @@ def test_bad_arguments_are_refused_before_anything_runs(call, words):
     assert done.stderr.startswith("run_gpu.sh: got ")
 
 
-@pytest.mark.parametrize("setting", [{"STAGE_SECONDS": "0"}, {"STAGE_SECONDS": "soon"}, {"DIGITS": "x"}])
+@pytest.mark.parametrize(
+    "setting", [{"STAGE_SECONDS": "0"}, {"STAGE_SECONDS": "soon"}, {"DIGITS": "x"}, {"ITEMS": " \n"}]
+)
 def test_bad_settings_are_refused_before_anything_runs(call, setting):
     done, calls = call("small", "runs/x", **setting)
     assert (done.returncode, calls) == (2, [])

@@ -11,6 +11,7 @@
 # Pre-trains N = DIGITS (7) until ACCURACY (0.99) of greedy answers of up to N digits are right, then ITEMS (table1 figure2
 # figure4 figure6) with SEEDS (10) seeds. PRETRAIN is more settings of pre-training ("--num-steps 200 --warmup-steps 10"),
 # OPTIONS more of reproduce's items, a line each ("figure4: --rounds 2 --test-every 1"), PYTHON the interpreter.
+# What the items would refuse is refused before the pre-training.
 set -euo pipefail
 trap '' PIPE XFSZ # A log that nobody reads, or that does not fit, ends no stage.
 : 3>&2 || exec 2>/dev/null
@@ -31,8 +32,12 @@ if ! [[ $seconds =~ ^[1-9][0-9]*$ && $grace =~ ^[1-9][0-9]*$ && $digits =~ ^[1-9
   echo "run_gpu.sh: got STAGE_SECONDS=$seconds, GRACE_SECONDS=$grace, DIGITS=$digits, allowed are whole numbers above 0" >&2
   exit 2
 fi
-read -ra items <<<"${ITEMS:-table1 figure2 figure4 figure6}"
-read -ra pretrain <<<"--target-accuracy ${ACCURACY:-0.99} ${PRETRAIN-}"
+read -d '' -ra items <<<"${ITEMS:-table1 figure2 figure4 figure6}" || true # Of all lines: it ends with 1 where they end.
+read -d '' -ra pretrain <<<"--target-accuracy ${ACCURACY:-0.99} ${PRETRAIN-}" || true
+if ((!${#items[@]})); then
+  echo "run_gpu.sh: got ITEMS='$ITEMS', allowed are names of reproduce's items" >&2
+  exit 2
+fi
 for word in "${pretrain[@]}"; do
   if [[ $word =~ ^--(task|scale|max[-_]digits|out|data[-_]dir|quiet|no[-_]quiet|log[-_]to)(=|$) ]]; then
     echo "run_gpu.sh: got PRETRAIN=$PRETRAIN, allowed are settings of pre-training but ${word%%=*}" >&2
@@ -40,7 +45,10 @@ for word in "${pretrain[@]}"; do
   fi
 done
 models="--digits $digits ${pretrain[*]/#--/--pretrain.}" # For figures 2 and 3: the model that is there, not another one.
-mapfile -t options <<<"figure2: $models"$'\n'"figure3: $models${OPTIONS:+$'\n'$OPTIONS}"
+options=("figure2: $models" "figure3: $models")
+while IFS= read -r line; do
+  if [[ $line == *[![:space:]]* ]]; then options+=("$line"); fi
+done <<<"${OPTIONS-}"
 model=$directory/pretrained/${scale}_N$digits
 
 # stop CODE: ends the stage, which saves its work first.
@@ -88,6 +96,12 @@ is_anything_saved() {
 }
 
 python=${PYTHON:-python}
+reproduce=(experiments.reproduce --scale "$scale" --checkpoint "$model" --out "$directory" --items "${items[@]}"
+  --seeds "${SEEDS:-10}" --options "${options[@]}")
+if [[ ! $dry_run ]]; then # Hours of pre-training come first: items, seeds and options are read now.
+  here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+  JAX_PLATFORMS=cpu PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" "$here/parse.py" --here "${reproduce[@]}" &
+  wait "$!" || exit
+fi
 stage "$python" -m ckl_jax.pretrain --scale "$scale" --max-digits "$digits" "${pretrain[@]}" --out "$model"
-stage "$python" -m experiments.reproduce --scale "$scale" --checkpoint "$model" --out "$directory" --items "${items[@]}" \
-  --seeds "${SEEDS:-10}" --options "${options[@]}"
+stage "$python" -m "${reproduce[@]}"
