@@ -355,6 +355,27 @@ def test_the_search_of_both_coefficients_is_what_was_published():
         assert percent(pair[name], "+") in text
 
 
+def test_the_oracles_at_their_own_coefficients_are_what_was_published():
+    found = ladder_results("tuned_oracles_N5")
+    for arm in ("critical_held", "critical_free"):
+        shares = [found["screen"][f"{arm}_{share:g}x"]["success"] for share in found["config"]["grid"]]
+        after = found["confirmation"]["arms"][arm]
+        told = [f"{100 * sum(seeds) / len(seeds):.1f}" for seeds in shares]
+        told += [percent(after["target_after"]), f"{100 * after['old_after'][0]:.1f}"]
+        assert published_row(f"| {arm}, searched |") == f"| {arm}, searched | {' | '.join(told)} |"
+    pairs = [("critical_held", "standard"), ("prioritized", "critical_held")]
+    pairs += [("prioritized", "critical_free"), ("critical_free", "standard")]
+    for pair in comparison.corrected([comparison.pair(found["confirmation"], *names) for names in pairs]):
+        row = published_row(f"| {pair['arm']} - {pair['control']}, searched |").replace("**", "")
+        *_, points, p, verdict = (cell.strip() for cell in row.strip("| ").split("|"))
+        assert (points, verdict) == (percent(pair["target"], "+"), pair["verdict"])
+        assert float(p) == pytest.approx(pair["p_holm"], rel=0.05)
+        if pair["control"] == "standard":
+            assert percent(pair["target"], "+") in README
+        if pair["control"] == "critical_free":
+            assert f"ends {percent(pair['target']).replace(' [', ' points [')} above sparing them alone" in README
+
+
 def test_the_gain_of_a_borrowed_certainty_is_what_was_published():
     borrowed, own = (ladder_results(name)["arms"] for name in ("borrowed_N5", "spared_tokens_N5"))
     assert borrowed["standard"]["learning_curve"] == own["standard"]["learning_curve"]
