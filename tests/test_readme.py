@@ -579,12 +579,15 @@ def test_figure_2_of_the_ladder_is_what_was_published():
     assert f"N5 has {at[5]:.1f}% there" in README
 
 
-@pytest.mark.parametrize(("name", "digits"), [("N7", 8), ("N9", 10)])
-def test_n_plus_1_from_n7_and_n9_is_what_was_published(name, digits):
-    found = ladder_results(f"plus1_{name}")
+@pytest.mark.parametrize(
+    ("run", "name", "digits", "seeds"),
+    [("plus1_N7", "N7", 8, "30 to 32"), ("plus1_N9", "N9", 10, "30 to 32"), ("plus2_N9", "N9", 11, "40 to 42")],
+)
+def test_figure_4_from_n7_and_n9_is_what_was_published(run, name, digits, seeds):
+    found = ladder_results(run)
     for arm, values in found["arms"].items():
         told = [percent(values["target_after"]), percent(values["target_gain"], "+"), percent(values["old_after"])]
-        start = f"| {arm}, {name}, seeds 30 to 32 |"
+        start = f"| {arm}, {name}, seeds {seeds} |"
         assert published_row(start) == f"{start} {100 * values['target_before'][0]:.1f} | {' | '.join(told)} |"
     pair = comparison.pair(found, "prioritized", "standard")
     told = f"| {percent(pair['target'], '+')} | | {percent(pair['old'], '+')} |"
