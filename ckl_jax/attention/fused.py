@@ -10,6 +10,7 @@ from ckl_jax.attention import tpu
 from ckl_jax.attention.kernel import Settings
 
 KERNELS: dict[str, Any] = {"tpu": tpu}
+"""By platform. ``forward`` gives what is attended and what ``backward`` is to be given beside it."""
 try:
     from ckl_jax.attention import gpu
 except ImportError:  # JAX 0.12 announces that Pallas for Triton will go one day; attention on a GPU is plain then.
