@@ -38,8 +38,11 @@ def located(checkpoint: AnyPath) -> AnyPath:
         write there, say.
     """
     name = os.fspath(checkpoint)
-    if name not in names() or not (here := pathlib.Path(name)).exists():
-        return checkpoint if name not in names() else PRETRAINED / name
+    here = pathlib.Path(name)
+    if name not in names():
+        return checkpoint
+    if not here.exists():
+        return PRETRAINED / name
     allowed = f"{PRETRAINED / name} for the model that ships, as {here.resolve()} is here and no model"
     require((here / "model.json").exists(), "checkpoint", name, allowed)
     return checkpoint
