@@ -15,6 +15,7 @@ from ckl_jax.checkpoint.store import load_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.evaluate import judge
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runs.logs import Copies
 from ckl_jax.runtime import hosts, sharding
 from ckl_jax.tasks import alphabet
 from ckl_jax.tasks.columns import ADDITION
@@ -46,14 +47,14 @@ class Full:
 
 
 def logs_refused(directory):
-    """What each process is told of records that process 0 cannot write."""
+    """What each process is told of records that process 0 cannot write, and that a copy of them cannot take."""
     run = RunDirectory(directory / "full", {"seed": 0})
     for path in (run.metrics_path, run.samples_path, run.path / "seconds.jsonl"):
         hosts.of_first(path.mkdir)
     records = [{"step": 1}]
     found = [failure(run.log, records), failure(run.log_samples, records), failure(run.log_seconds, 1, 2.0)]
     hosts.of_first(run.metrics_path.rmdir)
-    run._copies = [Full()]
+    run._copies = Copies({"tensorboard": Full()})
     return [*found, failure(run.log, records)]
 
 
