@@ -38,14 +38,13 @@ def attention(qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, seeds_BxH: jax.Arr
 def _forward(qkv_BxTx3D, segments_BxT, seeds_BxH, settings):
     qkv, segments = _padded(qkv_BxTx3D), _padded(segments_BxT)
     out, kept = KERNELS[settings.device].forward(qkv, segments, seeds_BxH, settings)
-    out = out[:, : qkv_BxTx3D.shape[1]]
-    return out, (qkv_BxTx3D, segments_BxT, seeds_BxH, out, kept)
+    return out[:, : qkv_BxTx3D.shape[1]], (qkv_BxTx3D, segments_BxT, seeds_BxH, kept)
 
 
 def _backward(settings, saved, d_out_BxTxD):
-    qkv_BxTx3D, segments_BxT, seeds_BxH, out_BxTxD, kept = saved
-    qkv, segments, out, d_out = (_padded(x) for x in (qkv_BxTx3D, segments_BxT, out_BxTxD, d_out_BxTxD))
-    d_qkv = KERNELS[settings.device].backward(qkv, segments, seeds_BxH, out, kept, d_out, settings)
+    qkv_BxTx3D, segments_BxT, seeds_BxH, kept = saved
+    qkv, segments, d_out = (_padded(x) for x in (qkv_BxTx3D, segments_BxT, d_out_BxTxD))
+    d_qkv = KERNELS[settings.device].backward(qkv, segments, seeds_BxH, kept, d_out, settings)
     return d_qkv[:, : qkv_BxTx3D.shape[1]], None, None
 
 

@@ -169,36 +169,35 @@ class _Grid(NamedTuple):
 
 def forward(
     qkv_BxTx3D: jax.Array, segments_BxT: jax.Array, seeds_BxH: jax.Array, settings: Settings
-) -> tuple[jax.Array, jax.Array]:
-    """What is attended [B, T, D], T a multiple of 128, and the logarithms of the denominators [B, H, T]."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What is attended [B, T, D], T a multiple of 128; the same and the logarithms of the denominators [B, H, T]."""
     sizes = _Grid.of(qkv_BxTx3D, settings)
     blocks = sizes.blocks(qkv_BxTx3D.dtype)
     shape = (sizes.batch, sizes.num_positions, sizes.num_heads * sizes.head_width)
-    log_totals = pl.BlockSpec((None, None, blocks.queries), lambda i, h, b: (b, h, i))
-    out, kept = pl.pallas_call(
+    numbers = pl.BlockSpec((None, None, blocks.queries), lambda i, h, b: (b, h, i))
+    out, log_totals_BxHxT = pl.pallas_call(
         functools.partial(_forward_kernel, blocks, settings),
         in_specs=[*sizes.of_rows(), sizes.block(blocks.queries), sizes.whole(1), sizes.whole(2)],
-        out_specs=[sizes.block(blocks.queries), log_totals],
+        out_specs=[sizes.block(blocks.queries), numbers],
         out_shape=[
             jax.ShapeDtypeStruct(shape, qkv_BxTx3D.dtype),
             jax.ShapeDtypeStruct((sizes.batch, sizes.num_heads, sizes.num_positions), jnp.float32),
         ],
         **sizes.options(blocks.queries, 2, settings),
     )(seeds_BxH, segments_BxT, qkv_BxTx3D, qkv_BxTx3D, qkv_BxTx3D)
-    return out, kept
+    return out, (out, log_totals_BxHxT)
 
 
 def backward(
     qkv_BxTx3D: jax.Array,
     segments_BxT: jax.Array,
     seeds_BxH: jax.Array,
-    out_BxTxD: jax.Array,
-    kept: jax.Array,
+    kept: tuple[jax.Array, jax.Array],
     d_out_BxTxD: jax.Array,
     settings: Settings,
 ) -> jax.Array:
     """The gradient of ``qkv``."""
-    sizes = _Grid.of(qkv_BxTx3D, settings)
+    (out_BxTxD, log_totals_BxHxT), sizes = kept, _Grid.of(qkv_BxTx3D, settings)
     size = sizes.blocks(qkv_BxTx3D.dtype).backward
     rows, of_head = (sizes.batch, sizes.num_positions), (sizes.num_heads, sizes.head_width)
     both = out_BxTxD.astype(jnp.float32) * d_out_BxTxD.astype(jnp.float32)
@@ -210,5 +209,5 @@ def backward(
         out_specs=pl.BlockSpec((None, size, 3, None, sizes.head_width), lambda i, h, b: (b, i, 0, h, 0)),
         out_shape=jax.ShapeDtypeStruct((*rows, 3, *of_head), qkv_BxTx3D.dtype),
         **sizes.options(size, 7, settings),
-    )(seeds_BxH, segments_BxT, qkv_BxTx3D, qkv_BxTx3D, qkv_BxTx3D, d_out_BxTxD, kept, means_BxHxT)
+    )(seeds_BxH, segments_BxT, qkv_BxTx3D, qkv_BxTx3D, qkv_BxTx3D, d_out_BxTxD, log_totals_BxHxT, means_BxHxT)
     return d_qkv.reshape(qkv_BxTx3D.shape)

@@ -181,7 +181,6 @@ def backward(
     qkv_BxTx3D: jax.Array,
     segments_BxT: jax.Array,
     seeds_BxH: jax.Array,
-    out_BxTxD: jax.Array,
     kept: None,
     d_out_BxTxD: jax.Array,
     settings: Settings,
