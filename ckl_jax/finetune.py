@@ -106,6 +106,8 @@ def finetune(
     """
     setup = set_up(config, model, arms, seeds, certainty_from)
     program, runs = setup.program, setup.runs
+    if idle := sharding.idle(setup.create.mesh, f"{len(runs)} runs of episodes {config.episodes} each"):
+        progress(idle)
     restored = directory.restore(setup.states)
     done, states = restored or (0, setup.create.run())
     logbook = Logbook(program, runs, directory, progress, done)
@@ -165,8 +167,7 @@ class FinetuneCommand:
 
     def __post_init__(self) -> None:
         require_fields(self)
-        other, unread = self.certainty_checkpoint, "none where no token's KL depends on it (beta, kl_weights)"
-        require(other is None or self.config.reads_certainty, "certainty_checkpoint", str(other), unread)
+        require_certainty_counts(self)
 
 
 def preset(scale: str = "tiny", recipe: str = "ours") -> FinetuneCommand:
@@ -180,6 +181,12 @@ def main(command: FinetuneCommand) -> None:
     directory = run(command.out, described, *settings, certainty_from=other)
     runs = [Run("run", command.config.seed + index) for index in range(command.seeds)]
     print(f"saved: {', '.join(str(directory.path / run.name) for run in runs)}")
+
+
+def require_certainty_counts(command: Any) -> None:
+    """Raises ConfigError for a ``certainty_checkpoint`` that no weight of the command's config reads."""
+    other, unread = command.certainty_checkpoint, "none where no token's KL depends on it (beta, kl_weights)"
+    require(other is None or command.config.reads_certainty, "certainty_checkpoint", str(other), unread)
 
 
 def certainty_model(command: Any) -> Model | None:

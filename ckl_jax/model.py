@@ -41,8 +41,9 @@ def scans_layers(config: ModelConfig) -> bool:
 
 def fuses_attention(config: ModelConfig) -> bool:
     """Whether causal attention is one kernel; on a CPU that is emulated."""
-    chosen = targets.platform() in fused.KERNELS and config.can_fuse_attention
-    return config.attention == "fused" or (config.attention == "auto" and chosen)
+    return config.attention == "fused" or (
+        config.attention == "auto" and fused.is_there() and config.can_fuse_attention
+    )
 
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:

@@ -63,7 +63,10 @@ def pretrain(
     start, first, stopping = time.monotonic(), done, False
     with reading.damaged(directory.metrics_path, "out"):
         reached = any(_reaches_target(config, record) for record in directory.metrics())
-    while done < config.num_steps and not stopping and not reached:
+    rows = f"batch_size {config.batch_size} / microbatches {config.microbatches} rows"
+    if idle := sharding.idle(mesh, rows):
+        progress(idle)
+    while logged < config.num_steps and not stopping and not reached:
         end = min(logged + config.checkpoint_every, config.num_steps)
         with jax.set_mesh(mesh):
             while done < end and not stopping:
@@ -75,7 +78,7 @@ def pretrain(
         values = {name: np.array([metrics[name] for metrics in history]) for name in history[0]}
         finite.require_metrics("step", logged, [run], jax.tree.map(lambda x: x[None], values))
         finite.require_state("step", done, [run], state, by_run=False)
-        if done < end:
+        if done < end or stopping:  # A test may compile for longer than a machine that is taken away waits.
             directory.checkpoints.save(done, state, jax.tree.map(float, history))
             continue
         logged, history = done, []
@@ -86,6 +89,7 @@ def pretrain(
         reached = _reaches_target(config, record)
         directory.log([record])
         directory.checkpoints.save(done, state)
+        stopping = not reached and done < config.num_steps and preemption.requested()
         elapsed = time.monotonic() - start
         left = elapsed / (done - first) * (config.num_steps - done)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")

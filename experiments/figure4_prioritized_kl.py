@@ -70,7 +70,7 @@ def claims(results: Results, run: arms_lib.Run) -> list[Claim]:
         Claim(
             f"After training the prioritized KL solves more problems of {run.digits} digits than the standard KL",
             "prioritized above standard (7 to 8 digits, 10 seeds; numbers not printed)",
-            f"{percent(difference, '+')} points ({run.lengths}, {plots.counted(len(results['seeds']), 'seed')})",
+            f"{percent(difference, '+')} points ({run.setting}, {plots.counted(len(results['seeds']), 'seed')})",
             (difference,),
             LIES_ABOVE[difference.side()],
             "final accuracy, prioritized minus standard of the same seed: reproduced if Student's 95% interval over "

@@ -40,7 +40,7 @@ from ckl_jax.checkpoint.shipped import shipped
 from ckl_jax.checkpoint.store import Model, Params, load_model
 from ckl_jax.config import FinetuneConfig
 from ckl_jax.errors import require
-from ckl_jax.finetune import certainty_model, describe
+from ckl_jax.finetune import certainty_model, describe, require_certainty_counts
 from ckl_jax.presets import finetune_preset
 from ckl_jax.rl import program
 from ckl_jax.rl.program import make_program, make_runs
@@ -76,6 +76,7 @@ class MinibatchesCommand(arms_lib.ArmsCommand):
         for name in ("minibatch", "learning_rate"):
             value, wanted = getattr(self.config, name), getattr(FinetuneConfig(), name)
             require(value == wanted, name, value, f"{wanted}: the runs set it")
+        require_certainty_counts(self)
         for kind in KINDS:
             _ = self.configured(kind)  # Refuses here what a kind cannot do.
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import types
 
 import chex
 import jax
@@ -195,13 +196,23 @@ def test_devices_compute_the_same(batch):
 def test_a_tpu_or_gpu_fuses_what_fits_and_a_cpu_nothing(monkeypatch, device):
     low = dataclasses.replace(CONFIG, dtype="bfloat16", precision="default")
     assert not fuses_attention(low)
-    monkeypatch.setattr(targets, "platform", lambda: device)
+    monkeypatch.setattr(targets, "devices", lambda: [types.SimpleNamespace(platform=device, compute_capability="9.0")])
     assert fuses_attention(low)
     assert fuses_attention(CONFIG)
     assert not fuses_attention(dataclasses.replace(low, attention="plain"))
     wide = ({"num_heads": 2, "width": 512}, {"num_heads": 1, "width": 384}, {"num_heads": 1, "width": 768})
     for odd in ({"width": 96}, {"num_heads": 8}, {"block_size": 1025}, {"precision": "high"}, *wide):
         assert not fuses_attention(dataclasses.replace(low, **odd))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [(["8.0"], True), (["10.0", "12.0"], True), (["7.5"], False), (["9.0", "7.0"], False), (["gfx942"], False)],
+)
+def test_a_gpu_older_than_ampere_or_of_amd_has_plain_attention(monkeypatch, capabilities, expected):
+    devices = [types.SimpleNamespace(platform="gpu", compute_capability=word) for word in capabilities]
+    monkeypatch.setattr(targets, "devices", lambda: devices)
+    assert fuses_attention(dataclasses.replace(CONFIG, dtype="bfloat16", precision="default")) == expected
 
 
 def test_attention_on_a_gpu_is_plain_where_jax_has_no_triton():

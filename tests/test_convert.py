@@ -459,9 +459,13 @@ def test_a_tokenizer_by_name_is_had_without_weights(here, monkeypatch):
     assert load_model(here / "ours").config.vocab_size == SIZES["vocab_size"]
 
 
+NANOGPTS = {"block_size": 300, "bias": True, "dropout": 0.0, "use_flash": True}
+"""model_args of the paper's authors' fork of nanoGPT, beside the sizes."""
+
+
 def test_nanogpts_directory_is_converted_by_what_the_messages_ask_for(here, capsys, monkeypatch):
     torch.save(
-        {"model": load_file("theirs/model.safetensors"), "model_args": {**SIZES, "block_size": 300, "bias": True}},
+        {"model": load_file("theirs/model.safetensors"), "model_args": {**SIZES, **NANOGPTS}},
         "ckpt.pt",
     )
     (here / "meta.pkl").write_bytes(PICKLE)

@@ -11,7 +11,7 @@ from policies import untrained
 from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import cli
-from ckl_jax.tasks.columns import MULTIPLICATION
+from ckl_jax.tasks.columns import MULTIPLICATION, SUBTRACTION
 from experiments import figure4_prioritized_kl as figure4
 from experiments.common import arms as arms_lib
 
@@ -153,6 +153,13 @@ def test_claim_and_title_say_from_which_n_it_went(extra, said):
     records = made_runs.records({"standard": [0.2, 0.3], "prioritized": [0.3, 0.5]})
     run = arms_lib.Run(config, records, {"wall_seconds": 1.0}, 9)
     results = figure4.summarize(run)
-    assert f"({said}, 2 seeds)" in results["claims"][0]["here"]
+    assert f"(addition, {said}, 2 seeds)" in results["claims"][0]["here"]
     assert results["paired_difference"]["target"][0] == pytest.approx(0.15)
     assert f"from N = {said}" in figure4.draw(results, run).axes[0].get_title()
+
+
+def test_the_claim_says_of_which_task_and_whose_certainty_it_was():
+    config = {"config": {"seed": 0, "episodes": 10, "extra_digits": 1}, "seeds": 2, "certainty_checkpoint": "0123"}
+    records = made_runs.records({"standard": [0.2, 0.3], "prioritized": [0.3, 0.5]})
+    results = figure4.summarize(arms_lib.Run(config, records, {"wall_seconds": 1.0}, 9, SUBTRACTION))
+    assert "(subtraction, 8 to 9 digits, J of another model, 2 seeds)" in results["claims"][0]["here"]

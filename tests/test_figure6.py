@@ -33,15 +33,21 @@ def pressure(arm, seed, step):
     return {"kl_weight": WEIGHTS[arm] - 0.1 * (step - 1), "kl": 0.01 * step, "loss/kl": 0.1 * seed}
 
 
+CONFIG = {
+    "config": {"seed": 3, "episodes": 10, "extra_digits": 1},
+    "seeds": 2,
+    "betas": [10.0, 500.0, 1000.0, 10000.0],
+}
+RUN = arms_lib.Run(CONFIG, made_runs.records(FINAL, seed=3, round_=pressure), {}, 6)
+
+
 @pytest.fixture(scope="module")
 def made():
-    records = made_runs.records(FINAL, seed=3, round_=pressure)
-    config = {
-        "config": {"seed": 3, "episodes": 10, "extra_digits": 1},
-        "seeds": 2,
-        "betas": [10.0, 500.0, 1000.0, 10000.0],
-    }
-    return figure6.summarize(arms_lib.Run(config, records, {}, 6))
+    return figure6.summarize(RUN)
+
+
+def claims(results):
+    return figure6.claims(results, RUN)
 
 
 def command(tmp_path, *extra):
@@ -77,7 +83,7 @@ def test_differences_to_the_standard_arm_are_paired_by_seed(made):
 
 
 def test_the_four_claims_follow_their_rules(made):
-    better, best, decline, collapse = figure6.claims(made)
+    better, best, decline, collapse = claims(made)
     assert better.intervals[0] == pytest.approx((0.2025, 0.1707, 0.2343), abs=1e-4)  # Means of 10 and 500: 0.5, 0.605.
     assert best.intervals[0] == pytest.approx((0.105, 0.0415, 0.1685), abs=1e-4)
     assert "beta 1000" in best.here
@@ -90,21 +96,26 @@ def test_a_better_rival_of_beta_500_is_not_reproduced(made):
     better = json.loads(json.dumps(made))
     for row in better["arms"]["standard"]["learning_curve"]:
         row[-1] += 0.5
-    claims = figure6.claims(better)
-    assert [claim.verdict for claim in claims] == ["not reproduced", "not reproduced", "reproduced", "undecided"]
-    assert "(standard)" in claims[1].here
+    judged = claims(better)
+    assert [claim.verdict for claim in judged] == ["not reproduced", "not reproduced", "reproduced", "undecided"]
+    assert "(standard)" in judged[1].here
 
 
 def test_claims_about_betas_that_were_not_swept_are_left_out(made):
     few = {**made, "betas": [1000.0]}
-    assert figure6.claims(few) == []
+    assert claims(few) == []
+
+
+@pytest.mark.parametrize("betas", [[500.0], [10.0, 500.0], [500.0, 1000.0]])
+def test_beta_500_is_not_called_the_best_without_rivals_on_both_sides(made, betas):
+    assert "Beta 500 is the best" not in {claim.claim for claim in claims({**made, "betas": betas})}
 
 
 def test_one_seed_decides_nothing(made):
     one = json.loads(json.dumps(made))
     for values in one["arms"].values():
         values["learning_curve"] = values["learning_curve"][:1]
-    assert {claim.verdict for claim in figure6.claims(one)} == {"undecided"}
+    assert {claim.verdict for claim in claims(one)} == {"undecided"}
 
 
 def test_all_arms_are_one_run(finished):

@@ -120,6 +120,8 @@ def test_the_figure_and_table_are_made_again_without_training(finished, capsys):
         (["--transition-rates", "0.1", "0.1"], "transition_rates"),
         (["--minibatch", "transitions"], "minibatch"),
         (["--learning-rate", "0.1"], "learning_rate"),
+        (["--certainty-checkpoint", "N5", "--beta", "0"], "certainty_checkpoint"),
+        (["--certainty-checkpoint", "N5", "--kl-weights", "uniform"], "certainty_checkpoint"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, options, field):

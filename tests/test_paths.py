@@ -1,6 +1,8 @@
 """Runs in a bucket: their files against a file system in memory that, like a bucket's, cannot append."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ckl_jax import checkpoint, convert
 from ckl_jax.analysis import plots
+from ckl_jax.checkpoint import manifest
 from ckl_jax.checkpoint.shipped import PRETRAINED, located
 from ckl_jax.datasets import load_stream
 from ckl_jax.errors import ConfigError
@@ -169,6 +172,37 @@ def test_a_run_in_a_bucket_keeps_its_config_and_metrics_and_refuses_another(buck
     assert again.seconds() == 2.0
     with pytest.raises(ConfigError, match="differing: seed"):
         RunDirectory(bucket / "run", {"seed": 1})
+
+
+def test_what_is_written_survives_a_power_cut(tmp_path, monkeypatch):
+    """Every file is on the disk before the name that says it is whole, and before what comes after it."""
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        synced.append(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    paths.replace(tmp_path / "config.json", "{}")
+    assert synced == [tmp_path / "config.json.tmp", tmp_path]
+    paths.append(tmp_path / "metrics.jsonl", "{}\n")
+    assert synced[2:] == [tmp_path / "metrics.jsonl"]
+    (tmp_path / "saved" / "inner").mkdir(parents=True)
+    (tmp_path / "saved" / "inner" / "array").write_bytes(b"1")
+    manifest.write(tmp_path / "saved")
+    assert synced[-2:] == [tmp_path / "saved.sha256.json.tmp", tmp_path]
+    assert {tmp_path / "saved", tmp_path / "saved/inner", tmp_path / "saved/inner/array"} <= set(synced[3:-2])
+
+
+@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_is_written_and_one_that_fails_is_told(tmp_path, monkeypatch, number, raises):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"config\.json") if raises else contextlib.nullcontext():
+        paths.replace(tmp_path / "config.json", "{}")
+    assert (tmp_path / "config.json").exists() != raises
 
 
 def test_figures_are_drawn_into_a_bucket(bucket):

@@ -409,7 +409,7 @@ def test_sigterm_saves_within_a_chunk_and_the_run_ends_with_the_same_bits(
         signal.raise_signal(signal.SIGTERM)
         return state
 
-    for step, logged in ((3, 0), (8, 1), (14, 1), (15, 1), (24, 3)):
+    for step, logged in ((3, 0), (8, 0), (14, 1), (15, 1), (24, 2)):
         with monkeypatch.context() as patch:
             reached = _at_step(patch, step, signalled)
             with pytest.raises(PreemptedError, match=rf"^step {step}/24 is saved in {tmp_path}$"):
@@ -421,6 +421,25 @@ def test_sigterm_saves_within_a_chunk_and_the_run_ends_with_the_same_bits(
     assert not (tmp_path / "model.json").exists()
     model, _ = _run(config, tmp_path, data_dir)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, model.params), expected)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_during_a_test_ends_the_run_with_its_block(config, data_dir, tmp_path, uninterrupted, monkeypatch):
+    path, _, metrics = uninterrupted
+    judge = pretrain_lib.judge
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return judge(*arguments)
+
+    with monkeypatch.context() as patch:
+        reached = _at_step(patch, 0, lambda state: state)
+        patch.setattr(pretrain_lib, "judge", signalled)
+        with pytest.raises(PreemptedError, match=rf"^step 8/24 is saved in {tmp_path}$"):
+            _run(config, tmp_path, data_dir)
+    assert reached[-1] == 8
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == metrics[:1]
+    _run(config, tmp_path, data_dir)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (path / "metrics.jsonl").read_bytes()
 
 

@@ -302,7 +302,7 @@ def test_two_methods_are_compared_alone(tmp_path):
     results = confirmation(chosen)
     assert [pair["control"] for pair in results["against_controls"]] == ["standard"]
     beats, against = found.answers(results)
-    assert beats.endswith("yes: better than standard.")
+    assert beats.endswith("? of those that were run (not: matched, shuffled, no_kl) yes: better than standard.")
     assert "better than it: prioritized; worse than it: none;" in against
     screen = {name: {"method": name, "share": 0.2, "success": [0.1]} for name in chosen}
     config = {"grid": [0.2], "screen_seeds": 1, "screen_rounds": 1}

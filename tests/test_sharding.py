@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import NamedTuple
 
 import chex
@@ -20,6 +21,7 @@ from ckl_jax.rl.objective import term_names
 from ckl_jax.rl.program import draw_problems, make_program, make_runs
 from ckl_jax.rl.updates import init_run, train_rounds
 from ckl_jax.runs.directory import RunDirectory
+from ckl_jax.runtime import sharding, targets
 from ckl_jax.runtime.sharding import by_run, make_mesh, state_shardings
 from experiments.benchmark.workload import text_stream
 
@@ -182,6 +184,18 @@ def test_the_mesh_uses_as_many_devices_as_share_runs_and_rows_evenly():
         (20, 2): (4, 2),
         (20, 12): (4, 2),
     }
+
+
+def test_accelerators_that_do_not_compute_are_told(monkeypatch):
+    chips = [types.SimpleNamespace(id=n, process_index=n // 4, platform="tpu") for n in range(16)]
+    monkeypatch.setattr(targets, "devices", lambda: chips)
+    assert sharding.idle(sharding.make_mesh(1, 64), "rows") == ""
+    told = sharding.idle(sharding.make_mesh(1, 40), "batch_size 40 / microbatches 1 rows")
+    expected = "8 of 16 devices compute: batch_size 40 / microbatches 1 rows are shared evenly by no more of them"
+    assert told == expected
+    for chip in chips:
+        chip.platform = "cpu"
+    assert sharding.idle(sharding.make_mesh(1, 40), "rows") == ""
 
 
 @pytest.mark.parametrize("devices", [3, 16, 0])

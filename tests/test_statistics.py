@@ -1,5 +1,7 @@
 """Intervals: the side that they are on, and how they are shown; p-values and their correction."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -50,6 +52,18 @@ def test_values_that_are_the_same_but_for_rounding_decide_nothing(values):
     assert interval.side() == "undecided"
 
 
+@pytest.mark.parametrize("problems", [100, 1000])
+def test_shares_of_float32_that_are_the_same_decide_nothing(problems):
+    shares = np.arange(problems, dtype=np.float32) / problems
+    for step in (0, 1, 5):
+        differences = shares[step:].astype(np.float64) - shares[: problems - step]
+        for pair in itertools.pairwise(differences[:60]):
+            assert mean_interval(np.array(pair)).side() == "undecided"
+            assert not paired_p(np.array(pair)) < 1
+    one_problem_apart = mean_interval(np.array([0.5, 0.5 + 1 / problems]))
+    assert one_problem_apart.low < one_problem_apart.mean < one_problem_apart.high
+
+
 def test_an_interval_is_shown_as_far_as_there_are_numbers():
     interval = Interval(0.5281, 0.4279, 0.6272)
     assert percent(interval) == percent([*interval]) == "52.8 [42.8, 62.7]"
@@ -66,6 +80,7 @@ def test_the_interval_of_a_share_is_wilsons(successes, count):
 
 
 def test_an_interval_is_cut_where_nothing_can_be():
+    assert mean_interval(np.full(4, 1 + 1e-7)).within(0, 1) == (1.0, 1.0, 1.0)
     assert mean_interval(np.array([0.2, 0.9])).within(0, 1) == (0.55, 0.0, 1.0)
     assert mean_interval(np.array([-0.2, 0.9])).within(-1, 1) == (0.35, -1.0, 1.0)
     few, one = mean_interval(np.array([0.5, 0.5, 0.6])), mean_interval(np.array([0.5]))

@@ -99,6 +99,8 @@ def row_of(critical, others, share, **more):
 def test_models_of_the_same_n_are_told_apart_by_their_names():
     rows = [{"max_pretrain_digits": base, "name": name} for base, name in ((5, "tiny"), (5, "N5"), (7, "N7"))]
     assert verdicts.labels(rows) == ["5 (tiny)", "5 (N5)", "7"]
+    same = [{"max_pretrain_digits": 5, "name": "seed_0", "checkpoint": print_ * 16} for print_ in ("0123", "89ab")]
+    assert verdicts.labels([*same, rows[1]]) == ["5 (seed_0, 01230123)", "5 (seed_0, 89ab89ab)", "5 (N5)"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,15 @@ def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
     said = verdicts.verdicts(verdicts.sides(row_of((nan, nan, nan), others, share)))
     assert "size" not in said
     assert said["gap"] == "undecided"
+
+
+@pytest.mark.parametrize(("base", "expected"), [(5, "undecided"), (4, "not comparable at this size")])
+def test_a_size_of_one_answer_is_undecided_where_the_paper_has_one(base, expected):
+    nan = float("nan")
+    row = row_of((-0.3, nan, nan), (0.0, nan, nan), (1.0, 0.9, 1.0), max_pretrain_digits=base, generations=1)
+    row["criterion_1"]["wrong_critical_ended_wrong"] |= {"ended_so": 1, "count": 1}
+    (size,) = [claim for claim in verdicts.claims([row]) if "how much less" in claim.claim]
+    assert size.verdict == expected
 
 
 def command(path, *extra):

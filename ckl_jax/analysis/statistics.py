@@ -11,7 +11,7 @@ from scipy import special  # scipy.stats takes most of a second to import.
 from ckl_jax.errors import is_integer, require
 
 SAMPLES = 2_000  # Of every bootstrap.
-ROUNDING = 1e-12  # Of shares, and of their differences.
+ROUNDING = 1e-6  # Of shares that were computed in float32, and of their differences.
 Side = Literal["above", "below", "undecided"]
 
 
@@ -37,9 +37,8 @@ class Interval(NamedTuple):
         return "above" if self.low > high else "below" if self.high < low else "undecided"
 
     def within(self, least: float, most: float) -> Interval:
-        """Without what cannot be: Student's interval of few shares reaches beyond 0 and 1."""
-        low, high = (float(np.clip(bound, least, most)) for bound in (self.low, self.high))
-        return Interval(self.mean, low, high)
+        """Without what cannot be: Student's interval of few shares reaches beyond 0 and 1, a rounded mean just so."""
+        return Interval(*(float(np.clip(value, least, most)) for value in self))
 
     def text(self, spec: str, scale: float = 1.0) -> str:
         """With the format ``z.1f`` and a scale of 100 "52.8 [42.8, 62.7]"; no bounds of NaN, "none" for such a mean."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ckl_jax.attention import tpu
 from ckl_jax.attention.kernel import Settings
+from ckl_jax.runtime import targets
 
 KERNELS: dict[str, Any] = {"tpu": tpu}
 """By platform. ``forward`` gives what is attended and what ``backward`` is to be given beside it."""
@@ -18,6 +19,21 @@ except ImportError:  # JAX 0.12 announces that Pallas for Triton will go one day
 else:
     KERNELS["gpu"] = gpu
 MULTIPLE = 128  # Of positions.
+AMPERE = 8.0  # The compute capability from which on XLA compiles for Triton.
+
+
+def is_there() -> bool:
+    """Whether the devices have a kernel: of GPUs NVIDIA's from Ampere on (A100, RTX 30), no T4 or V100."""
+    if targets.platform() != "gpu":
+        return targets.platform() in KERNELS
+    return "gpu" in KERNELS and all(_capability(device) >= AMPERE for device in targets.devices())
+
+
+def _capability(device: Any) -> float:
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # AMD's is a name.
+        return 0.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -16,7 +16,8 @@ ACTIVATIONS = {
 """GELUs of transformers, which has five names for the one by tanh, and ours."""
 EXPORTED = {"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}
 SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "block_size", "vocab_size", "bias")
-NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+NANOGPT = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout", "use_flash")
+"""``use_flash``, of the paper's authors and of Lee et al., chooses a kernel of attention and changes no number."""
 SYNONYMS = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",

@@ -11,7 +11,7 @@ import pathlib
 
 from ckl_jax.errors import ConfigError
 from ckl_jax.runtime import hosts, reading
-from ckl_jax.runtime.paths import files_below
+from ckl_jax.runtime.paths import files_below, in_bucket, synced
 from ckl_jax.runtime.strays import is_unread
 
 
@@ -21,8 +21,15 @@ def beside(directory: pathlib.Path) -> pathlib.Path:
 
 
 def write(directory: pathlib.Path) -> None:
-    """Writes the manifest of what a directory holds now; process 0 writes, for all."""
+    """Writes the manifest of what a directory holds now, after all of that; process 0 writes, for all."""
+    hosts.of_first(lambda: _sync(directory))
     hosts.write_json(beside(directory), digests(directory))
+
+
+def _sync(directory: pathlib.Path) -> None:
+    if not in_bucket(directory):
+        for path in (directory.parent, directory, *directory.rglob("*")):
+            synced(path)
 
 
 def digests(directory: pathlib.Path) -> dict[str, str]:

@@ -49,11 +49,12 @@ class ModelConfig:
     precision: Precision = "highest"
     """Precision of the matrix products (TF32 and bfloat16 passes on accelerators below `highest`)."""
     attention_chunk: PositiveInt = speed(256)
-    """Queries per chunk of causal attention: each chunk reads the keys up to its own end only."""
+    """Queries per chunk of plain causal attention: each chunk reads the keys up to its own end only. Dropout draws
+    other numbers with another chunk."""
     attention: Attention = speed("auto")
     """`fused`: causal attention is one kernel of a TPU or GPU, whose scores never reach main memory; on a CPU it is
-    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU or GPU where shape and precision allow, else
-    plain. Dropout draws other numbers in the other way. Decoding is plain."""
+    emulated, slowly. `plain`: as XLA compiles it. `auto`: fused on a TPU or GPU (NVIDIA's from Ampere on: A100, RTX 30)
+    where shape and precision allow, else plain. Dropout draws other numbers in the other way. Decoding is plain."""
     layers: Literal["auto", "scanned", "unrolled"] = speed("auto")
     """`scanned`: one layer is compiled and looped over; the backward pass computes again what its GELU and plain
     attention made. `unrolled`: each is compiled. `auto`: scanned on a TPU, unrolled elsewhere, where that is faster (on

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ def main(name: str, arguments: list[str], command: PreflightCommand) -> None:
             print(_line(_cells(verdicts[-1], target.chip)), flush=True)
             if not verdicts[-1].fits and command.advice:
                 advice[program.name] = _tried(planned, options, index, target.chip)
+    for verdict in verdicts:
+        used = math.prod(verdict.mesh.values())
+        if used < len(target.devices):
+            print(f"{verdict.name}: only {used} of {len(target.devices)} devices compute.")
     require(len(verdicts) > 0, "only", command.only, f"a part of the name of a program of {name}")
     for too_large, tried in advice.items():
         print(f"{too_large} does not fit. " + ("; ".join(tried) or "No option makes it smaller") + ".")

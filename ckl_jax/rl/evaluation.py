@@ -124,6 +124,6 @@ def test(program: Program, policies: Any, count: int) -> Tested:
             found.append(rewards_RxB[:, :rows])
             first.setdefault(name, answers_RxBxT[:, : min(rows, SAMPLES)])
         rewards[name] = np.concatenate(found, axis=1)
-    accuracy = {name: rewards_RxB.mean(axis=1) for name, rewards_RxB in rewards.items()}
+    accuracy = {name: rewards_RxB.mean(axis=1, dtype=np.float64) for name, rewards_RxB in rewards.items()}
     problems = sets["target"][0][: first["target"].shape[1]]
     return Tested(program.task, accuracy, problems, first["target"], rewards["target"])

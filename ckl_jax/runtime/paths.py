@@ -175,6 +175,7 @@ def append(path: pathlib.Path, text: str) -> None:
         else:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
+            synced(path)
 
 
 def replace(path: pathlib.Path, content: str | bytes) -> None:
@@ -182,7 +183,23 @@ def replace(path: pathlib.Path, content: str | bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        synced(temporary)
         temporary.replace(path)
+        synced(path.parent)
+
+
+def synced(path: pathlib.Path) -> None:
+    """Waits until a file, or which files a directory has, would survive a power cut; a bucket's do."""
+    if in_bucket(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Of a file system that cannot.
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

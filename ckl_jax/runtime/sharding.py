@@ -63,6 +63,18 @@ def make_mesh(num_runs: int, num_rows: int, run_devices: int | None = None, data
     return Mesh(np.array(chosen).reshape(shape), (RUN_AXIS, DATA_AXIS))
 
 
+def idle(mesh: Mesh, shared: str) -> str:
+    """What to tell somebody who pays for accelerators that do not all compute; "" where they do.
+
+    Args:
+      shared: what they share, in words.
+    """
+    devices = targets.devices()
+    if mesh.size == len(devices) or targets.platform() == "cpu":
+        return ""
+    return f"{mesh.size} of {len(devices)} devices compute: {shared} are shared evenly by no more of them"
+
+
 def filled_up(rows: Any) -> Any:
     """The same arrays, with several processes some rows again behind the last, so that every device has as many.
 

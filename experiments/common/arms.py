@@ -84,6 +84,11 @@ class Run(NamedTuple):
         return f"{self.digits - self.config['config']['extra_digits']} to {self.digits} digits"
 
     @property
+    def setting(self) -> str:
+        """What a claim of the paper was looked at on: the task, the lengths, and whose certainty it was."""
+        return f"{self.task.name}, {self.lengths}{figure.whose_certainty(self.config)}"
+
+    @property
     def seeds(self) -> list[int]:
         first = self.config["config"]["seed"]
         return list(range(first, first + self.config["seeds"]))

@@ -128,8 +128,10 @@ def answers(found: dict[str, Any]) -> list[str]:
         for pair in found["against_standard"]
         if pair["arm"] == "no_kl"
     ]
+    missing = [name for name in CONTROLS if name not in found["arms"]]
+    which = f"of those that were run (not: {', '.join(missing)}) " if missing else ""
     return [
-        f"Does prioritization beat its own controls? {comparison.beats_all(found['against_controls'])}.",
+        f"Does prioritization beat its own controls? {which}{comparison.beats_all(found['against_controls'])}.",
         f"Against the standard KL, each at its own coefficient: {listed}.",
         *without,
     ]

@@ -29,12 +29,16 @@ def papers(row: dict[str, Any]) -> tuple[tuple[float, float], ...]:
 
 
 def labels(rows: list[dict[str, Any]]) -> list[str]:
-    """What tells the models apart: N, and where several have the same the checkpoint's name."""
+    """What tells the models apart: N, where several have the same the checkpoint's name, and if that is the same too
+    the first characters of its fingerprint."""
     counts = collections.Counter(row["max_pretrain_digits"] for row in rows)
+    named = collections.Counter((row["max_pretrain_digits"], row["name"]) for row in rows)
 
     def label(row: dict[str, Any]) -> str:
-        base = row["max_pretrain_digits"]
-        return f"{base} ({row['name']})" if counts[base] > 1 else f"{base}"
+        base, name = row["max_pretrain_digits"], row["name"]
+        if named[base, name] > 1:
+            name += f", {row['checkpoint'][:8]}"
+        return f"{base} ({name})" if counts[base] > 1 else f"{base}"
 
     return [label(row) for row in rows]
 
@@ -84,9 +88,9 @@ def _claims(row: dict[str, Any], base: str) -> list[Claim]:
             paper[0] if paper else "no such model",
             f"{certainty(critical)} ({row['generations']} answers)",
             (critical,),
-            OVERLAP[found["size"]] if "size" in found else NOT_COMPARABLE,
-            "reproduced if our 95% interval and the paper's at the same N overlap, else not reproduced; not comparable "
-            "where the paper has no such model",
+            OVERLAP[found["size"]] if "size" in found else "undecided" if paper else NOT_COMPARABLE,
+            "reproduced if our 95% interval and the paper's at the same N overlap, else not reproduced; undecided "
+            "without an interval, not comparable where the paper has no such model",
         ),
         Claim(
             f"N = {base}: a wrong critical token makes the answer wrong (criterion 1)",
