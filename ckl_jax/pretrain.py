@@ -91,9 +91,10 @@ def pretrain(
         directory.checkpoints.save(done, state)
         stopping = not reached and done < config.num_steps and preemption.requested()
         elapsed = time.monotonic() - start
-        left = elapsed / (done - first) * (config.num_steps - done)
+        left = elapsed / (done - first) * (config.num_steps - done) if done > first else None
         shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
-        line = f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s, {left:.0f} s left)"
+        ahead = "" if left is None else f", {left:.0f} s left"
+        line = f"step {done}/{config.num_steps}: {shown} ({elapsed:.0f} s{ahead})"
         progress(Status(line, done, config.num_steps, shown, left))
     if stopping:
         raise preemption.PreemptedError(f"step {done}/{config.num_steps} is saved in {directory.path}")
