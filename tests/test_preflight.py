@@ -418,11 +418,12 @@ def test_the_pre_trained_parameters_stay_beside_a_test_of_the_policies(small_mod
 
 @pytest.fixture
 def preflight_of(monkeypatch):
-    """Runs the command for this machine's device as a v5e, with those for the programs of `evaluate`."""
-    monkeypatch.setattr(preflight, "topology", lambda name: chips.Topology(name, CHIP, (jax.devices()[0],)))
+    """Runs the command for so many of this machine's devices as v5e, with those for the programs of `evaluate`."""
     keeps = jax.config.jax_enable_compilation_cache
 
-    def run(*planned):
+    def run(*planned, devices=1):
+        target = CHIP, tuple(jax.devices()[:devices])
+        monkeypatch.setattr(preflight, "topology", lambda name: chips.Topology(name, *target))
         command = programs.COMMANDS["evaluate"]._replace(programs=lambda options: iter(planned))
         monkeypatch.setitem(programs.COMMANDS, "evaluate", command)
         preflight.main("evaluate", [], PreflightCommand())
@@ -438,6 +439,13 @@ def test_one_program_that_does_not_fit_is_enough_for_an_exit_code_of_its_own(pre
         preflight_of(_doubled(beside=15 * GIB), _doubled(beside=3 * GIB))
     assert stop.value.code == EXIT_CODE
     assert "17.00 GiB TOO MUCH" in capsys.readouterr().out
+
+
+def test_devices_that_a_program_does_not_use_are_told(preflight_of, capsys):
+    preflight_of(_doubled(beside=0))
+    assert "devices compute" not in capsys.readouterr().out
+    preflight_of(_doubled(beside=0), devices=2)
+    assert "doubled: only 1 of 2 devices compute." in capsys.readouterr().out
 
 
 def test_only_a_compiler_out_of_memory_says_that_a_program_does_not_fit(preflight_of):
