@@ -96,7 +96,9 @@ def test_the_examples_run_and_the_gradient_is_finite():
     assert (namespace["gradient"] != 0).any()
 
 
-def test_the_same_loss_in_pytorch_has_its_value_and_gradient():
+@pytest.mark.parametrize("kind", [bool, np.int64])
+def test_the_same_loss_in_pytorch_has_its_value_and_gradient(kind):
+    """A mask of integers is that of transformers' tokenizers: as an index it would pick rows 0 and 1."""
     torch = pytest.importorskip("torch")
     ours, theirs = {}, {}
     exec(blocks(README, "python")[0], ours)
@@ -105,7 +107,7 @@ def test_the_same_loss_in_pytorch_has_its_value_and_gradient():
     mask = np.arange(5) < np.array([[5], [3], [1]])
     value, gradient = jax.value_and_grad(ours["penalty"])(*jnp.asarray(logits), mask, alpha=0.5, beta=20.0)
     policy, reference = torch.tensor(logits[0], requires_grad=True), torch.tensor(logits[1])
-    loss = theirs["prioritized_kl"](policy, reference, torch.tensor(mask), alpha=0.5, beta=20.0)
+    loss = theirs["prioritized_kl"](policy, reference, torch.tensor(mask.astype(kind)), alpha=0.5, beta=20.0)
     loss.backward()
     np.testing.assert_allclose(loss.item(), value, rtol=1e-5)
     np.testing.assert_allclose(policy.grad, gradient, rtol=1e-4, atol=1e-9)
