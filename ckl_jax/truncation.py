@@ -18,11 +18,12 @@ from ckl_jax.losses import entropy, kl_estimate, log_softmax, masked, masked_mea
 def top_tokens(logits: jax.Array, count: int) -> jax.Array:
     """True on the ``count`` likeliest tokens of [..., V], and on what ties with the last: bool [..., V].
 
-    Raises ConfigError for a ``count`` outside 1..V.
+    Impossible tokens (-inf) are never among them, so they are fewer where fewer are possible. Raises ConfigError for a ``count`` outside 1..V.
     """
     require_logits(logits)
     require(1 <= count <= logits.shape[-1], "count", count, f"1 to {logits.shape[-1]}")
-    return logits >= jax.lax.top_k(logits, count)[0][..., -1:]
+    logits = jax.lax.stop_gradient(logits)
+    return (logits >= jax.lax.top_k(logits, count)[0][..., -1:]) & ~jnp.isneginf(logits)
 
 
 def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.0) -> jax.Array:
@@ -31,7 +32,7 @@ def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.
     Raises ConfigError for a ``share`` outside (0, 1].
     """
     require(0 < share <= 1, "share", share, "above 0, at most 1")
-    p = jnp.exp(log_softmax(logits, temperature, None))
+    p = jnp.exp(log_softmax(*jax.lax.stop_gradient((logits, temperature)), None))
     rising = jnp.sort(p, axis=-1)
     # What a token and all less likely ones have together: summed from the least, so that a large vocabulary's tail is
     # not rounded away.

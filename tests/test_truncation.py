@@ -29,6 +29,18 @@ def test_the_likeliest_tokens_by_number_and_by_probability():
             truncation.nucleus(logits, share)
 
 
+def test_an_impossible_token_is_none_of_the_likeliest():
+    logits = jnp.array([[0.0, -jnp.inf, 1.0, -jnp.inf], [3.0, 0.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(truncation.top_tokens(logits, 3), [[1, 0, 1, 0], [1, 0, 1, 1]])
+
+
+@pytest.mark.parametrize("choose", [lambda x: truncation.top_tokens(x, 2), lambda x: truncation.nucleus(x, 0.9)])
+def test_choosing_the_tokens_is_not_differentiated(choose):
+    """A derivative would be gathered beside the sorted numbers, for nothing."""
+    logits = jnp.log(P_2x4)
+    assert "gather" not in str(jax.make_jaxpr(lambda x, t: jax.jvp(choose, (x,), (t,)))(logits, logits))
+
+
 def test_the_entropy_within_a_set_is_scaled_to_the_range_of_all_and_moves_no_token_outside(debug_nans):
     """Of 2/3 and 1/3: 0.636514 nats, times log 4 / log 2; of 1/2, 1/4, 1/8 and 1/8 all of 1.213008; of one token 0."""
     logits = jnp.log(P_2x4)
