@@ -4,8 +4,9 @@ Small pure functions; losses take no gradient of them.
 
 B episodes of T tokens; the answers to one problem are ``group_size`` neighbours of B. Rewards are one number an
 episode; ``gae`` takes them token by token. Standard deviations are those of the tokens or answers at hand, divided by
-their number and not by one less. Episodes that lie on several devices belong on all of them first: the functions of
-groups and of whole rounds reshape and sort them.
+their number and not by one less. Numbers whose spread is below 4 float32 epsilons (4.8e-7) of the greatest magnitude
+among them count as equal: a deviation of rounding alone would blow it up. Episodes that lie on several devices belong
+on all of them first: the functions of groups and of whole rounds reshape and sort them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ckl_jax.checks import as_mask, require_array, require_shape_of
 from ckl_jax.errors import is_integer, require
 
 EPSILON = 1e-8
+ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
+"""Of the greatest magnitude: a spread below it is taken for 0."""
 
 
 def gae(
@@ -62,7 +65,7 @@ def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
       ConfigError: ``group_size`` is below 2 or does not divide B.
     """
     rewards_GxK = _groups(rewards_B, group_size)
-    rewards_GxK = rewards_GxK - rewards_GxK.min(axis=1, keepdims=True)
+    rewards_GxK = jax.vmap(_above_least)(rewards_GxK, jnp.ones_like(rewards_GxK, bool))
     others_GxK = (rewards_GxK.sum(axis=1, keepdims=True) - rewards_GxK) / (group_size - 1)
     return (rewards_GxK - others_GxK).reshape(-1)
 
@@ -93,9 +96,7 @@ def centered(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """
     require_array(values_BxT, "values")
     mask_BxT = as_mask(mask_BxT, values_BxT.shape)
-    values_BxT = jax.lax.stop_gradient(values_BxT.astype(jnp.float32))
-    least = jnp.where(mask_BxT, values_BxT, jnp.inf).min()
-    above_BxT = jnp.where(mask_BxT, values_BxT - least, 0.0)
+    above_BxT = _above_least(jax.lax.stop_gradient(values_BxT.astype(jnp.float32)), mask_BxT)
     return jnp.where(mask_BxT, above_BxT - above_BxT.sum() / jnp.maximum(mask_BxT.sum(), 1), 0.0)
 
 
@@ -178,6 +179,13 @@ def _rows(mask_BxT: jax.Array, **values: jax.Array) -> jax.Array:
     for name, value in values.items():
         require_shape_of(value, name, mask_BxT, "mask")
     return as_mask(mask_BxT, mask_BxT.shape)
+
+
+def _above_least(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Less the least of the mask, 0 outside it; 0 everywhere where all are equal but for rounding."""
+    above = jnp.where(mask, values - jnp.where(mask, values, jnp.inf).min(), 0.0)
+    largest = jnp.where(mask, jnp.abs(values), 0.0).max()
+    return jnp.where(above.max() < ROUNDING * largest, 0.0, above)
 
 
 def _summed_from(values_BxT: jax.Array) -> jax.Array:

@@ -97,11 +97,27 @@ def test_equal_numbers_have_exactly_no_advantage(name, how):
     np.testing.assert_array_equal(found, 0.0)
 
 
+@pytest.mark.parametrize("name", OF_REWARDS | {"zero_centered, 8": None, "standardized": None})
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-20, 1e20])
+def test_what_rounding_alone_has_set_apart_has_exactly_no_advantage(name, scale):
+    """0.7 and seven times 0.1, added up in float32, are neighbours: their deviation is not 0."""
+    summed = np.float32(0)
+    for _ in range(7):
+        summed += np.float32(0.1)
+    rewards = jnp.asarray(scale * np.array([0.7] * 7 + [summed], np.float32))
+    assert len(np.unique(rewards)) == 2
+    calls = OF_REWARDS | {
+        "zero_centered, 8": lambda x: advantages.zero_centered(x[:, 0], jnp.arange(8.0), 8),
+        "standardized": lambda x: advantages.standardized(x, jnp.asarray(BLOCK)),
+    }
+    np.testing.assert_array_equal(jax.jit(calls[name])(jnp.tile(rewards[:, None], 7)), 0.0)
+
+
 UNEQUAL = {
     "right or wrong": [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
     "a large constant": [1000.1, 1000.2, 1000.1, 1000.1, 1000.3, 1000.1, 1000.2, 1000.1],
     "one of them": [0.1] * 7 + [0.2],
-    "neighbours in float32": [1.0] * 7 + [1.0 + 2**-23],
+    "a millionth apart": [1.0] * 7 + [1.0 + 2**-20],
     "large": [1e30, 2e30, -1e30, 1e30, 0.0, 1e30, 1e30, 3e30],
     "negative": [-5.0, -5.5, -6.0, -5.0, -7.0, -5.0, -5.0, -5.25],
 }
