@@ -162,6 +162,7 @@ def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, ma
 
     ``old_log_probs`` are those of the rollout, without gradient; ``chosen`` bool [...] marks the greatest covariances
     of advantage and log-probability. In that work they are chosen in each minibatch, here by the caller, over a round.
+    It is a term beside any policy loss: that work's published code has an unclipped ratio there, our ppo and grpo clip.
     A distance below ``ROUNDING`` counts as none: at the rollout's own policy its gradient is 0.
     """
     require_array(log_probs, "log_probs")

@@ -25,6 +25,7 @@ from ckl_jax.rollout.trajectory import Trajectory, score
 from ckl_jax.runtime import finite
 from ckl_jax.runtime.sharding import make_mesh
 from ckl_jax.tasks.columns import ADDITION
+from experiments.regularizers.methods import BY_NAME
 
 CONFIG = FinetuneConfig(
     episodes=8,
@@ -47,6 +48,7 @@ HYPER = Hyper(jnp.uint32(0), jnp.float32(1e-3), jnp.float32(2.0), jnp.float32(1.
 UNIFORM = HYPER._replace(kl_weights=jnp.int32(token_weights.index_of("uniform")))
 PAIRS = {"group_size": 2}
 ALONE = {"episodes": 1, "minibatch_episodes": 1, "diagnostic_episodes": 1}
+ONE_UPDATE = {"minibatch_episodes": 8}
 OPTIONS = {
     "reinforce": {"algorithm": "reinforce", "normalize_advantages": True},
     "rloo": {"algorithm": "rloo", **PAIRS},
@@ -663,6 +665,18 @@ def test_the_kl_coefficient_is_adapted_from_the_round_in_which_the_policy_first_
         ({"entropy_top": 42}, "entropy_top"),
         ({"entropy_nucleus": 0.0}, "entropy_nucleus"),
         ({"test_temperature": 0.0}, "test_temperature"),
+        ({"detach_critic": True, "algorithm": "reinforce"}, "detach_critic"),
+        ({"detach_critic": True, "algorithm": "grpo", "group_size": 2}, "detach_critic"),
+        ({"entropy_over": "top", "entropy_coefficient": 0.0}, "entropy_over"),
+        ({"kl_cov": 1.0, **ONE_UPDATE}, "kl_cov"),
+        ({"kl_gate": "clip", "algorithm": "ppo", **ONE_UPDATE}, "kl_gate"),
+        ({"kl_gate": "clip", "algorithm": "ppo", "kl_coefficient": 0.0}, "kl_gate"),
+        ({"kl_correction": "ratio", "kl": "k3", "kl_coefficient": 0.0}, "kl_correction"),
+        ({"kl_weights": "archer", "kl_weak": 1.0}, "kl_weak"),
+        ({"kl_weights": "archer", "kl_quantile": 1.0}, "kl_quantile"),
+        ({"kl_weights": "floored", "kl_weak": 1.0}, "kl_weak"),
+        ({"kl_weights": "threshold", "kl_quantile": 1.0}, "kl_quantile"),
+        ({"clip_by": "entropy", "algorithm": "ppo", "hapo_clip": 0.0, "hapo_advantage": 0.0}, "clip_by"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(change, field):
@@ -675,6 +689,35 @@ def test_one_answer_or_equal_rewards_are_taken_where_answers_are_still_told_apar
     dataclasses.replace(CONFIG, **ALONE)
     gtpo = {"algorithm": "grpo", **PAIRS, "advantage_shaping": "gtpo"}
     dataclasses.replace(CONFIG, **gtpo, reward_right=0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl_cov": 1.0, **ONE_UPDATE, "epochs": 2},
+        {"kl_cov": 1.0, **ONE_UPDATE, "minibatch": "transitions"},
+        {"algorithm": "ppo", "kl_gate": "clip"},
+        {"algorithm": "ppo", "clip_by": "entropy", "hapo_clip": 0.0},
+        {"algorithm": "ppo", "detach_critic": True},
+        {"algorithm": "reinforce", "value_coefficient": 0.5},
+        {"kl_gain": 0.5, "kl_weak": 1.0, "kl_quantile": 1.0},
+    ],
+)
+def test_options_that_do_something_and_numbers_of_what_is_off_are_taken(change):
+    dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("method", BY_NAME)
+def test_every_method_of_the_comparison_goes_together_with_the_scales_recipe(method):
+    for scale in ("tiny", "gpt2"):
+        dataclasses.replace(finetune_preset(scale, "ours"), **BY_NAME[method].overrides)
+
+
+@pytest.mark.parametrize("recipe", ["ours", "paper", "authors"])
+@pytest.mark.parametrize("algorithm", ["a2c", "reinforce", "ppo", "grpo", "rloo"])
+def test_every_recipe_goes_together_with_every_algorithm(recipe, algorithm):
+    preset = finetune_preset("tiny", recipe)
+    dataclasses.replace(preset, algorithm=algorithm, **(PAIRS if algorithm in ("grpo", "rloo") else {}))
 
 
 def test_the_recipes_are_what_the_paper_and_the_authors_code_say():

@@ -98,9 +98,9 @@ class Optimizer(Chapter):
     adam_epsilon: PositiveFloat = 1e-8
     """Adam's, for both."""
     value_coefficient: NonNegativeFloat = 0.1
-    """Weight of the value loss."""
+    """Weight of the value loss. No effect with algorithms without critic."""
     detach_critic: bool = False
-    """Keep the value loss's gradient out of the trunk."""
+    """Keep the value loss's gradient out of the trunk. a2c and ppo alone."""
     entropy_coefficient: NonNegativeFloat = 0.0005
     """Weight of the entropy bonus."""
     entropy_over: Literal["all", "top", "nucleus"] = "all"
@@ -196,6 +196,12 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         alike = np.float32(self.reward_right) == np.float32(self.reward_wrong)
         another = f"another number than reward_wrong = {self.reward_wrong} but with advantage_shaping gtpo"
         exactly = "none where the policy that learns writes the answers, in float32 at precision highest"
+        one_update = self.epochs == 1 and self.minibatch == "episodes" and self.minibatch_episodes == episodes
+        moves = "where a round is several updates: with one, no ratio has left 1"
+        pressed = "none with kl_coefficient 0"
+        by_entropy = self.kl_weights in ("threshold", "archer")
+        even = f"below 1 with kl_weights {self.kl_weights}: 1 is kl_weights uniform"
+        unclipped = self.clip_by == "entropy" and self.hapo_clip == 0 and self.hapo_advantage == 0
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
             ("episodes", episodes >= 2 or self.algorithm != "reinforce", "at least 2 with algorithm reinforce"),
@@ -209,6 +215,9 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("staleness", self.staleness < self.rounds, f"0 or more, below rounds = {self.rounds}"),
             ("importance_sampling", lags or self.importance_sampling == "none", exactly),
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
+            ("clip_by", not unclipped, "none with hapo_clip 0 and hapo_advantage 0"),
+            ("detach_critic", critic or not self.detach_critic, f"False {no_critic}"),
+            ("entropy_over", self.entropy_coefficient > 0 or self.entropy_over == "all", "all with entropy_coefficient 0"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("value_warmup_rounds", self.value_warmup_rounds < self.rounds, f"0 or more, below rounds = {self.rounds}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
@@ -219,6 +228,12 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("advantage_shaping", not of_episode or self.advantage_shaping == "none", "none with kl_in episode"),
             ("kl_correction", estimated or self.kl_correction == "none", "none but with k1, k2 or k3 in the loss"),
             ("kl_gate", gated or self.kl_gate == "none", "none but with ppo or grpo, and the KL in the loss"),
+            ("kl_correction", self.kl_coefficient > 0 or self.kl_correction == "none", pressed),
+            ("kl_gate", self.kl_coefficient > 0 or self.kl_gate == "none", pressed),
+            ("kl_gate", not one_update or self.kl_gate == "none", f"clip {moves}"),
+            ("kl_cov", not one_update or self.kl_cov == 0, f"above 0 {moves}"),
+            ("kl_quantile", self.kl_quantile < 1 or not by_entropy, even),
+            ("kl_weak", self.kl_weak < 1 or self.kl_weights not in ("archer", "floored"), even),
             ("kl_coefficient", self.kl_target is None or self.kl_coefficient > 0, multiplied),
             ("beta", self.beta > 0 or self.kl_weights != "inverted", "above 0 with kl_weights inverted"),
         ]

@@ -56,10 +56,13 @@ class KL(Chapter):
     that of the policy to the reference on the round's tokens before its updates, without weights."""
     kl_gain: Annotated[float, AtLeast(0, 4.5)] = 0.1
     """How fast: alpha is multiplied by 1 + kl_gain * (KL / kl_target - 1), the bracket clipped to +-0.2. So at most
-    from 0.1 to 1.9; with a gain of 5 it could be 0 and stay so, with more negative: a reward for leaving."""
+    from 0.1 to 1.9; with a gain of 5 it could be 0 and stay so, with more negative: a reward for leaving. No effect
+    without kl_target."""
     kl_cov: NonNegativeFloat = 0.0
     """Coefficient of KL-Cov: abs(log ratio to the policy before the round's updates) on the round's tokens with the
-    greatest covariance of advantage and log-probability, if above 0 (arXiv 2505.22617); 0: none."""
+    greatest covariance of advantage and log-probability, if above 0 (arXiv 2505.22617); 0: none. Needs rounds of
+    several updates: before the first that ratio is 1. ppo and grpo keep their clip, where that work's published code
+    has an unclipped ratio."""
     kl_cov_share: PositiveShare = 0.002
     """Share of the round's tokens that KL-Cov holds."""
     lp_reg: NonNegativeFloat = 0.0
