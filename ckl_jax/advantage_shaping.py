@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from ckl_jax.advantages import EPSILON, as_constants, centered, require_groups, standardized
-from ckl_jax.checks import require_array
+from ckl_jax.checks import number, require_array, require_share
 from ckl_jax.errors import require
 from ckl_jax.token_weights import lowest_share
 
 AdvantageShaping = Literal["none", "top_entropy", "entropy_bonus", "gtpo"]
 
 
-def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+def top_entropy(
+    advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array
+) -> jax.Array:
     """A where H is among the ``share`` highest of the round, else 0: the 80/20 rule (arXiv 2506.01939).
 
     At least one token is kept, and all that tie with the last one kept. The loss still divides by all tokens.
@@ -33,18 +35,24 @@ def top_entropy(advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax
 
 
 def entropy_bonus(
-    advantages_BxT: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, scale: float, kappa: float
+    advantages_BxT: jax.Array,
+    entropy_BxT: jax.Array,
+    mask_BxT: jax.Array,
+    scale: float | jax.Array,
+    kappa: float | jax.Array,
 ) -> jax.Array:
     """A + min(scale * H, |A| / kappa): longer thought where the policy hesitates (arXiv 2506.14758).
 
     The bonus never turns A's sign while kappa > 1, and is 0 where A is.
     """
     mask_BxT, entropy_BxT, advantages_BxT = as_constants(mask_BxT, entropy=entropy_BxT, advantages=advantages_BxT)
-    bonus_BxT = jnp.minimum(scale * entropy_BxT, jnp.abs(advantages_BxT) / kappa)
+    bonus_BxT = jnp.minimum(number(scale) * entropy_BxT, jnp.abs(advantages_BxT) / number(kappa))
     return jnp.where(mask_BxT, advantages_BxT + bonus_BxT, 0.0)
 
 
-def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, group_size: int, share: float) -> jax.Array:
+def gtpo(
+    success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, group_size: int, share: float | jax.Array
+) -> jax.Array:
     """Rewards dealt out by entropy among the answers to a problem (arXiv 2508.04349), standardized over its tokens.
 
     Of the n_t right answers that have a token at t, answer i gets r_it = 1 - share + share * n_t * H_it / sum_k H_kt;
@@ -63,7 +71,8 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
     Raises:
       ConfigError: different shapes, ``share`` outside [0, 1], or ``group_size`` below 2 or no divisor of B.
     """
-    require(0 <= share <= 1, "share", share, "0 to 1")
+    require_share(share, "share")
+    share = number(share)
     for name, array in (("mask", mask_BxT), ("success", success_B)):
         require_array(array, name)
     num_episodes = len(mask_BxT)
@@ -87,7 +96,7 @@ def gtpo(success_B: jax.Array, entropy_BxT: jax.Array, mask_BxT: jax.Array, grou
     return jnp.where(mixed_Gx1x1, advantages_GxKxT, 0.0).reshape(mask_BxT.shape)
 
 
-def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) -> jax.Array:
+def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float | jax.Array) -> jax.Array:
     """h of HAPO (arXiv 2509.16591): log H less its ``pivot``-quantile, over its greatest value, below 0 over its least.
 
     Returns:
@@ -97,10 +106,10 @@ def signed_entropy(entropy_BxT: jax.Array, mask_BxT: jax.Array, pivot: float) ->
     Raises:
       ConfigError: different shapes, or ``pivot`` outside [0, 1].
     """
-    require(0 <= pivot <= 1, "pivot", pivot, "0 to 1")
+    require_share(pivot, "pivot")
     mask_BxT, entropy_BxT = as_constants(mask_BxT, entropy=entropy_BxT)
     log_BxT = jnp.log(jnp.maximum(entropy_BxT, EPSILON))
-    rank = jnp.round(pivot * jnp.maximum(mask_BxT.sum() - 1, 0)).astype(jnp.int32)
+    rank = jnp.round(number(pivot) * jnp.maximum(mask_BxT.sum() - 1, 0)).astype(jnp.int32)
     middle = jnp.sort(jnp.where(mask_BxT, log_BxT, jnp.inf), axis=None)[rank]
     off_BxT = jnp.where(mask_BxT, log_BxT - middle, 0.0)
     span_BxT = jnp.where(off_BxT > 0, off_BxT.max(), -off_BxT.min())
@@ -116,7 +125,9 @@ def covariance(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: ja
     return centered(advantages_BxT, mask_BxT) * centered(log_probs_BxT, mask_BxT)
 
 
-def unlikely(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+def unlikely(
+    advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array
+) -> jax.Array:
     """True on the ``share`` of least log pi among the tokens with A < 0, at least one, and on what ties with the last.
 
     Those are the tokens that Lp-Reg looks after (arXiv 2510.03222).
@@ -128,7 +139,7 @@ def unlikely(advantages_BxT: jax.Array, log_probs_BxT: jax.Array, mask_BxT: jax.
     return top_share(-log_probs_BxT, mask_BxT & (advantages_BxT < 0), share)
 
 
-def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+def top_share(values_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array) -> jax.Array:
     """True on the round(share * n) greatest of the mask's n values, at least one, and on what ties with the last."""
     mask_BxT, values_BxT = as_constants(mask_BxT, values=values_BxT)
     return lowest_share(-values_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share).reshape(mask_BxT.shape)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask, require_array, require_shape_of
+from ckl_jax.checks import as_mask, number, require_array, require_shape_of, require_some
 from ckl_jax.errors import is_integer, require
 
 EPSILON = 1e-8
@@ -23,7 +23,11 @@ ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
 def gae(
-    rewards_BxT: jax.Array, values_BxT: jax.Array, mask_BxT: jax.Array, discount: float, gae_lambda: float
+    rewards_BxT: jax.Array,
+    values_BxT: jax.Array,
+    mask_BxT: jax.Array,
+    discount: float | jax.Array,
+    gae_lambda: float | jax.Array,
 ) -> jax.Array:
     """Generalized advantage estimates of episodes that end with their mask (Schulman et al. 2016).
 
@@ -41,6 +45,7 @@ def gae(
     mask_BxT = _rows(mask_BxT, rewards=rewards_BxT, values=values_BxT)
     values_BxT = jnp.where(mask_BxT, values_BxT.astype(jnp.float32), 0.0)
     rewards_BxT = jnp.where(mask_BxT, rewards_BxT.astype(jnp.float32), 0.0)
+    discount, gae_lambda = number(discount), number(gae_lambda)
     next_values_BxT = jnp.pad(values_BxT[:, 1:], ((0, 0), (0, 1)))
     deltas_BxT = rewards_BxT + discount * next_values_BxT - values_BxT
 
@@ -95,6 +100,7 @@ def centered(values_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
       float32 [B, T], as ``standardized`` does.
     """
     require_array(values_BxT, "values")
+    require_some(values_BxT, "values")
     mask_BxT = as_mask(mask_BxT, values_BxT.shape)
     above_BxT = _above_least(jax.lax.stop_gradient(values_BxT.astype(jnp.float32)), mask_BxT)
     return jnp.where(mask_BxT, above_BxT - above_BxT.sum() / jnp.maximum(mask_BxT.sum(), 1), 0.0)
@@ -176,6 +182,7 @@ def _rows(mask_BxT: jax.Array, **values: jax.Array) -> jax.Array:
     """The mask as bool. Raises ConfigError unless it and the values, under their names, are [B, T]."""
     require_array(mask_BxT, "mask")
     require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
+    require_some(mask_BxT, "mask")
     for name, value in values.items():
         require_shape_of(value, name, mask_BxT, "mask")
     return as_mask(mask_BxT, mask_BxT.shape)
@@ -196,5 +203,6 @@ def _summed_from(values_BxT: jax.Array) -> jax.Array:
 def _groups(rewards_B: jax.Array, group_size: int) -> jax.Array:
     require_array(rewards_B, "rewards")
     require(rewards_B.ndim == 1, "rewards", rewards_B.shape, "[B], one number an episode")
+    require_some(rewards_B, "rewards")
     require_groups(rewards_B.shape[0], group_size)
     return jax.lax.stop_gradient(rewards_B.astype(jnp.float32)).reshape(-1, group_size)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import require_logits, require_temperature
+from ckl_jax.checks import number, require_logits, require_temperature
 from ckl_jax.errors import require_word
 
 CertaintyKind = Literal["negentropy", "negentropy_max_prob", "max_prob"]
@@ -36,7 +36,7 @@ def certainty(logits: jax.Array, kind: CertaintyKind = "negentropy", temperature
     require_word(kind, "kind", get_args(CertaintyKind))
     require_temperature(temperature)
     require_logits(logits)
-    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32) / temperature))
+    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits.astype(jnp.float32) / number(temperature)))
     log_v = jnp.log(logits.shape[-1])
     if kind == "max_prob":
         return jnp.exp(log_p.max(axis=-1))

@@ -5,6 +5,7 @@ Traced values are taken as they are: their numbers are not known yet.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -58,15 +59,20 @@ def _require_kind(array: Any, name: str, kind: Any, allowed: str) -> None:
     require(jnp.issubdtype(array.dtype, kind), name, str(array.dtype), allowed)
 
 
+def require_some(array: Any, name: str) -> None:
+    """Raises a ConfigError for an array without numbers: there is no mean or least of none."""
+    require(array.size > 0, name, array.shape, "at least one episode and one token")
+
+
 def require_logits(logits: Any) -> None:
     """Raises a ConfigError unless it is an array of floats [..., V] with V of 2 or more."""
     require_floats(logits, "logits")
     require(logits.ndim >= 1 and logits.shape[-1] >= 2, "logits", logits.shape, "[..., V] with V >= 2")
 
 
-def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
-    """Raises a ConfigError unless it is a number from ``low`` on, finite in float32; of a traced one, unless it is one
-    number.
+def require_at_least(value: Any, name: str, low: float, allowed: str, high: float = float(FLOAT32.max)) -> None:
+    """Raises a ConfigError unless it is a number from ``low`` to ``high``, by default what is finite in float32; of a
+    traced one, unless it is one number.
     """
     if isinstance(value, jax.core.Tracer):
         require(value.ndim == 0, name, f"an array {list(value.shape)}", f"one number, {allowed}")
@@ -75,8 +81,30 @@ def require_at_least(value: Any, name: str, low: float, allowed: str) -> None:
         isinstance(value, (np.ndarray, jax.Array)) and not value.ndim
     )
     number = number and not isinstance(value, bool)
-    fits = number and low <= (value if isinstance(value, int) else float(value)) <= float(FLOAT32.max)
+    fits = number and low <= (value if isinstance(value, int) else float(value)) <= high
     require(fits, name, value, allowed)
+
+
+def require_above_0(value: Any, name: str) -> None:
+    """Raises a ConfigError unless it is a number above 0, in float32 too; it may be infinite."""
+    require_at_least(value, name, float(FLOAT32.tiny), "above 0", math.inf)
+
+
+def require_share(value: Any, name: str) -> None:
+    """Raises a ConfigError unless it is a number from 0 to 1."""
+    require_at_least(value, name, 0, "0 to 1", 1)
+
+
+def require_positive_share(value: Any, name: str) -> None:
+    """Raises a ConfigError unless it is a number above 0, in float32 too, and at most 1."""
+    require_at_least(value, name, float(FLOAT32.tiny), "above 0, at most 1", 1)
+
+
+def number(value: Any) -> Any:
+    """A number that leaves float32 arrays what they are: float64 numbers of NumPy, or of JAX with jax_enable_x64, would
+    make float64 of them. Python's own do not.
+    """
+    return value.astype(jnp.float32) if isinstance(value, jax.Array) else float(value)
 
 
 def require_temperature(value: Any, note: str = "") -> None:

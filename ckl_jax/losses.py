@@ -26,6 +26,7 @@ from ckl_jax import overflow, token_weights
 from ckl_jax.certainty import entropy_of
 from ckl_jax.checks import (
     as_mask,
+    number,
     require_array,
     require_integers,
     require_logits,
@@ -63,7 +64,7 @@ def log_softmax(logits: jax.Array, temperature: float | jax.Array, mask: jax.Arr
     require_temperature(temperature)
     if mask is not None:
         logits = jnp.where(as_mask(mask, logits.shape[:-1], of="one entry per token")[..., None], logits, 0)
-    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / number(temperature))
 
 
 def token_log_probs(
@@ -216,4 +217,4 @@ def adapted_coefficient(
     A proportional controller (Ziegler et al. 2019, section 2.2). A gain of 5 or more can make the coefficient 0, where
     it stays, or negative.
     """
-    return coefficient * (1.0 + gain * jnp.clip(kl / target - 1.0, -0.2, 0.2))
+    return coefficient * (1.0 + number(gain) * jnp.clip(kl / number(target) - 1.0, -0.2, 0.2))

@@ -6,6 +6,7 @@ is r = exp(log_probs - old_log_probs). Shapes and masks are those of ``losses``;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import jax
@@ -13,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckl_jax import overflow
-from ckl_jax.checks import as_mask, require_array, require_shape_of
+from ckl_jax.checks import as_mask, number, require_above_0, require_array, require_shape_of
 from ckl_jax.errors import require, require_word
 from ckl_jax.losses import KLKind, masked, masked_mean
 
-Clip = float | tuple[float | jax.Array, float | jax.Array]
-"""How far a ratio counts from 1: the same both ways, or below and above 1, each one number or token by token [...]."""
+Clip = float | jax.Array | Sequence[float | jax.Array]
+"""How far a ratio counts from 1: the same both ways, or a tuple or list of two, below and above 1; each is one number
+or token by token [...]."""
 
 ROUNDING = 1e-4
 """Two passes of one policy in float32 give log-probabilities that are far nearer to each other."""
@@ -77,12 +79,13 @@ def open_gate(
     return as_mask(mask, log_probs.shape) & ~stopped
 
 
-def entropy_clip(h: jax.Array, clip: float, alpha: float) -> tuple[jax.Array, jax.Array]:
+def entropy_clip(h: jax.Array, clip: float | jax.Array, alpha: float | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Below and above 1: ``clip``, times 1 + alpha * |h| below where h < 0 and above where h > 0: HAPO (2509.16591).
 
     Args:
       h: [...] from ``advantage_shaping.signed_entropy``.
     """
+    clip, alpha = number(clip), number(alpha)
     return clip * (1 + alpha * jnp.maximum(-h, 0)), clip * (1 + alpha * jnp.maximum(h, 0))
 
 
@@ -93,7 +96,7 @@ def redistributed(
     old_log_probs: jax.Array,
     mask: jax.Array,
     clip: Clip,
-    beta: float,
+    beta: float | jax.Array,
 ) -> jax.Array:
     """A (1 + beta * h) on the tokens whose signal is clear to HAPO, else A: [...] without gradient (arXiv 2509.16591).
 
@@ -109,7 +112,7 @@ def redistributed(
     ratio = _ratio(log_probs, old_log_probs, mask)
     within = (ratio > 1 - below / 2) & (ratio < 1 + above / 2)
     advantages, h = (masked(x.astype(jnp.float32), mask) for x in (advantages, h))
-    return jax.lax.stop_gradient(advantages * jnp.where((h > 0) != within, 1 + beta * h, 1.0))
+    return jax.lax.stop_gradient(advantages * jnp.where((h > 0) != within, 1 + number(beta) * h, 1.0))
 
 
 def off_policy_kl(
@@ -135,7 +138,7 @@ def off_policy_kl(
 
 
 def truncated_importance(
-    log_probs: jax.Array, sampler_log_probs: jax.Array, mask: jax.Array, limit: float
+    log_probs: jax.Array, sampler_log_probs: jax.Array, mask: jax.Array, limit: float | jax.Array
 ) -> jax.Array:
     """min(pi / pi_sampler, ``limit``), token by token: how much a token of another policy counts (Ionides 2008).
 
@@ -152,9 +155,9 @@ def truncated_importance(
     Raises:
       ConfigError: different shapes, or ``limit`` not above 0.
     """
-    require(limit > 0, "limit", limit, "above 0")
+    require_above_0(limit, "limit")
     ratio = jax.lax.stop_gradient(_ratio(log_probs, sampler_log_probs, mask))
-    return masked(jnp.minimum(ratio, limit), mask)
+    return masked(jnp.minimum(ratio, number(limit)), mask)
 
 
 def kl_cov(log_probs: jax.Array, old_log_probs: jax.Array, chosen: jax.Array, mask: jax.Array) -> jax.Array:
@@ -183,13 +186,15 @@ def _ratio(log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array | Non
 
 def _clip(clip: Clip, log_probs: jax.Array, mask: jax.Array) -> tuple[float | jax.Array, float | jax.Array]:
     """Below and above 1, checked where they are known and, token by token, where the mask is."""
-    below, above = clip if isinstance(clip, tuple) else (clip, clip)
-    for part in (below, above):
+    parts = tuple(clip) if isinstance(clip, (tuple, list)) else (clip, clip)
+    require(len(parts) == 2, "clip", clip, "one number, or two: how far below and above 1")
+    for part in parts:
         if isinstance(part, (np.ndarray, jax.Array)) and part.ndim:
             require_shape_of(part, "clip", log_probs, "log_probs")
             if not isinstance(part, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
                 wrong = ~(np.asarray(part, np.float32) > 0) & np.asarray(as_mask(mask, log_probs.shape))
                 require(not wrong.any(), "clip", "numbers not above 0", "above 0 at every token of the mask")
-        elif not isinstance(part, jax.core.Tracer):
-            require(float(part) > 0, "clip", part, "above 0")
+        else:
+            require_above_0(part, "clip")
+    below, above = (jnp.asarray(x, jnp.float32) if isinstance(x, (np.ndarray, jax.Array)) else number(x) for x in parts)
     return below, above

@@ -14,7 +14,16 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask, require_array, require_at_least, require_floats
+from ckl_jax.checks import (
+    as_mask,
+    number,
+    require_array,
+    require_at_least,
+    require_floats,
+    require_positive_share,
+    require_share,
+    require_some,
+)
 from ckl_jax.errors import is_integer, require, require_word
 
 KLWeights = Literal[
@@ -89,7 +98,7 @@ def renormalized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: ja
     return _of_mean_1(prioritized(certainty_BxT, beta, mask_BxT), mask_BxT)
 
 
-def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array) -> jax.Array:
     """w = 1 if H <= q, else 0: the KL on low-entropy tokens only, a J^beta with a hard edge (arXiv 2512.04359).
 
     q is the ``share``-quantile over the round: the round(share * n)-th smallest H, at least the smallest. That work
@@ -100,11 +109,12 @@ def threshold(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.
     """
     mask_BxT = _checked(entropy_BxT, "entropy", mask_BxT)
     require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
+    require_some(mask_BxT, "mask")
     low_1xN = lowest_share(entropy_BxT.reshape(1, -1), mask_BxT.reshape(1, -1), share)
     return low_1xN.reshape(mask_BxT.shape).astype(jnp.float32)
 
 
-def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: float) -> jax.Array:
+def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array, weak: float | jax.Array) -> jax.Array:
     """w = 1 if H <= q_b, else ``weak``, where q_b is the ``share``-quantile of H in episode b (arXiv 2507.15778).
 
     Archer's published settings have share 0.8, no KL on the others (weak 0), the training policy's entropy instead of
@@ -113,9 +123,9 @@ def archer(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float, weak: floa
     Raises:
       ConfigError: different shapes, ``share`` outside (0, 1], or ``weak`` outside [0, 1].
     """
-    require(0 <= weak <= 1, "weak", weak, "0 to 1")
+    require_share(weak, "weak")
     low_BxT = lowest_share(entropy_BxT, mask_BxT, share)
-    return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, weak), 0.0).astype(jnp.float32)
+    return jnp.where(mask_BxT.astype(bool), jnp.where(low_BxT, 1.0, number(weak)), 0.0).astype(jnp.float32)
 
 
 def inverted(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -128,14 +138,16 @@ def inverted(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Ar
     return _mean(weights_BxT, mask_BxT) * _of_mean_1(uniform(mask_BxT) - weights_BxT, mask_BxT)
 
 
-def floored(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array, weak: float) -> jax.Array:
+def floored(
+    certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax.Array, weak: float | jax.Array
+) -> jax.Array:
     """w = max(J^beta, ``weak``): no token is wholly free (after arXiv 2605.13255).
 
     Raises:
       ConfigError: as ``prioritized``, or ``weak`` outside [0, 1].
     """
-    require(0 <= weak <= 1, "weak", weak, "0 to 1")
-    return jnp.maximum(prioritized(certainty_BxT, beta, mask_BxT), weak * uniform(mask_BxT))
+    require_share(weak, "weak")
+    return jnp.maximum(prioritized(certainty_BxT, beta, mask_BxT), number(weak) * uniform(mask_BxT))
 
 
 def critical_free(critical_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -204,8 +216,8 @@ class Settings(NamedTuple):
     """The arguments of the weight functions beside the tokens; each reads those that it has."""
 
     beta: float | jax.Array
-    share: float
-    weak: float
+    share: float | jax.Array
+    weak: float | jax.Array
     key: jax.Array
 
 
@@ -261,15 +273,16 @@ def _of_mean_1(weights_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     return weights_BxT / jnp.maximum(_mean(weights_BxT, mask_BxT), jnp.finfo(jnp.float32).tiny)
 
 
-def lowest_share(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float) -> jax.Array:
+def lowest_share(entropy_BxT: jax.Array, mask_BxT: jax.Array, share: float | jax.Array) -> jax.Array:
     """True on the round(share * n) smallest of the n values in every row's mask, at least one, and on what ties.
 
     Raises ConfigError like ``threshold``.
     """
-    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    require_positive_share(share, "share")
     mask_BxT = _checked(entropy_BxT, "entropy", mask_BxT)
     require(mask_BxT.ndim == 2, "mask", mask_BxT.shape, "[B, T]")
+    require_some(mask_BxT, "mask")
     entropy_BxT = jnp.where(mask_BxT, jax.lax.stop_gradient(entropy_BxT.astype(jnp.float32)), jnp.inf)
-    rank_Bx1 = jnp.round(share * mask_BxT.sum(axis=1, keepdims=True)).astype(jnp.int32)
+    rank_Bx1 = jnp.round(number(share) * mask_BxT.sum(axis=1, keepdims=True)).astype(jnp.int32)
     quantile_Bx1 = jnp.take_along_axis(jnp.sort(entropy_BxT, axis=1), jnp.maximum(rank_Bx1 - 1, 0), axis=1)
     return mask_BxT & (entropy_BxT <= quantile_Bx1)

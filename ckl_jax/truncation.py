@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ckl_jax.checks import as_mask, require_array, require_logits
+from ckl_jax.checks import as_mask, number, require_array, require_logits, require_positive_share
 from ckl_jax.errors import require
 from ckl_jax.losses import entropy, kl_estimate, log_softmax, masked, masked_mean, token_log_probs
 
@@ -18,7 +18,8 @@ from ckl_jax.losses import entropy, kl_estimate, log_softmax, masked, masked_mea
 def top_tokens(logits: jax.Array, count: int) -> jax.Array:
     """True on the ``count`` likeliest tokens of [..., V], and on what ties with the last: bool [..., V].
 
-    Impossible tokens (-inf) are never among them, so they are fewer where fewer are possible. Raises ConfigError for a ``count`` outside 1..V.
+    Impossible tokens (-inf) are never among them, so they are fewer where fewer are possible. Raises ConfigError for a
+    ``count`` outside 1..V.
     """
     require_logits(logits)
     require(1 <= count <= logits.shape[-1], "count", count, f"1 to {logits.shape[-1]}")
@@ -26,17 +27,17 @@ def top_tokens(logits: jax.Array, count: int) -> jax.Array:
     return (logits >= jax.lax.top_k(logits, count)[0][..., -1:]) & ~jnp.isneginf(logits)
 
 
-def nucleus(logits: jax.Array, share: float, temperature: float | jax.Array = 1.0) -> jax.Array:
+def nucleus(logits: jax.Array, share: float | jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
     """True on the fewest likeliest tokens that have ``share`` of the probability together, and on what ties: [..., V].
 
     Raises ConfigError for a ``share`` outside (0, 1].
     """
-    require(0 < share <= 1, "share", share, "above 0, at most 1")
+    require_positive_share(share, "share")
     p = jnp.exp(log_softmax(*jax.lax.stop_gradient((logits, temperature)), None))
     rising = jnp.sort(p, axis=-1)
     # What a token and all less likely ones have together: summed from the least, so that a large vocabulary's tail is
     # not rounded away.
-    needed = jnp.cumsum(rising, axis=-1) > 1 - share
+    needed = jnp.cumsum(rising, axis=-1) > 1 - number(share)
     least = jnp.where(needed, rising, jnp.inf).min(axis=-1, keepdims=True)
     return p >= jnp.minimum(least, rising[..., -1:])  # The likeliest one also where 1 - share is rounded to 1.
 
@@ -57,14 +58,14 @@ def entropy_within(
       float32 [...]; 0 where one token is inside.
     """
     size = as_mask(inside, logits.shape, "inside").sum(axis=-1)
-    scale = jnp.log(logits.shape[-1]) / jnp.log(jnp.maximum(size, 2))
+    scale = jnp.log(logits.shape[-1]) / jnp.log(jnp.maximum(size, 2).astype(jnp.float32))
     return masked(scale * entropy(jnp.where(inside, logits, -jnp.inf), temperature, mask), mask)
 
 
 def proxy_log_probs(
     logits: jax.Array,
     tokens: jax.Array,
-    min_p: float,
+    min_p: float | jax.Array,
     temperature: float | jax.Array = 1.0,
     mask: jax.Array | None = None,
 ) -> jax.Array:
@@ -80,9 +81,10 @@ def proxy_log_probs(
       float32 [...], without gradient: log pi less the log of the probability that is kept, -inf for a token left out; 0
       outside the mask.
     """
-    require(0 < min_p <= 1, "min_p", min_p, "above 0, at most 1")
+    require_positive_share(min_p, "min_p")
+    least = jnp.log(number(min_p)) if isinstance(min_p, jax.Array) else math.log(min_p)
     log_p = jax.lax.stop_gradient(log_softmax(logits, temperature, mask))
-    kept = log_p >= log_p.max(axis=-1, keepdims=True) + math.log(min_p)
+    kept = log_p >= log_p.max(axis=-1, keepdims=True) + least
     return token_log_probs(jnp.where(kept, log_p, -jnp.inf), tokens, 1.0, mask)
 
 

@@ -1,5 +1,7 @@
 """Losses and certainty on anyone's arrays: drawn vocabularies, layouts, masks, types, and JAX's transformations."""
 
+import inspect
+
 import hypothesis
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
@@ -8,10 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ckl_jax import ratio_losses, token_weights
+from ckl_jax import advantage_shaping, advantages, ratio_losses, token_weights, truncation
+from ckl_jax.advantages import gae
 from ckl_jax.certainty import certainty
 from ckl_jax.errors import ConfigError
-from ckl_jax.losses import entropy, exact_kl, kl_estimate, masked_mean, prioritized_kl, token_log_probs
+from ckl_jax.losses import (
+    adapted_coefficient,
+    entropy,
+    exact_kl,
+    kl_estimate,
+    masked_mean,
+    prioritized_kl,
+    token_log_probs,
+)
 
 SETTINGS = hypothesis.settings(deadline=None, max_examples=20, derandomize=True)
 SHAPES = (((3,), 2), ((2, 3), 5), ((2, 1, 2), 41))
@@ -160,3 +171,129 @@ def test_checks_of_known_numbers_are_made_inside_jit_too():
         jax.jit(lambda: token_weights.weigh(unknown, tokens, settings))()
     with pytest.raises(ConfigError, match=r"^clip: got"):
         jax.jit(lambda: clip(below))()
+
+
+LOGITS_2x3x5 = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+OF_2x3 = jnp.array([[0.2, 0.5, 0.9], [0.4, 0.7, 0.1]])
+ALL_2x3 = jnp.ones((2, 3), bool)
+TOKENS_2x3 = jnp.array([[0, 1, 2], [3, 4, 0]])
+
+
+def weighed(word, beta=2.0, share=0.5, weak=0.1):
+    tokens = token_weights.Tokens(OF_2x3, OF_2x3, ALL_2x3, ALL_2x3, ALL_2x3)
+    settings = token_weights.Settings(beta, share, weak, jax.random.key(0))
+    return token_weights.weigh(token_weights.index_of(word), tokens, settings)
+
+
+OF_A_NUMBER = {
+    "prioritized, beta": (2.0, lambda p: token_weights.prioritized(OF_2x3, p, ALL_2x3)),
+    "threshold, share": (0.5, lambda p: token_weights.threshold(OF_2x3, ALL_2x3, p)),
+    "archer, share": (0.5, lambda p: token_weights.archer(OF_2x3, ALL_2x3, p, 0.1)),
+    "archer, weak": (0.1, lambda p: token_weights.archer(OF_2x3, ALL_2x3, 0.5, p)),
+    "floored, weak": (0.1, lambda p: token_weights.floored(OF_2x3, 2.0, ALL_2x3, p)),
+    "weigh, beta": (2.0, lambda p: weighed("prioritized", beta=p)),
+    "weigh, share": (0.5, lambda p: weighed("archer", share=p)),
+    "weigh, weak": (0.1, lambda p: weighed("floored", weak=p)),
+    "clipped_policy_loss, clip": (
+        0.2,
+        lambda p: ratio_losses.clipped_policy_loss(OF_2x3, 0 * OF_2x3, OF_2x3, ALL_2x3, p),
+    ),
+    "clipped_policy_loss, clips": (
+        0.2,
+        lambda p: ratio_losses.clipped_policy_loss(OF_2x3, 0 * OF_2x3, OF_2x3, ALL_2x3, (p, p)),
+    ),
+    "open_gate, clip": (0.2, lambda p: ratio_losses.open_gate(OF_2x3, 0 * OF_2x3, OF_2x3, ALL_2x3, p)),
+    "entropy_clip, clip": (0.2, lambda p: ratio_losses.entropy_clip(OF_2x3, p, 1.0)[0]),
+    "entropy_clip, alpha": (0.5, lambda p: ratio_losses.entropy_clip(OF_2x3, 0.2, p)[1]),
+    "redistributed, beta": (
+        0.5,
+        lambda p: ratio_losses.redistributed(OF_2x3, OF_2x3, OF_2x3, 0 * OF_2x3, ALL_2x3, 0.2, p),
+    ),
+    "truncated_importance, limit": (
+        1.5,
+        lambda p: ratio_losses.truncated_importance(OF_2x3, 0 * OF_2x3, ALL_2x3, p),
+    ),
+    "top_entropy, share": (0.5, lambda p: advantage_shaping.top_entropy(OF_2x3, OF_2x3, ALL_2x3, p)),
+    "entropy_bonus, scale": (0.5, lambda p: advantage_shaping.entropy_bonus(OF_2x3, OF_2x3, ALL_2x3, p, 2.0)),
+    "entropy_bonus, kappa": (2.0, lambda p: advantage_shaping.entropy_bonus(OF_2x3, OF_2x3, ALL_2x3, 0.4, p)),
+    "gtpo, share": (0.5, lambda p: advantage_shaping.gtpo(jnp.array([1.0, 0.0]), OF_2x3, ALL_2x3, 2, p)),
+    "signed_entropy, pivot": (0.5, lambda p: advantage_shaping.signed_entropy(OF_2x3, ALL_2x3, p)),
+    "unlikely, share": (0.5, lambda p: advantage_shaping.unlikely(OF_2x3 - 0.3, OF_2x3, ALL_2x3, p)),
+    "nucleus, share": (0.6, lambda p: truncation.nucleus(LOGITS_2x3x5, p)),
+    "nucleus, temperature": (2.0, lambda p: truncation.nucleus(LOGITS_2x3x5, 0.6, p)),
+    "entropy_within, temperature": (2.0, lambda p: truncation.entropy_within(LOGITS_2x3x5, LOGITS_2x3x5 > 0, p)),
+    "proxy_log_probs, min_p": (0.1, lambda p: truncation.proxy_log_probs(LOGITS_2x3x5, TOKENS_2x3, p)),
+    "proxy_log_probs, temperature": (2.0, lambda p: truncation.proxy_log_probs(LOGITS_2x3x5, TOKENS_2x3, 0.1, p)),
+    "gae, discount": (0.9, lambda p: gae(OF_2x3, OF_2x3, ALL_2x3, p, 0.8)),
+    "gae, lambda": (0.8, lambda p: gae(OF_2x3, OF_2x3, ALL_2x3, 0.9, p)),
+    "certainty, temperature": (2.0, lambda p: certainty(LOGITS_2x3x5, temperature=p)),
+    "entropy, temperature": (2.0, lambda p: entropy(LOGITS_2x3x5, p)),
+    "exact_kl, temperature": (2.0, lambda p: exact_kl(LOGITS_2x3x5, -LOGITS_2x3x5, p)),
+    "token_log_probs, temperature": (2.0, lambda p: token_log_probs(LOGITS_2x3x5, TOKENS_2x3, p)),
+    "prioritized_kl, beta": (2.0, lambda p: prioritized_kl(OF_2x3, OF_2x3, p, ALL_2x3)),
+    "adapted_coefficient, target": (0.1, lambda p: adapted_coefficient(jnp.float32(2), jnp.float32(0.11), p, 0.1)),
+    "adapted_coefficient, gain": (0.5, lambda p: adapted_coefficient(jnp.float32(2), jnp.float32(0.11), 0.1, p)),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_a_number_may_be_an_argument_of_jit(name):
+    """Then its value is unknown while checks are made."""
+    value, call = OF_A_NUMBER[name]
+    np.testing.assert_allclose(jax.jit(call)(value), call(value), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+@pytest.mark.parametrize("kind", [np.float64, np.float32, jnp.float64, jnp.float32])
+def test_a_number_of_64_bits_makes_no_result_of_64_bits(name, kind):
+    value, call = OF_A_NUMBER[name]
+    expected = call(value)
+    with jax.enable_x64(True):
+        found = call(kind(value))
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_numbers_of_all_formulas_are_in_that_list():
+    """A parameter that is annotated as a float, or as one number for each side."""
+    modules = (token_weights, ratio_losses, advantage_shaping, truncation, advantages)
+    own = [f for m in modules for f in vars(m).values() if inspect.isfunction(f) and f.__module__ == m.__name__]
+    listed = {name.split(", ")[0] for name in OF_A_NUMBER}
+    numbers = {f.__name__ for f in own for p in inspect.signature(f).parameters.values() if "float" in p.annotation}
+    # These hand a number on to one that is there.
+    handing_on = {"matched", "shuffled", "renormalized", "inverted", "critical_held", "overlong_held"}
+    assert {n for n in numbers if not n.startswith("_")} - handing_on - {"top_share", "lowest_share"} <= listed
+
+
+def test_a_clip_may_be_a_list_of_two_and_of_no_other_length():
+    def loss(clip):
+        return ratio_losses.clipped_policy_loss(OF_2x3, 0 * OF_2x3, OF_2x3, ALL_2x3, clip)
+
+    assert loss([0.1, 0.3]) == loss((0.1, 0.3)) != loss(0.1)
+    for clip in ([0.1], (0.1, 0.2, 0.3), [], "wide", [0.1, "wide"]):
+        with pytest.raises(ConfigError, match=r"^clip: got"):
+            loss(clip)
+
+
+EMPTY = {
+    "standardized": lambda x, m: advantages.standardized(x, m),
+    "KL to go": lambda x, m: advantages.kl_to_go(x, m),
+    "future KL": lambda x, m: advantages.future_kl(x, x, m),
+    "gae": lambda x, m: gae(x, x, m, 1.0, 1.0),
+    "leave one out": lambda x, m: advantages.leave_one_out(x.reshape(-1), 2),
+    "in group": lambda x, m: advantages.standardized_in_group(x.reshape(-1), 2),
+    "zero centered": lambda x, m: advantages.zero_centered(x.reshape(-1), x.reshape(-1), 2),
+    "signed entropy": lambda x, m: advantage_shaping.signed_entropy(x, m, 0.5),
+    "top entropy": lambda x, m: advantage_shaping.top_entropy(x, x, m, 0.5),
+    "covariance": lambda x, m: advantage_shaping.covariance(x, x, m),
+    "gtpo": lambda x, m: advantage_shaping.gtpo(jnp.ones(len(x)), x, m, 2, 0.5),
+    "threshold": lambda x, m: token_weights.threshold(x, m, 0.5),
+    "archer": lambda x, m: token_weights.archer(x, m, 0.5, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_a_round_without_tokens_is_refused_by_name(name, shape):
+    with pytest.raises(ConfigError, match=r"^(mask|values|rewards): got \(.*, allowed is at least one episode and one"):
+        EMPTY[name](jnp.ones(shape), jnp.ones(shape, bool))

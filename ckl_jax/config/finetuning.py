@@ -201,6 +201,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
         pressed = "none with kl_coefficient 0"
         by_entropy = self.kl_weights in ("threshold", "archer")
         even = f"below 1 with kl_weights {self.kl_weights}: 1 is kl_weights uniform"
+        rewarded = self.entropy_coefficient > 0
         unclipped = self.clip_by == "entropy" and self.hapo_clip == 0 and self.hapo_advantage == 0
         rules = [
             ("test_every", self.rounds % self.test_every == 0, f"a divisor of rounds = {self.rounds}"),
@@ -217,7 +218,7 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("clip_by", not unclipped, "none with hapo_clip 0 and hapo_advantage 0"),
             ("detach_critic", critic or not self.detach_critic, f"False {no_critic}"),
-            ("entropy_over", self.entropy_coefficient > 0 or self.entropy_over == "all", "all with entropy_coefficient 0"),
+            ("entropy_over", rewarded or self.entropy_over == "all", "all with entropy_coefficient 0"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("value_warmup_rounds", self.value_warmup_rounds < self.rounds, f"0 or more, below rounds = {self.rounds}"),
             ("discount", critic or self.discount == 1, f"1 {no_critic}"),
