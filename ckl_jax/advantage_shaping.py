@@ -2,7 +2,8 @@
 
 Means and quantiles are over a whole round: B episodes of T tokens. These functions act on the policy gradient, not on
 the KL to the reference (``token_weights`` does). H is the policy's entropy in nats before the round's updates. Results
-are float32 or bool, without gradient, and 0 or False where the mask is False.
+are float32 or bool, without gradient, and 0 or False where the mask is False. A round that lies on several devices
+belongs on all of them first; on a mesh of explicit axes, by ``jax.sharding.reshard(x, jax.P())``.
 """
 
 from __future__ import annotations

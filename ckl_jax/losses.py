@@ -147,7 +147,9 @@ def exact_kl(
       mask: bool [...]; 0 and without gradient outside it.
 
     Returns:
-      float32 [...]. A token whose probability under pi is 0 in float32 counts 0.
+      float32 [...]. A token whose probability under pi is 0 in float32 counts 0. Near 0 the sum cancels: its error was
+      up to 5e-7 whatever the KL is (V up to 151,936), so one of 5e-5 has two digits, and one below 5e-7 may come out
+      negative. The gradient does not cancel so: it was within 1% still at a KL of 5e-9.
     """
     require_shape_of(ref_logits, "ref_logits", logits, "logits")
     log_p = log_softmax(logits, temperature, mask)

@@ -1,6 +1,7 @@
 """Distributions truncated to their likely tokens (top-k, nucleus, min-p), and the terms of a loss that they make.
 
-Shapes and masks are those of ``losses``. The choice of the tokens takes no gradient.
+Shapes and masks are those of ``losses``. The choice of the tokens takes no gradient. Logits whose vocabulary lies on
+several devices belong on all of them first; on a mesh of explicit axes, by ``jax.sharding.reshard(x, jax.P())``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,11 @@ class CertainExample(grpo_learner.TrainExample):
 
 @dataclass(kw_only=True)
 class PrioritizedConfig(grpo_learner.GRPOConfig):
-    """GRPO whose KL penalty, ``beta`` (tunix's name of the coefficient) times k2, is weighted by J^exponent."""
+    """GRPO whose KL penalty, ``beta`` (tunix's name of the coefficient) times k2, is weighted by J^exponent.
+
+    Of tunix's own options ``kl_loss_mode`` has no effect, as the KL is k2 always, and ``loss_agg_mode`` none on the KL,
+    whose mean is over all tokens.
+    """
 
     policy_loss_fn: str = "prioritized_grpo"
     loss_agg_mode: str = "token-mean"
@@ -76,7 +80,11 @@ class PrioritizedConfig(grpo_learner.GRPOConfig):
 
 
 class PrioritizedLearner(grpo_learner.GRPOLearner):
-    """GRPO learner that measures the reference's certainty after every rollout."""
+    """GRPO learner that measures the reference's certainty after every rollout.
+
+    It does so for the whole rollout in one pass, without tunix's micro-batches: the logits of all its tokens have to
+    fit, which those of a large vocabulary may not.
+    """
 
     def _generate_and_compute_advantage(self, training_input: Any, mode: Any = rl_cluster.Mode.TRAIN) -> CertainExample:
         example = super()._generate_and_compute_advantage(training_input, mode)

@@ -128,6 +128,22 @@ def test_exact_kl_handles_impossible_tokens(policy, reference, expected):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("distance", [1e-4, 1e-2])
+def test_exact_kl_near_0_has_the_error_that_it_says_and_a_sound_gradient(distance):
+    """Against float64, at KLs of 5e-9 and 5e-5 over 50,257 tokens."""
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.normal(size=(4, 50_257))).astype(np.float32)
+    reference = (logits + distance * rng.normal(size=logits.shape)).astype(np.float32)
+    log_p, log_q = (np.asarray(x, np.float64) for x in (logits, reference))
+    log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_p, log_q))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    gradient = np.exp(log_p) * (log_p - log_q - kl[:, None])
+    assert 0.3 < kl.mean() / (0.5 * distance**2) < 1.5
+    np.testing.assert_allclose(losses.exact_kl(jnp.asarray(logits), jnp.asarray(reference)), kl, rtol=0, atol=5e-7)
+    found = jax.grad(lambda x: losses.exact_kl(x, jnp.asarray(reference)).sum())(jnp.asarray(logits))
+    assert np.linalg.norm(found - gradient) < 0.01 * np.linalg.norm(gradient)
+
+
 def test_exact_kl_has_a_finite_gradient_where_the_policy_excludes_a_token():
     logits, ref_logits = jnp.log(jnp.array([[0.75, 0.25, 0.0], [0.25, 0.25, 0.5]]))
     np.testing.assert_allclose(jax.grad(losses.exact_kl)(logits, ref_logits), [0.205990, -0.205990, 0.0], atol=1e-6)
