@@ -281,7 +281,8 @@ def as_transitions(outputs, episodes):
 def test_padding_changes_neither_loss_nor_gradient_of_any_recipe(monkeypatch, small_model, algorithm, kl, minibatch):
     monkeypatch.setattr(objective, "score", lambda model, outputs, trajectory: outputs)
     terms_of_few = {"kl_cov": 1.0, "lp_reg": 1.0}
-    config = FinetuneConfig(episodes=4, minibatch_episodes=4, algorithm=algorithm, group_size=2, kl=kl, **terms_of_few)
+    options = {"episodes": 4, "minibatch_episodes": 2, "group_size": 2, **terms_of_few}
+    config = FinetuneConfig(algorithm=algorithm, kl=kl, **options)
     program = make_program(dataclasses.replace(config, extra_length=0), Model(small_model, 1, {}))
     value = jax.tree.map(lambda x: x + 0.1, init_run(program, {}, HYPER).params["value"])
     shape = as_transitions if minibatch == "transitions" else lambda *x: x
