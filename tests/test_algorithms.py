@@ -665,8 +665,6 @@ def test_the_kl_coefficient_is_adapted_from_the_round_in_which_the_policy_first_
         ({"entropy_top": 42}, "entropy_top"),
         ({"entropy_nucleus": 0.0}, "entropy_nucleus"),
         ({"test_temperature": 0.0}, "test_temperature"),
-        ({"detach_critic": True, "algorithm": "reinforce"}, "detach_critic"),
-        ({"detach_critic": True, "algorithm": "grpo", "group_size": 2}, "detach_critic"),
         ({"entropy_over": "top", "entropy_coefficient": 0.0}, "entropy_over"),
         ({"kl_cov": 1.0, **ONE_UPDATE}, "kl_cov"),
         ({"kl_gate": "clip", "algorithm": "ppo", **ONE_UPDATE}, "kl_gate"),
@@ -698,8 +696,7 @@ def test_one_answer_or_equal_rewards_are_taken_where_answers_are_still_told_apar
         {"kl_cov": 1.0, **ONE_UPDATE, "minibatch": "transitions"},
         {"algorithm": "ppo", "kl_gate": "clip"},
         {"algorithm": "ppo", "clip_by": "entropy", "hapo_clip": 0.0},
-        {"algorithm": "ppo", "detach_critic": True},
-        {"algorithm": "reinforce", "value_coefficient": 0.5},
+        {"algorithm": "reinforce", "value_coefficient": 0.5, "detach_critic": True},
         {"kl_gain": 0.5, "kl_weak": 1.0, "kl_quantile": 1.0},
     ],
 )

@@ -100,7 +100,7 @@ class Optimizer(Chapter):
     value_coefficient: NonNegativeFloat = 0.1
     """Weight of the value loss. No effect with algorithms without critic."""
     detach_critic: bool = False
-    """Keep the value loss's gradient out of the trunk. a2c and ppo alone."""
+    """Keep the value loss's gradient out of the trunk. No effect with algorithms without critic."""
     entropy_coefficient: NonNegativeFloat = 0.0005
     """Weight of the entropy bonus."""
     entropy_over: Literal["all", "top", "nucleus"] = "all"
@@ -217,7 +217,6 @@ class FinetuneConfig(Speed, Arithmetic, Testing, KL, Optimizer, Advantage, Sampl
             ("importance_sampling", lags or self.importance_sampling == "none", exactly),
             ("clip_by", self.has_ratio or self.clip_by == "none", "none but with algorithm ppo or grpo"),
             ("clip_by", not unclipped, "none with hapo_clip 0 and hapo_advantage 0"),
-            ("detach_critic", critic or not self.detach_critic, f"False {no_critic}"),
             ("entropy_over", rewarded or self.entropy_over == "all", "all with entropy_coefficient 0"),
             ("value_warmup_rounds", critic or self.value_warmup_rounds == 0, f"0 {no_critic}"),
             ("value_warmup_rounds", self.value_warmup_rounds < self.rounds, f"0 or more, below rounds = {self.rounds}"),
