@@ -131,7 +131,7 @@ def test_a_size_is_compared_at_the_papers_n_alone_and_only_with_an_interval():
 @pytest.mark.parametrize(("base", "expected"), [(5, "undecided"), (4, "not comparable at this size")])
 def test_a_size_of_one_answer_is_undecided_where_the_paper_has_one(base, expected):
     nan = float("nan")
-    row = row_of((-0.3, nan, nan), (0.0, nan, nan), (1.0, 0.9, 1.0), max_pretrain_digits=base, generations=1, name="m")
+    row = row_of((-0.3, nan, nan), (0.0, nan, nan), (1.0, 0.9, 1.0), max_pretrain_digits=base, generations=1)
     row["criterion_1"]["wrong_critical_ended_wrong"] |= {"ended_so": 1, "count": 1}
     (size,) = [claim for claim in verdicts.claims([row]) if "how much less" in claim.claim]
     assert size.verdict == expected

@@ -32,13 +32,14 @@ def labels(rows: list[dict[str, Any]]) -> list[str]:
     """What tells the models apart: N, where several have the same the checkpoint's name, and if that is the same too
     the first characters of its fingerprint."""
     counts = collections.Counter(row["max_pretrain_digits"] for row in rows)
-    named = collections.Counter((row["max_pretrain_digits"], row["name"]) for row in rows)
+    names = collections.Counter((row["max_pretrain_digits"], row.get("name")) for row in rows)
 
     def label(row: dict[str, Any]) -> str:
-        base, name = row["max_pretrain_digits"], row["name"]
-        if named[base, name] > 1:
-            name += f", {row['checkpoint'][:8]}"
-        return f"{base} ({name})" if counts[base] > 1 else f"{base}"
+        base = row["max_pretrain_digits"]
+        if counts[base] == 1:
+            return f"{base}"
+        same = names[base, row["name"]] > 1
+        return f"{base} ({row['name']}{', ' + row['checkpoint'][:8] if same else ''})"
 
     return [label(row) for row in rows]
 
