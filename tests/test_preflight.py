@@ -749,8 +749,9 @@ def _compiles_the_kernels(name, positions, heads, dtype):
 
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_ends_with_its_code_and_what_makes_it_smaller(libtpu, tmp_path):
-    large = ["--max-digits", "2", "--batch-size", "128", "--eval-problems", "8", "--packing", "stream"]
-    shape = ["--model.num-layers", "4", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "2048"]
+    large = ["--max-digits", "2", "--batch-size", "1536", "--eval-problems", "8", "--packing", "stream"]
+    shape = ["--model.num-layers", "1", "--model.num-heads", "16", "--model.width", "64", "--model.block-size", "512"]
+    shape += ["--model.precision", "default"]
     found = _preflight(
         "--topology", "v5e:1x1", "--json", tmp_path / "found.json", "--only", "step", "pretrain", *large, *shape
     )

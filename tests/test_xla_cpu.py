@@ -199,7 +199,7 @@ def test_the_check_computes_with_xlas_own_flags_alone(monkeypatch, own):
 @pytest.mark.slow
 def test_programs_of_every_kind_are_the_same_with_xlas_default_fusions(capsys):
     """The command's other stages are rounds and rollouts too, and take as long again."""
-    stages = ("pretraining", "speculative", "a2c", "ppo", "transitions")
+    stages = ("pretraining", "speculative", "ppo", "transitions")
     check_xla.main(check_xla.CheckXlaCommand(stages, episodes=16, quick=True))
     printed = capsys.readouterr().out
     assert "DIFFERS" not in printed

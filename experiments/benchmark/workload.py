@@ -114,7 +114,7 @@ def choose_plan(quick: bool) -> Plan:
 def model_config(plan: Plan, scale: str) -> ModelConfig:
     """The model of a scale, without dropout and in float32, which plain PyTorch code computes in."""
     if plan.quick:
-        return ModelConfig(num_layers=2, num_heads=2, width=16, block_size=400, attention_chunk=64)
+        return ModelConfig(num_layers=1, num_heads=2, width=16, block_size=400, attention_chunk=64)
     return dataclasses.replace(pretrain_preset(scale).model, dropout=0.0, dtype="float32", precision="highest")
 
 
