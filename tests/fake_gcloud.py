@@ -11,6 +11,7 @@ CLOUD names a directory with plan.json and, written by the fake, calls.jsonl and
   workers: how many; undeletable: ``delete`` fails; slow_create: seconds that ``create`` takes.
   hangs: verbs that take for ever; missing: verbs for which there is no gcloud.
   says: by "group verb", an error with which that fails.
+  saves: every command that starts saves a checkpoint in the bucket; else nothing lies there.
 Every worker of every life has a home directory of its own, CLOUD/LIFE/WORKER: that of ckl, and CLOUD/LIFE/WORKER-NAME
 for another NAME that logs in.
 """
@@ -131,6 +132,13 @@ def main(arguments):
         time.sleep(600)
     if arguments[3] in PLAN.get("missing", ()):
         end(127, "timeout: failed to run command 'gcloud': No such file or directory")
+    if arguments[0] == "storage":
+        jobs = CLOUD / "jobs.jsonl"
+        count = len(jobs.read_text().splitlines()) if PLAN.get("saves") and jobs.exists() else 0
+        if not count:
+            end(1, "ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+        print(*[f"{arguments[-1]}/checkpoints/{step}.sha256.json" for step in range(count)], sep="\n")
+        return None
     with (CLOUD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = CLOUD / "state.json"

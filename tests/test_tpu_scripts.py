@@ -118,7 +118,7 @@ class Cloud:
 
     def calls(self):
         """The verbs of gcloud in turn, looking left out."""
-        verbs = [call[3] for call in self.records("calls.jsonl")]
+        verbs = [call[3] for call in self.records("calls.jsonl") if call[0] != "storage"]
         return [verb for verb in verbs if verb not in ("describe", "ssh")]
 
     def asked(self, verb):
@@ -346,22 +346,30 @@ def test_setup_copies_what_git_does_not_ignore_and_drops_what_is_gone(cloud):
         (cloud.checkout / name).write_text(name)
     subprocess.run(["git", "add", "."], cwd=cloud.checkout, check=True)
     (cloud.checkout / "new\nline").write_text("untracked")
+    for name in ("an env", "own/env"):
+        (cloud.checkout / name / "lib").mkdir(parents=True)
+        (cloud.checkout / name / "lib" / "libtpu.so").touch()
+        (cloud.checkout / name / "pyvenv.cfg").touch()
+    (cloud.checkout / "own" / "file").touch()
     cloud.machine(workers=2)
     (cloud.checkout / "dropped").unlink()
     assert cloud.run("setup.sh").returncode == 0
     for worker in "01":
         there = {path.name for path in (cloud.path / "0" / worker / "ckl_jax").iterdir()}
-        assert there == {".gitignore", "tpu_scripts", "with space", "new\nline", ".venv"}
+        assert there == {".gitignore", "tpu_scripts", "with space", "new\nline", ".venv", "own"}
+        own = cloud.path / "0" / worker / "ckl_jax" / "own"
+        assert [path.name for path in own.iterdir()] == ["file"]
         result = cloud.path / "0" / worker / "ckl_jax" / "runs" / "x" / "results.json"
         result.parent.mkdir(parents=True)
         result.touch()
-    for name in ("with space", "new\nline"):
+    for name in ("with space", "new\nline", "own/file"):
         (cloud.checkout / name).unlink()
     (cloud.checkout / "tpu_scripts" / "later").touch()
     assert cloud.run("setup.sh").returncode == 0
     for worker in "01":
         checkout = cloud.path / "0" / worker / "ckl_jax"
-        assert {path.name for path in checkout.iterdir()} == {".gitignore", "tpu_scripts", ".venv", "runs"}
+        assert {path.name for path in checkout.iterdir()} == {".gitignore", "tpu_scripts", ".venv", "runs", "own"}
+        assert not list((checkout / "own").iterdir())
         assert (checkout / "tpu_scripts" / "later").exists()
         assert (checkout / "runs" / "x" / "results.json").exists()
     installed = (cloud.path / "uv").read_text().splitlines()
@@ -750,10 +758,37 @@ def test_supervise_does_not_repeat_a_failing_command_beyond_its_bound(cloud):
 
 @pytest.mark.parametrize(("most", "code", "starts"), [("3", 0, 4), ("1", 5, 2)])
 def test_failures_far_apart_do_not_end_supervise_until_they_are_as_many_as_retries(cloud, most, code, starts):
-    cloud.plan(ends={"0": [[0, 1], [0, 1], [0, 1], [0, 0]]})
+    cloud.plan(ends={"0": [[0, 1], [0, 1], [0, 1], [0, 0]]}, saves=True)
     done = cloud.run("supervise.sh", "a.module", MAX_FAILURES="2", MAX_RETRIES=most, STEADY_SECONDS="0")
     assert done.returncode == code, done.err
     assert len(cloud.jobs()) == starts
+
+
+@pytest.mark.parametrize(("code", "saves", "steady", "starts"), [(1, False, "0", 2), (1, True, "600", 2)])
+def test_a_failure_that_takes_long_to_show_is_the_second_one_where_nothing_was_saved(
+    cloud, code, saves, steady, starts
+):
+    cloud.plan(ends={"0": [[0, code]]}, saves=saves)
+    assert cloud.run("supervise.sh", "a.module", STEADY_SECONDS=steady).returncode == 4
+    assert len(cloud.jobs()) == starts
+    assert not cloud.is_there()
+
+
+@pytest.mark.parametrize("code", first([134, 137, 143]))
+def test_a_command_that_aborts_for_ever_is_tried_on_a_second_machine_and_no_further(cloud, code):
+    cloud.plan([{}] * 8, ends={"0": [[0, code]]})
+    done = cloud.run("supervise.sh", "a.module", STEADY_SECONDS="0")
+    assert done.returncode == 4, done.err
+    assert len(cloud.jobs()) == 6
+    assert cloud.calls() == ["create", *["scp"] * 3, "delete", "create", *["scp"] * 3, "delete"]
+    assert not cloud.is_there()
+
+
+def test_hosts_that_are_lost_far_apart_do_not_end_a_job_that_saves(cloud):
+    cloud.plan(ends={"0": [*[[0, 134]] * 8, [0, 0]]}, saves=True)
+    assert cloud.run("supervise.sh", "a.module", STEADY_SECONDS="0").returncode == 0
+    assert len(cloud.jobs()) == 9
+    assert cloud.calls().count("create") == 1
 
 
 def test_outages_far_apart_do_not_cost_a_machine_that_computes(cloud):
@@ -1203,6 +1238,44 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
     assert (failed in done.err) == (code == 2 and fits != DOES_NOT_FIT)
 
 
+@pytest.mark.parametrize(
+    "error", ["topology: got v3-8, allowed is", "checkpoint: got gs://b/x, allowed with gcsfs only: install the extra tpu"]
+)
+def test_what_cannot_be_compiled_here_is_let_pass_and_it_is_said(cloud, error):
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    for path in (python, cloud.checkout / "ckl_jax" / "preflight" / "__main__.py"):
+        path.parent.mkdir(parents=True)
+    path.touch()
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\necho "error: {error}" >&2\nexit 2\n')
+    python.chmod(0o755)
+    done = cloud.run("supervise.sh", "ckl_jax.finetune")
+    assert done.returncode == 0, done.err
+    assert f"error: {error}\n" in done.err
+    assert "not compiled beforehand, for that reason" in done.err
+
+
+def test_nothing_is_compiled_for_a_machine_that_is_adopted_and_paid_for_meanwhile(cloud):
+    cloud.machine()
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    for path in (python, cloud.checkout / "ckl_jax" / "preflight" / "__main__.py"):
+        path.parent.mkdir(parents=True)
+    path.touch()
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nexit 8\n')
+    python.chmod(0o755)
+    done = cloud.run("supervise.sh", "--adopt", "ckl_jax.finetune")
+    assert done.returncode == 0, done.err
+
+
+def test_a_command_of_one_host_is_refused_for_several_before_they_are_paid_for(cloud):
+    done = cloud.run("supervise.sh", "experiments.reproduce")
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert "is for one worker, and v5litepod-16 has several" in done.err
+    assert cloud.run("supervise.sh", "experiments.reproduce", ACCELERATOR_TYPE="v5litepod-8").returncode == 0
+    cloud.machine(lives=[{}, {}], workers=2)
+    assert cloud.run("run.sh", "experiments.reproduce").returncode == 2
+    assert len(cloud.jobs()) == 1
+
+
 PARSE = ROOT / "tpu_scripts" / "parse.py"
 
 
@@ -1311,6 +1384,19 @@ def test_the_process_that_reads_them_is_told_of_a_machine_that_has_more(cloud, a
     assert "error: so it is" in done.err
     _, read = noted.read_text().split("/tpu_scripts/parse.py ")
     assert read.split() == [*adopt, "a.module", "--checkpoint", "x", "--out", "gs://bucket/run"]
+
+
+def test_a_command_that_writes_no_results_is_told_from_one_whose_options_are_wrong(cloud):
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (cloud.checkout / "pyproject.toml").touch()
+    (cloud.checkout / "ckl_jax").mkdir()
+    (cloud.checkout / "ckl_jax" / "evaluate.py").write_text("cli.run(main)\n")
+    done = cloud.run("supervise.sh", "ckl_jax.evaluate", "--checkpoint", "N5")
+    assert (done.returncode, cloud.records("calls.jsonl")) == (2, [])
+    assert "ckl_jax.evaluate writes no results: unset OUT" in done.err
 
 
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")

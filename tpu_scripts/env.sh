@@ -16,8 +16,8 @@
 #   MAX_DELETE_SECONDS how long delete.sh waits for a deletion that goes on, and supervise.sh tries again at its end (3600)
 #   MAX_RETRIES        how many preemptions, lost machines, refused requests and failures supervise.sh outlives (20)
 #   MAX_FAILURES       how many failures of setup or command end supervise.sh (2)
-#   STEADY_SECONDS     when a command has run for so long, earlier failures and lost connections are forgotten (600); they
-#                      still count for MAX_RETRIES
+#   STEADY_SECONDS     when a command has run for so long, earlier lost connections are forgotten, and failures too if it has
+#                      saved something (600); they still count for MAX_RETRIES
 #
 # Exit codes: 0 all set; 2 something is missing or wrong, all of it listed at once.
 set -euo pipefail

@@ -171,4 +171,5 @@ is_out_of_reach() {
 
 # is_interruption CODE: the command did not fail by itself. 134: JAX aborts when a peer host is lost; 137 and 143:
 # SIGKILL and SIGTERM; 75 (EX_TEMPFAIL): saved and stopped on request; 255: the connection was lost.
-is_interruption() { [[ $1 == 134 || $1 == 137 || $1 == 143 || $1 == 75 || $1 == 255 ]]; }
+is_interruption() { is_abort "$1" || [[ $1 == 75 || $1 == 255 ]]; }
+is_abort() { [[ $1 == 134 || $1 == 137 || $1 == 143 ]]; }

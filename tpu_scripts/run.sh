@@ -79,6 +79,7 @@ ask() {
 
 workers=1
 count_workers
+if ((workers > 1)); then check_hosts "$1"; fi
 
 # Workers start together: one that was through would not come back for the others, and one that went on without them would wait
 # in vain.

@@ -11,9 +11,9 @@
 # ~/.cache was deleted, or preflight refused or failed (also where the command says so by its code 2 the first time that it
 # ends: later 2 is a failure), or somebody else (or gcloud, which repeated a request) made the machine meanwhile: THEN IT
 # STAYS, AND WILL BE PAID FOR; 3 the first request for a machine was refused; 4 setup or the command failed MAX_FAILURES
-# times; 5 preempted, lost, refused or failed more than MAX_RETRIES times, or no machine within MAX_WAIT_SECONDS; 6 a loss
-# or parameter of the command was not finite (its code 3); 7 THE MACHINE COULD NOT BE DELETED; 129, 130, 131, 143
-# interrupted.
+# times and saved nothing (three aborts count as a failure); 5 preempted, lost, refused or failed more than MAX_RETRIES
+# times, or no machine within MAX_WAIT_SECONDS; 6 a loss or parameter of the command was not finite (its code 3); 7 THE
+# MACHINE COULD NOT BE DELETED; 129, 130, 131, 143 interrupted.
 set -euo pipefail
 # shellcheck source=lib.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
@@ -32,6 +32,7 @@ while [[ ${1-} == -* ]]; do
 done
 require_settings PROJECT ZONE TPU_NAME ACCELERATOR_TYPE OUT
 check_command "$@"
+if ! has_one_worker; then check_hosts "$1"; fi
 check_arguments "$@"
 preflight
 
@@ -80,8 +81,6 @@ freeze() {
 }
 
 if [[ ! $dry_run ]] && ! freeze; then fail 2 "the files of this checkout cannot be kept for the job"; fi
-if [[ $compile ]]; then check_fits "$@"; fi
-
 state=$(state_of ABSENT)
 if [[ $state == UNKNOWN ]]; then fail 5 "no answer from gcloud; is it logged in?"; fi
 if [[ $state =~ ^(SUSPEND|FAILED|DELETING|PREEMPTED|TERMINATED) ]]; then
@@ -92,8 +91,18 @@ elif [[ $state != ABSENT && $adopt ]]; then
 elif [[ $state != ABSENT ]]; then
   fail 2 "$TPU_NAME is $state already: --adopt takes it (and deletes it at the end), delete.sh deletes it"
 fi
+if [[ $compile && ! $ours ]]; then check_fits "$@"; fi
 
-retries=0 failures=0 in_place=0 ready='' made='' accepted=''
+# has_saved: whether OUT has more than at the last look: every checkpoint gets a manifest, and an experiment results.json. What
+# gcloud does not show has not been saved.
+has_saved() {
+  local names
+  names=$(call gcloud storage ls --recursive "$OUT" 2>/dev/null | grep -E '(\.sha256|/results)\.json$') || return
+  [[ $names != "$saved" ]] || return
+  saved=$names
+}
+
+retries=0 failures=0 aborts=0 in_place=0 ready='' made='' accepted='' saved=''
 while true; do
   if [[ $frozen && ! (-x $scripts/create.sh && -e $CKL_PACKED) ]]; then
     fail 2 "$frozen was deleted meanwhile; the same command goes on from $OUT, with the checkout as it is then"
@@ -110,7 +119,8 @@ while true; do
   if ((!code)); then
     at=run begun=$SECONDS
     script run.sh "$@" || code=$?
-    if ((SECONDS - begun >= STEADY_SECONDS)); then failures=0 in_place=0; fi
+    lasted=$((SECONDS - begun))
+    if ((lasted >= STEADY_SECONDS)); then in_place=0; fi
   fi
   if ((!code)); then exit 0; fi
   if ((code == 69)) && [[ $at == run ]]; then
@@ -133,8 +143,12 @@ while true; do
   done
   # A silence may itself have ended create.sh, setup.sh or the connection; a command's own code came from the workers.
   if [[ $silent ]] && ! is_dead "$state" && { [[ $at != run ]] || ((code == 255)); }; then continue; fi
-  retries=$((retries + 1))
-  if [[ $state == ACTIVE ]] && ! is_interruption "$code"; then
+  if [[ $at == run ]] && ((code != 255)) && has_saved && ((lasted >= STEADY_SECONDS)); then failures=0 aborts=0; fi
+  retries=$((retries + 1)) worn=''
+  # A lost host, or a command that aborts by itself, for ever? Three times on one machine are told from that by another one.
+  if [[ $at == run && $state == ACTIVE ]] && is_abort "$code"; then aborts=$((aborts + 1)); fi
+  if ((aborts == 3)); then worn=1 aborts=0; fi
+  if [[ $state == ACTIVE ]] && { [[ $worn ]] || ! is_interruption "$code"; }; then
     failures=$((failures + 1))
     say "$at failed with $code, failure $failures of $MAX_FAILURES"
     if ((failures >= MAX_FAILURES)); then exit 4; fi
@@ -144,7 +158,7 @@ while true; do
   if ((retries > MAX_RETRIES)); then exit 5; fi
   # A machine that is there is tried again twice in place: its sshd may be slow, or a host have restarted.
   in_place=$((in_place + 1))
-  if [[ $state != ACTIVE ]] || ((code == 255 && in_place > 2)); then
+  if [[ $state != ACTIVE || $worn ]] || ((code == 255 && in_place > 2)); then
     ready=''
     if script delete.sh; then ours='' in_place=0; fi # Else the next turn looks, and deletes it again.
   fi
