@@ -20,6 +20,7 @@ import gzip
 import json
 import pathlib
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,8 @@ from ckl_jax.rl.program import Seeds
 from ckl_jax.rl.setup import set_up
 from ckl_jax.rl.updates import STAGES
 from ckl_jax.runs.directory import RunDirectory
-from ckl_jax.runtime import cli
+from ckl_jax.runtime import cli, hosts, sharding
+from ckl_jax.runtime.paths import files_below, replace
 from experiments.common.figure import Results, markdown, publish
 
 COMMAND = "experiments.profile_round"
@@ -95,29 +97,37 @@ def measure(command: ProfileCommand) -> Results:
     described = {"command": COMMAND, "round": command.round, **describe(command, model)}
     directory = RunDirectory(command.out, described)
     states, seconds, compiled = setup.create.run(), list[float](), None
-    for index in range(command.round):
-        call = setup.train(states, [index])
-        if compiled is None:
-            compiled = call.lower().compile()
-        if index == command.round - 1:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0
-            jax.profiler.start_trace(str(command.out / "trace"), profiler_options=options)
-        _, _, *arrays = call.arguments  # Program and mesh are compiled in.
-        start = time.monotonic()
-        states, metrics = jax.block_until_ready(compiled(*arrays))
-        seconds.append(time.monotonic() - start)
-    jax.profiler.stop_trace()
+    with tempfile.TemporaryDirectory() as traced:  # The profiler writes to no bucket.
+        for index in range(command.round):
+            call = setup.train(states, [index])
+            if compiled is None:
+                compiled = call.lower().compile()
+            if index == command.round - 1:
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(traced, profiler_options=options)
+            _, _, *arrays = call.arguments  # Program and mesh are compiled in.
+            start = time.monotonic()
+            states, metrics = jax.block_until_ready(compiled(*arrays))
+            seconds.append(time.monotonic() - start)
+        jax.profiler.stop_trace()
+        files = {path.relative_to(traced): path.read_bytes() for path in files_below(pathlib.Path(traced))}
     assert compiled is not None
-    written = max((command.out / "trace").rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    events = json.loads(gzip.decompress(written.read_bytes()))["traceEvents"]
-    done = operations(events, stages(compiled.as_text()))
+    hosts.of_first(lambda: _keep(command.out / "trace", files))
+    (events,) = (content for path, content in files.items() if path.name.endswith(".trace.json.gz"))
+    done = operations(json.loads(gzip.decompress(events))["traceEvents"], stages(compiled.as_text()))
     directory.record_config()
     directory.close()
     by_stage = {stage: sum(x.duration for x in done if x.stage == stage) for stage in COLORS}
-    success = np.array(metrics["success"])[:, 0].tolist()
+    success = sharding.to_host(metrics["success"])[:, 0].tolist()
     found = {"rounds": seconds, "by_stage": by_stage, "timeline": timeline(done), "success": success}
     return {**found, "config": described}
+
+
+def _keep(directory: pathlib.Path, files: Mapping[pathlib.Path, bytes]) -> None:
+    for path, content in files.items():
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        replace(directory / path, content)
 
 
 def stages(text: str) -> dict[str, str]:

@@ -386,6 +386,21 @@ def test_saving_an_existing_step_again_replaces_it_and_keeps_the_other(checkpoin
     chex.assert_trees_all_equal(state, _state(7 if again == 2 else 2))
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_the_one_before(checkpoints, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    checkpoints.save(1, _state(1))
+    checkpoints.save(2, _state(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, _state(7))
+    step, state = _restored_anew(checkpoints)
+    assert step == 1
+    chex.assert_trees_all_equal(state, _state(1))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_state_of_other_shapes_or_names_is_refused(checkpoints):
     checkpoints.save(1, _state(1))

@@ -102,14 +102,20 @@ def test_settings_that_are_partial_or_cannot_work_are_refused_by_name(joined, mo
     assert joined == []
 
 
-def test_others_that_are_not_found_are_one_line(joined, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(ValueError, (ConfigError, "does not say")), (RuntimeError, (ConnectionError, "were not found by"))],
+)
+def test_others_that_are_not_found_are_one_line(joined, monkeypatch, capsys, raised, told):
     def fail(**arguments):
-        raise ValueError("coordinator_address\n should be defined.")
+        raise raised("coordinator_address\n should be defined.")
 
     monkeypatch.setenv("CKL_HOSTS", "auto")
     monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(ConfigError, match=r"^hosts: .* CKL_HOSTS=auto \(ValueError: coordinator_address should be def"):
+    kind, words = told
+    with pytest.raises(kind, match=rf"^hosts: .*{words}.*\({raised.__name__}: coordinator_address should be def"):
         hosts.start()
+    assert "waiting for the other processes, CKL_HOSTS=auto: up to 5 minutes" in capsys.readouterr().err
 
 
 def test_nothing_is_done_by_process_0_without_the_others_hearing_how_it_ended():

@@ -18,9 +18,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from policies import untrained
 
-from ckl_jax.checkpoint.store import Model, save_model
+from ckl_jax import evaluate
+from ckl_jax.checkpoint.store import Model, load_model, save_model
 from ckl_jax.config import ModelConfig
 from ckl_jax.errors import ConfigError
+from ckl_jax.evaluate import EvaluateCommand
 from ckl_jax.finetune import FinetuneCommand
 from ckl_jax.model import num_parameters
 from ckl_jax.preflight import __main__ as preflight
@@ -430,6 +432,20 @@ def preflight_of(monkeypatch):
 
     yield run
     jax.config.update("jax_enable_compilation_cache", keeps)
+
+
+def test_an_evaluation_is_planned_with_its_own_lengths_and_at_each_of_its_offsets():
+    command = EvaluateCommand(problems=3, offsets=(0, 60, 0), extra_length=7)
+    with targets.compiling_for(jax.devices()[:1]):
+        planned = list(programs.of_evaluation(command))
+    model = load_model(command.checkpoint)
+    digits = [n for n in evaluate.lengths(model) if model.task.longest_episode(n, 7) + 60 <= model.config.block_size]
+    assert len(digits) >= 2
+    wanted = [(n, offset) for n in digits for offset in (0, 60)]
+    assert [x.name for x in planned] == [f"evaluation, {n} digits from position {offset}" for n, offset in wanted]
+    for (n, offset), (_, call, _) in zip(wanted, planned, strict=True):
+        assert call.options["max_length"] == model.task.max_answer_length(n, 7)
+        assert call.arguments[0].block_size == model.config.block_size - offset
 
 
 def test_one_program_that_does_not_fit_is_enough_for_an_exit_code_of_its_own(preflight_of, capsys):

@@ -1239,7 +1239,8 @@ def test_what_does_not_fit_the_tpu_is_refused_before_it_is_paid_for(
 
 
 @pytest.mark.parametrize(
-    "error", ["topology: got v3-8, allowed is", "checkpoint: got gs://b/x, allowed with gcsfs only: install the extra tpu"]
+    "error",
+    ["topology: got v3-8, allowed is", "checkpoint: got gs://b/x, allowed with gcsfs only: install the extra tpu"],
 )
 def test_what_cannot_be_compiled_here_is_let_pass_and_it_is_said(cloud, error):
     python = cloud.checkout / ".venv" / "bin" / "python"

@@ -42,6 +42,7 @@ class StateCheckpoints:
         path = self.directory / str(step)
         with writing(path):
             if hosts.of_first(path.exists):
+                hosts.of_first(lambda: manifest.beside(path).unlink(missing_ok=True))  # It would be of other files.
                 self.manager.delete(step)
             self.manager.save(step, args=ocp.args.StandardSave(state), force=True)
             self.manager.wait_until_finished()

@@ -20,6 +20,7 @@ from ckl_jax.presets import pretrain_preset
 from ckl_jax.pretrain import PretrainCommand
 from ckl_jax.rl import evaluation
 from ckl_jax.rl.setup import set_up
+from ckl_jax.rollout.trajectory import Sampling
 from ckl_jax.runtime import sharding
 from ckl_jax.runtime.targets import Call
 from ckl_jax.tasks.catalog import task_named
@@ -68,21 +69,25 @@ def of_pretraining(command: PretrainCommand) -> Iterator[Planned]:
     shared = 0 if config.shard_state else _bytes(state.tested)  # Parameters that are split are gathered for a test.
     beside = _bytes(state) - shared + _bytes(stream)
     for digits, problems in pretrain.tested_on(config).items():
-        yield from _evaluation(model, problems, digits, None, beside)
+        sampling = evaluate.sampled_at(None, task.max_answer_length(digits))
+        yield Planned(f"evaluation, {digits} digits", _evaluation(model, problems, digits, sampling), beside)
 
 
-def _evaluation(model: Model, problems: Any, digits: int, temperature: float | None, beside: int) -> Iterator[Planned]:
-    sampling = evaluate.sampled_at(temperature, model.task.max_answer_length(digits))
+def _evaluation(model: Model, problems: Any, digits: int, sampling: Sampling) -> Call:
     first, _ = next(evaluate.judge_calls(model, problems, digits, sampling))
-    yield Planned(f"evaluation, {digits} digits", first, beside)
+    return first
 
 
 def of_evaluation(command: EvaluateCommand) -> Iterator[Planned]:
-    model = _without_numbers(evaluate.moved(load_model(command.checkpoint), max(command.offsets)))
+    model, extra = load_model(command.checkpoint), command.extra_length
+    moved = {offset: _without_numbers(evaluate.moved(model, offset)) for offset in command.offsets}
     for digits in evaluate.lengths(model):
-        if model.task.longest_episode(digits) <= model.config.block_size:
+        if model.task.longest_episode(digits, extra) + max(moved) <= model.config.block_size:
             problems = model.task.varying_problems(np.random.default_rng(0), command.problems, digits)
-            yield from _evaluation(model, problems, digits, command.temperature, 0)
+            sampling = evaluate.sampled_at(command.temperature, model.task.max_answer_length(digits, extra))
+            for offset, each in moved.items():
+                name = f"evaluation, {digits} digits" + (f" from position {offset}" if len(moved) > 1 else "")
+                yield Planned(name, _evaluation(each, problems, digits, sampling))
 
 
 def of_finetuning(command: FinetuneCommand) -> Iterator[Planned]:

@@ -46,19 +46,25 @@ def start() -> None:
     From then on what processes other than 0 print goes nowhere (their errors do not), and processes that this one
     starts are none of the group.
 
+    Others that do not come within five minutes end this process in JAX's own way: with a stack trace, and code 134.
+
     Raises:
-      ConfigError: a variable is missing or cannot work, or the others were not found.
+      ConfigError: a variable is missing or cannot work.
+      ConnectionError: the others were not found.
     """
     settings = _settings()
     if settings is None:
         return
+    where = settings.get("coordinator_address", f"{AUTO}=auto")
+    print(f"waiting for the other processes, {where}: up to 5 minutes", file=sys.stderr)
     for name in (ADDRESS, COUNT, INDEX, AUTO):
         os.environ.pop(name, None)
     try:
         jax.distributed.initialize(**settings)
-    except (RuntimeError, ValueError) as error:
-        where = settings.get("coordinator_address", f"{AUTO}=auto")
-        raise ConfigError(f"hosts: the other processes were not found by {where} ({_one_line(error)})") from error
+    except ValueError as error:
+        raise ConfigError(f"hosts: {where} does not say how to find the others ({_one_line(error)})") from error
+    except RuntimeError as error:
+        raise ConnectionError(f"hosts: the other processes were not found by {where} ({_one_line(error)})") from error
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
