@@ -64,7 +64,7 @@ def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
     episode, so the gradient has no bias.
 
     Returns:
-      float32 [B]; exactly 0 in a group of equal rewards.
+      float32 [B]; exactly 0 in a group of equal rewards, until it is ``standardized`` over several.
 
     Raises:
       ConfigError: ``group_size`` is below 2 or does not divide B.

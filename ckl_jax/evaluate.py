@@ -172,6 +172,8 @@ def main(command: EvaluateCommand) -> None:
     how: dict[str, Any] = {name: getattr(command, name) for name in ("temperature", "seed", "extra_length")}
     shown = f"{command.problems} problems per cell, accuracy in % with 95% bootstrap interval"
     print(f"{model.task.name}, N = {base}, {shown}")
+    if 2 not in model.task.long_operands:
+        print("the second operand has one digit: identical and varying lengths are the same draw, with other problems")
     print(f"{'digits':>8} {'identical':>24} {'varying':>24}")
     for digits in lengths(model):
         length = model.task.longest_episode(digits, command.extra_length) + max(command.offsets)

@@ -49,7 +49,8 @@ def prioritized(certainty_BxT: jax.Array, beta: float | jax.Array, mask_BxT: jax
 
     Args:
       certainty_BxT: J in [0, 1]; what rounding has put beyond it (up to 1e-5) is cut off, as a large beta blows it up.
-      beta: 0 or more; the paper's main run has 150. J^0 is 1, that of J = 0 too.
+      beta: 0 or more; the paper's main run has 150. J^0 is 1, that of J = 0 too. Above 10^6 the rounding of J decides:
+        in float32 one within 3e-8 of 1 is 1, and so is its weight (a quarter of the tokens that our N5 writes).
       mask_BxT: True on generated tokens.
 
     Returns:

@@ -51,7 +51,7 @@ from ckl_jax.tasks.catalog import TaskName
 from experiments.common.claims import LIES_ABOVE, LIES_BELOW, OVERLAP
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
-from experiments.common.pretraining_claims import compared, figure2_claims
+from experiments.common.pretraining_claims import compared, figure2_claims, task_of
 
 COMMAND = "experiments.figure2_pretraining"
 BEYOND = range(4)
@@ -159,7 +159,7 @@ def table(results: Results) -> str:
             if cell["operands"] == operands:
                 rows.setdefault(cell["max_pretrain_digits"], []).append(_shown(cell))
         lines += [[operands, str(base), *cells] for base, cells in rows.items()]
-        for base, numbers in PAPER[operands].items():
+        for base, numbers in PAPER[operands].items() if task_of(results) == "addition" else ():
             lines.append([f"{operands}, paper (85M)", str(base), *(f"{mean:g} ± {half:g}" for mean, half in numbers)])
     said = [[row["claim"], row["operands"], compared(row), row["verdict"]] for row in results["verdicts"]]
     cells = markdown(["operands", "N", "N digits", *LENGTHS[1:]], lines)

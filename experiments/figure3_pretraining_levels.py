@@ -54,7 +54,7 @@ from experiments.common import arms as arms_lib
 from experiments.common.claims import LIES_ABOVE, as_json
 from experiments.common.figure import Results, markdown, publish
 from experiments.common.models import Models, colors_of, models_preset
-from experiments.common.pretraining_claims import compared, from_verdicts
+from experiments.common.pretraining_claims import compared, from_verdicts, task_of
 
 COMMAND = "experiments.figure3_pretraining_levels"
 ARM = "standard"
@@ -233,7 +233,7 @@ def run_target(command: Figure3Command, model: Model, extra: int) -> dict[str, A
 
 
 def judge(results: Results) -> Results:
-    return {"claims": as_json(from_verdicts(results["verdicts"]))}
+    return {"claims": as_json(from_verdicts(results["verdicts"], task_of(results)))}
 
 
 def text(results: Results) -> str:

@@ -132,6 +132,8 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         "the token's probability in the last round, prioritized minus standard of the same seed: reproduced if "
         "Student's 95% interval over seeds is above 0, not reproduced if it is below, else undecided"
     )
+    task = "" if results["task"] == "addition" else f", {results['task']}"
+    setting = f"{task}{whose_certainty(results['config']['run'])}"
     found = []
     for token in results["tokens"]:
         difference = Interval(*token["final_difference"])
@@ -141,7 +143,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
                 f"RL raises step {token['step']}, operand {token['operand']}'s comma more under the prioritized KL",
                 "prioritized above standard (10 seeds; numbers not printed)",
                 f"{percent(difference, '+')} points: {final['prioritized']}% against {final['standard']}% "
-                f"({plots.counted(token['pairs'], 'seed')})",
+                f"({plots.counted(token['pairs'], 'seed')}{setting})",
                 (difference,),
                 LIES_ABOVE[difference.side()],
                 rule,

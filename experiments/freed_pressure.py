@@ -59,7 +59,7 @@ class FreedPressureCommand:
     """Answers that are sampled."""
     beta: PositiveFloat = 150.0
     """Of the table."""
-    betas: tuple[float, ...] = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 1e5, 1e6, 1e7)
+    betas: tuple[float, ...] = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 1e5, 1e6)
     """Of the curve."""
     sampling: Annotated[Measuring, tyro.conf.arg(name="")] = field(default_factory=Measuring)
     plot_only: bool = False

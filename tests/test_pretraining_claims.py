@@ -41,6 +41,20 @@ def test_every_rule_of_figure_2_has_its_words_and_keeps_its_verdict():
     assert any("Larger N better at N+3 (N = 9 against 7, varying" in claim.claim for claim in not_fitting)
 
 
+def test_claims_on_another_task_name_it_and_have_no_cells_of_the_paper_beside_them():
+    found = cells({5: (829, 1, 0, None)})
+    for claim in from_verdicts(figure2.verdicts(found, "gpt2", "subtraction"), "subtraction"):
+        assert claim.claim.endswith(" lengths, subtraction)")
+    paper = {"identical": {"7": ((98.9, 0.7), (48.8, 3.0), (0.0, 0.0), (0.0, 0.0))}}
+    assert paper_cells(found, paper, "tiny", "subtraction") == []
+    assert "paper" not in figure2.table(_results(found, "subtraction"))
+    assert "paper" in figure2.table(_results(found, "addition"))
+
+
+def _results(found, task):
+    return {"cells": found, "verdicts": [], "config": {"models": {"pretrain": {"task": task}}}}
+
+
 def test_figure_3_compares_the_largest_n_with_the_smallest():
     intervals = {3: (0.1, 0.05, 0.15), 5: (0.5, 0.4, 0.6)}
     runs = [

@@ -173,6 +173,12 @@ def test_a_stale_method_is_screened_by_the_test_of_the_policy_that_learned():
     run = arms_lib.Run({"config": {"rounds": 4, "seed": 0}, "seeds": 1}, records, {}, 2)
     screen = found.screened(run, cells)
     assert [screen[cell.name]["success"] for cell in cells] == [[pytest.approx(0.1)], [0.4]]
+    results = {"config": {"grid": [1.0]}, "screen": screen, "best": found.best_shares(screen), "chosen": []}
+    rows = found.screen_table(results).splitlines()[2:]
+    assert {row.split(" | ")[0]: "tested after the last round" in row for row in rows} == {
+        "| standard": False,
+        "| stale": True,
+    }
 
 
 @pytest.mark.parametrize("share", ["0.5", "2"])

@@ -39,8 +39,9 @@ class Advantage(Chapter):
     gae_lambda: Share = 1.0
     """GAE's: 1 waits for the reward, 0 trusts the critic's value of the next token. a2c and ppo alone."""
     normalize_advantages: bool = True
-    """Subtract the round's mean and divide by its standard deviation; a round of equal rewards then has advantage 0.
-    No effect with grpo, which standardizes within its groups, gtpo, and kl_in episode."""
+    """Subtract the mean over the round's tokens and divide by their standard deviation. A round of equal rewards then
+    has advantage 0; a group of equal rewards with rloo, whose own is 0, has not. No effect with grpo, which
+    standardizes within its groups, gtpo, and kl_in episode."""
     advantage_shaping: AdvantageShaping = "none"
     """What the policy's entropy H at a token does to its advantage A. `top_entropy`: A where H is among the round's top
     `entropy_quantile`, else 0 (80/20, arXiv 2506.01939). `entropy_bonus`: A + min(entropy_scale * H, abs(A) /

@@ -30,13 +30,19 @@ RULES = {
 
 def figure2_claims(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The list ``claims`` of figure 2's results.json."""
-    cells = paper_cells(results["cells"], results["paper"], results["config"]["models"]["scale"])
-    return as_json(from_verdicts(results["verdicts"]) + cells)
+    scale, task = results["config"]["models"]["scale"], task_of(results)
+    cells = paper_cells(results["cells"], results["paper"], scale, task)
+    return as_json(from_verdicts(results["verdicts"], task) + cells)
 
 
-def from_verdicts(rows: Iterable[dict[str, Any]]) -> list[Claim]:
+def task_of(results: dict[str, Any]) -> str:
+    """Of the models of figure 2 or 3; results of before there were others have none written down."""
+    return str(results["config"]["models"]["pretrain"].get("task", "addition"))
+
+
+def from_verdicts(rows: Iterable[dict[str, Any]], task: str = "addition") -> list[Claim]:
     """A claim per row of ``verdicts``; a cell that does not fit the block is not comparable."""
-    return [_claim(row) for row in rows]
+    return [_claim(row, task) for row in rows]
 
 
 def compared(row: dict[str, Any]) -> str:
@@ -44,15 +50,16 @@ def compared(row: dict[str, Any]) -> str:
     return " against ".join(map(str, row["max_pretrain_digits"]))
 
 
-def _claim(row: dict[str, Any]) -> Claim:
+def _claim(row: dict[str, Any], task: str) -> Claim:
     kind = next(name for name in PAPER if row["claim"].startswith(name))
+    of_task = "" if task == "addition" else f", {task}"
     lengths = f", {row['operands']} lengths" if "operands" in row else ""
     fits = row["verdict"] != "does not fit"
     one, other = row["intervals"]
     here = f"{percent(one)}% against {percent(other)}%" if fits else "an answer does not fit the model's block"
     rest = "" if kind == "the paper's number" else "; not reproduced if it lies on the other side, else undecided"
     return Claim(
-        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths})",
+        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths}{of_task})",
         PAPER[kind],
         here,
         tuple(interval for interval in (one, other) if interval is not None),
@@ -61,9 +68,11 @@ def _claim(row: dict[str, Any]) -> Claim:
     )
 
 
-def paper_cells(cells: list[dict[str, Any]], paper: dict[str, dict[str, Any]], scale: str) -> list[Claim]:
-    """Our accuracies beside the paper's at another size, operands by operands; none at the paper's own."""
-    if scale == "gpt2":
+def paper_cells(
+    cells: list[dict[str, Any]], paper: dict[str, dict[str, Any]], scale: str, task: str = "addition"
+) -> list[Claim]:
+    """Our accuracies beside the paper's at another size, operands by operands; none at its own, or of another task."""
+    if scale == "gpt2" or task != "addition":
         return []
     found = []
     for operands, numbers in paper.items():

@@ -12,7 +12,8 @@ an eighth of them 8 times). Two stages:
    seeds, 7 rounds with their own learning-rate decay. Kept is the share with the highest mean accuracy over the last
    three rounds, on new problems (the larger one at a tie); leaders are the methods that are highest so. A stale
    method's new problems are answered by older policies: its accuracy is that of the test after the last round, whose
-   problems are among those of the confirmation's tests.
+   problems are among those of the confirmation's tests, and which is higher while a policy improves: a stale leader
+   is one by an easier measure.
 2. The confirmation: standard, prioritized, its controls (matched, shuffled, renormalized, no_kl) and the three leaders
    of the rest, each at its share, 14 rounds, 10 seeds that the screen did not use.
 
