@@ -379,23 +379,28 @@ def test_the_oracles_at_their_own_coefficients_are_what_was_published():
             assert f"ends {percent(pair['target']).replace(' [', ' points [')} above sparing them alone" in README
 
 
-def test_shuffled_at_its_own_coefficient_is_what_was_published():
-    found = ladder_results("tuned_shuffled_N5")
-    shares = [found["screen"][f"shuffled_{share:g}x"]["success"] for share in found["config"]["grid"]]
-    after = found["confirmation"]["arms"]["shuffled"]
-    told = [f"{100 * sum(seeds) / len(seeds):.1f}" for seeds in shares]
-    told += [percent(after["target_after"]), f"{100 * after['old_after'][0]:.1f}"]
-    assert published_row("| shuffled, searched |") == f"| shuffled, searched | {' | '.join(told)} |"
-    asked = ("prioritized", "shuffled"), ("shuffled", "standard")
-    pairs = [comparison.pair(found["confirmation"], *names) for names in asked]
-    p = [paired_p(np.array(pair["differences"])) for pair in pairs]
-    for pair, *of_pair in zip(pairs, p, holm(p), [min(1, 5 * p[0]), 1], strict=True):
-        row = published_row(f"| {pair['arm']} - {pair['control']}, searched |").replace("**", "")
-        _, points, *ps = (cell.strip() for cell in row.strip("| ").split("|"))
-        assert points == percent(pair["target"], "+")
-        assert [float(cell) for cell in ps] == pytest.approx(of_pair, rel=0.05)
-    mean, low, high = (100 * bound for bound in pairs[0]["target"])
-    assert f"shuffled {mean:.1f} lower [{low:.1f}, {high:.1f}] (of five planned pairs, p {5 * p[0]:.3f})" in README
+def test_controls_at_their_own_coefficients_are_what_was_published():
+    found = ladder_results("tuned_controls_N5")
+    for name in ("shuffled", "inverted", "floored"):
+        shares = [found["screen"][f"{name}_{share:g}x"]["success"] for share in found["config"]["grid"]]
+        after = found["confirmation"]["arms"][name]
+        told = [f"{100 * sum(seeds) / len(seeds):.1f}" for seeds in shares]
+        told += [percent(after["target_after"]), f"{100 * after['old_after'][0]:.1f}"]
+        assert published_row(f"| {name}, searched |") == f"| {name}, searched | {' | '.join(told)} |"
+    pairs = [("inverted", "standard"), ("prioritized", "shuffled"), ("floored", "standard")]
+    pairs += [("floored", "prioritized"), ("shuffled", "standard")]
+    corrected = comparison.corrected([comparison.pair(found["confirmation"], *names) for names in pairs])
+    for pair in corrected:
+        row = published_row(f"| {pair['arm']} - {pair['control']}, searched |")
+        _, points, *ps, verdict = (cell.strip() for cell in row.strip("| ").split("|"))
+        assert (points, verdict) == (percent(pair["target"], "+"), pair["verdict"])
+        p = paired_p(np.array(pair["differences"]))
+        assert [float(cell) for cell in ps] == pytest.approx([p, pair["p_holm"]], rel=0.05)
+    shuffled = corrected[1]
+    inverted = comparison.pair(found["confirmation"], "prioritized", "inverted")
+    lower = [percent(pair["target"]).replace(" [", " lower [", 1) for pair in (inverted, shuffled)]
+    told = f"inverted {lower[0]}, shuffled {lower[1].replace(' lower', '')} (corrected for five pairs p "
+    assert f"{told}{shuffled['p_holm']:.3f})" in README
 
 
 def test_the_gain_of_a_borrowed_certainty_is_what_was_published():
