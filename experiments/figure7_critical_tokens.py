@@ -132,7 +132,8 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         "the token's probability in the last round, prioritized minus standard of the same seed: reproduced if "
         "Student's 95% interval over seeds is above 0, not reproduced if it is below, else undecided"
     )
-    task = "" if results["task"] == "addition" else f", {results['task']}"
+    task = results.get("task", "addition")  # Results of before there were others do not say it.
+    task = "" if task == "addition" else f", {task}"
     setting = f"{task}{whose_certainty(results['config']['run'])}"
     found = []
     for token in results["tokens"]:
