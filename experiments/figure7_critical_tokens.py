@@ -37,7 +37,7 @@ from ckl_jax.runtime import cli, reading
 from ckl_jax.tasks.catalog import task_named
 from experiments.common.claims import LIES_ABOVE, Claim, as_json
 from experiments.common.comparison import last_comma
-from experiments.common.figure import Results, markdown, publish, whose_certainty
+from experiments.common.figure import Results, markdown, of_task, publish, whose_certainty
 
 COMMAND = "experiments.figure7_critical_tokens"
 ARMS = ("standard", "prioritized")
@@ -133,8 +133,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
         "Student's 95% interval over seeds is above 0, not reproduced if it is below, else undecided"
     )
     task = results.get("task", "addition")  # Results of before there were others do not say it.
-    task = "" if task == "addition" else f", {task}"
-    setting = f"{task}{whose_certainty(results['config']['run'])}"
+    setting = f"{of_task(task)}{whose_certainty(results['config']['run'])}"
     found = []
     for token in results["tokens"]:
         difference = Interval(*token["final_difference"])

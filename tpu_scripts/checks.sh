@@ -15,9 +15,10 @@ pack() (
   while IFS= read -r -d '' file; do environments+=("--exclude=/${file%/*}/"); done < <(
     git ls-files -z --others --exclude-standard -- '*/pyvenv.cfg'
   )
-  git ls-files -z --cached --others --exclude-standard ${environments[@]+"${environments[@]}"} | while IFS= read -r -d '' file; do
-    if [[ -e $file || -L $file ]]; then printf '%s\0' "$file"; fi
-  done | tar -czf "$1/ckl_jax.tar.gz" --null -T -
+  git ls-files -z --cached --others --exclude-standard ${environments[@]+"${environments[@]}"} |
+    while IFS= read -r -d '' file; do
+      if [[ -e $file || -L $file ]]; then printf '%s\0' "$file"; fi
+    done | tar -czf "$1/ckl_jax.tar.gz" --null -T -
 )
 
 # preflight: ends with code 2 where something that is missing here would be noticed after the machine is paid for.
@@ -109,7 +110,8 @@ check_fits() {
   fi
   say "compiling $1 for $ACCELERATOR_TYPE (--no-preflight skips this)"
   if [[ $dry_run ]]; then return; fi
-  answer=$( (cd "$root" && JAX_PLATFORMS=cpu "$python" -m ckl_jax.preflight --topology "$ACCELERATOR_TYPE" "$name" "${@:2}") 2>&1 |
+  answer=$( (cd "$root" && JAX_PLATFORMS=cpu \
+    "$python" -m ckl_jax.preflight --topology "$ACCELERATOR_TYPE" "$name" "${@:2}") 2>&1 |
     while IFS= read -r line; do
       show "$line"
       printf '%s\n' "$line"

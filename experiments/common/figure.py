@@ -108,6 +108,11 @@ def whose_certainty(config: Mapping[str, Any]) -> str:
     return ", J of another model" if config.get("certainty_checkpoint") else ""
 
 
+def of_task(name: str) -> str:
+    """What a claim adds if the task is not the paper's."""
+    return "" if name == "addition" else f", {name}"
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table."""
     header = list(header)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ckl_jax.analysis.statistics import percent
 from experiments.common.claims import NOT_COMPARABLE, Claim, as_json
+from experiments.common.figure import of_task
 
 PAPER = {
     "high at N": "91.2 to 98.9% identical, 94.4 to 100% varying (N = 7 to 13)",
@@ -52,14 +53,13 @@ def compared(row: dict[str, Any]) -> str:
 
 def _claim(row: dict[str, Any], task: str) -> Claim:
     kind = next(name for name in PAPER if row["claim"].startswith(name))
-    of_task = "" if task == "addition" else f", {task}"
     lengths = f", {row['operands']} lengths" if "operands" in row else ""
     fits = row["verdict"] != "does not fit"
     one, other = row["intervals"]
     here = f"{percent(one)}% against {percent(other)}%" if fits else "an answer does not fit the model's block"
     rest = "" if kind == "the paper's number" else "; not reproduced if it lies on the other side, else undecided"
     return Claim(
-        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths}{of_task})",
+        f"{row['claim'][0].upper()}{row['claim'][1:]} (N = {compared(row)}{lengths}{of_task(task)})",
         PAPER[kind],
         here,
         tuple(interval for interval in (one, other) if interval is not None),
